@@ -1,0 +1,58 @@
+"""Layer-wise Relevance Propagation by rewriting the model's graph.
+
+>>> import lrpfx
+>>> explanation = lrpfx.explain(model, x, target=3, rules="epsilon_plus_flat")
+>>> explanation.relevance          # shaped like x; sums to the explained logit
+>>> print(explanation.report)      # which rule each node got, why, and what was absorbed
+>>> explanation.plot("out.png")    # heatmap beside the image
+"""
+
+from lrpfx import composites, errors
+from lrpfx.affine import AffineMap
+from lrpfx.explain import Explainer, explain
+from lrpfx.explanation import Explanation
+from lrpfx.ops import register_op
+from lrpfx.rules import (
+    AlphaBeta,
+    Epsilon,
+    Flat,
+    Gamma,
+    Gradient,
+    Norm,
+    Pass,
+    ReLUBetaSmooth,
+    ReLUDeconvNet,
+    ReLUGuidedBackprop,
+    Rule,
+    Stabilizer,
+    WSquare,
+    ZBox,
+    ZPlus,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AffineMap",
+    "AlphaBeta",
+    "Epsilon",
+    "Explainer",
+    "Explanation",
+    "Flat",
+    "Gamma",
+    "Gradient",
+    "Norm",
+    "Pass",
+    "ReLUBetaSmooth",
+    "ReLUDeconvNet",
+    "ReLUGuidedBackprop",
+    "Rule",
+    "Stabilizer",
+    "WSquare",
+    "ZBox",
+    "ZPlus",
+    "composites",
+    "errors",
+    "explain",
+    "register_op",
+]

@@ -1,0 +1,304 @@
+"""The affine map of a node, z = W x + b: its transpose, and its parts by sign."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Signal = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class AffineMap:
+    """z = W x + b for one node, with x the tuple of its live inputs.
+
+    Args:
+        forward: ``(x, weight, bias) -> W x + b``; linear in x for fixed weight and in the weight
+            for fixed x. ``bias`` may be None, and then the map is W x.
+        backward: ``(s, weight, x) -> W's`` per live input; of x only the shapes count. None: the
+            transpose is taken by ``torch.func.vjp`` of ``forward``.
+        weight: W in the op's own layout, None for ops without weights.
+        bias: b in the op's own layout, None if there is none.
+        bias_shape: Shape that makes ``bias`` broadcast to z, None where it does already.
+        coefficients_one: The map of an op without weights with all its coefficients set to one
+            (what Flat means there), None where the map itself serves.
+    """
+
+    forward: Callable[[Signal, Any, Tensor | None], Tensor]
+    backward: Callable[[Tensor, Any, Signal], Signal] | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    bias_shape: tuple[int, ...] | None = None
+    coefficients_one: Callable[[Signal], Tensor] | None = None
+
+    def __call__(self, x: Signal, bias: Tensor | None = None) -> Tensor:
+        """W x, plus ``bias`` (in the op's own layout) if one is given."""
+        return self.forward(x, self.weight, bias)
+
+    def T(self, s: Tensor, x: Signal) -> Signal:
+        """W's, one tensor per live input; of ``x`` only shapes, dtypes and devices count."""
+        if self.backward is not None:
+            return self.backward(s, self.weight, x)
+        zeros = tuple(t.new_zeros(()).expand(t.shape) for t in x)
+        pull = torch.func.vjp(lambda *t: self.forward(t, self.weight, None), *zeros)[1]
+        return tuple(pull(s))
+
+    def spread(self, bias: Tensor | None) -> Tensor | None:
+        """``bias`` in a shape that broadcasts to z."""
+        if bias is None or self.bias_shape is None:
+            return bias
+        return bias.reshape(self.bias_shape)
+
+    def with_weight(self, change: Callable[[Tensor], Tensor]) -> AffineMap:
+        """The map with ``change(W)`` for W."""
+        if self.weight is None:
+            raise TypeError("this op has no weights")  # Rule.fits keeps rules from coming here
+        return replace(self, weight=change(self.weight))
+
+    @property
+    def pos(self) -> AffineMap:
+        """Wp x with Wp = max(W, 0)."""
+        return self.with_weight(positive)
+
+    @property
+    def neg(self) -> AffineMap:
+        """Wn x with Wn = min(W, 0)."""
+        return self.with_weight(negative)
+
+    @property
+    def square(self) -> AffineMap:
+        """W^2 x."""
+        return self.with_weight(torch.square)
+
+    @property
+    def ones(self) -> AffineMap:
+        """The map with every weight one."""
+        if self.weight is not None:
+            return self.with_weight(torch.ones_like)
+        if self.coefficients_one is not None:
+            one = self.coefficients_one
+            return AffineMap(lambda x, weight, bias: one(x))
+        return self
+
+
+def positive(t: Tensor) -> Tensor:
+    """p(t) = max(t, 0), with derivative 0 at 0."""
+    return t.relu()
+
+
+def negative(t: Tensor) -> Tensor:
+    """n(t) = min(t, 0), written so that p(t) + n(t) = t holds for the derivatives too."""
+    return t - t.relu()
+
+
+# -- builders: arguments of an ATen call -> its affine map
+
+Arguments = dict[str, Any]  # the call's arguments by schema name, live ones included
+Live = Sequence[str]  # names of the live ones, in schema order
+Run = Callable[..., Tensor]  # the op itself as a function of its live inputs
+Builder = Callable[[Arguments, Live, Run], "AffineMap"]
+
+
+def _ints(value: Any, n: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return values * n if len(values) == 1 else values
+
+
+def convolution(args: Arguments, live: Live, run: Run) -> AffineMap:
+    """conv1d/2d/3d: x is ``input``; the transpose is a transposed convolution."""
+    weight: Tensor = args["weight"]
+    n = weight.ndim - 2
+    conv = (F.conv1d, F.conv2d, F.conv3d)[n - 1]
+    conv_transpose = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[n - 1]
+    stride, dilation = _ints(args["stride"], n), _ints(args["dilation"], n)
+    groups, kernel = args["groups"], weight.shape[2:]
+    padding, edges = args["padding"], None
+    if padding == "valid":
+        padding = 0
+    elif padding == "same":
+        # As PyTorch does: an odd total puts the extra zero at the end.
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        padding = [t // 2 for t in total]
+        if any(t % 2 for t in total):
+            edges = [e for t in reversed(total) for e in (t // 2, t - t // 2)]
+            padding = 0
+    pads = _ints(padding, n)
+
+    def forward(x: Signal, w: Any, b: Tensor | None) -> Tensor:
+        (a,) = x
+        a = a if edges is None else F.pad(a, edges)
+        return conv(a, w, b, stride, pads, dilation, groups)
+
+    def backward(s: Tensor, w: Any, x: Signal) -> Signal:
+        spatial = list(x[0].shape[-n:])
+        if edges is not None:
+            spatial = [size + lo + hi for size, lo, hi in _per_dim(spatial, edges)]
+        # Rows of the input that the last stride does not reach get their (zero) share this way.
+        output_padding = [
+            size - ((out - 1) * st - 2 * p + d * (k - 1) + 1)
+            for size, out, st, p, d, k in zip(
+                spatial, s.shape[-n:], stride, pads, dilation, kernel, strict=True
+            )
+        ]
+        c = conv_transpose(s, w, None, stride, pads, output_padding, groups, dilation)
+        return (c if edges is None else F.pad(c, [-e for e in edges]),)
+
+    bias = args.get("bias")
+    return AffineMap(forward, backward, weight, bias, (-1,) + (1,) * n)
+
+
+def _per_dim(sizes: Sequence[int], edges: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Pair each spatial size with its (low, high) padding; F.pad lists the last dimension first."""
+    pairs = list(zip(edges[0::2], edges[1::2], strict=True))[::-1]
+    return [(size, lo, hi) for size, (lo, hi) in zip(sizes, pairs, strict=True)]
+
+
+def transposed_convolution(args: Arguments, live: Live, run: Run) -> AffineMap:
+    """conv_transpose1d/2d/3d: x is ``input``; the transpose is a convolution."""
+    weight: Tensor = args["weight"]
+    n = weight.ndim - 2
+    conv = (F.conv1d, F.conv2d, F.conv3d)[n - 1]
+    conv_transpose = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[n - 1]
+    stride, padding = _ints(args["stride"], n), _ints(args["padding"], n)
+    output_padding, dilation = _ints(args["output_padding"], n), _ints(args["dilation"], n)
+    groups = args["groups"]
+
+    def forward(x: Signal, w: Any, b: Tensor | None) -> Tensor:
+        return conv_transpose(x[0], w, b, stride, padding, output_padding, groups, dilation)
+
+    def backward(s: Tensor, w: Any, x: Signal) -> Signal:
+        c = conv(s, w, None, stride, padding, dilation, groups)
+        # An output padding of a whole stride (legal under dilation) reaches past the input.
+        for dim, size in enumerate(x[0].shape[-n:], start=c.ndim - n):
+            c = c.narrow(dim, 0, size)
+        return (c,)
+
+    return AffineMap(forward, backward, weight, args.get("bias"), (-1,) + (1,) * n)
+
+
+def linear(args: Arguments, live: Live, run: Run) -> AffineMap:
+    """linear over the last dimension: x is ``input``, weight (out, in)."""
+
+    def forward(x: Signal, w: Any, b: Tensor | None) -> Tensor:
+        return F.linear(x[0], w, b)
+
+    def backward(s: Tensor, w: Any, x: Signal) -> Signal:
+        return ((s.unsqueeze(-1) * w if w.ndim == 1 else s @ w),)
+
+    return AffineMap(forward, backward, args["weight"], args.get("bias"))
+
+
+def matrix_product(args: Arguments, live: Live, run: Run) -> AffineMap:
+    """matmul, mm, bmm, addmm with one constant factor, on either side."""
+    names = ("mat1", "mat2") if "mat1" in args else tuple(args)[:2]
+    on_left = live[0] == names[0]
+
+    def forward(x: Signal, w: Any, b: Tensor | None) -> Tensor:
+        z = torch.matmul(x[0], w) if on_left else torch.matmul(w, x[0])
+        return z if b is None else z + b
+
+    bias = args["self"] * args["beta"] if "mat1" in args else None
+    weight = args[names[1] if on_left else names[0]]
+    return AffineMap(forward, None, weight * args.get("alpha", 1), bias)
+
+
+def batch_norm(args: Arguments, live: Live, run: Run) -> AffineMap:
+    """Eval-mode batch norm: a diagonal W = gamma / sqrt(var + eps) over dimension 1."""
+    x: Tensor = args["input"]
+    shape = (1, -1) + (1,) * (x.ndim - 2)
+    scale = torch.rsqrt(args["running_var"] + args["eps"])
+    if args["weight"] is not None:
+        scale = scale * args["weight"]
+    bias = -args["running_mean"] * scale
+    if args["bias"] is not None:
+        bias = bias + args["bias"]
+
+    def forward(x: Signal, w: Any, b: Tensor | None) -> Tensor:
+        z: Tensor = x[0] * w.reshape(shape)
+        return z if b is None else z + b.reshape(shape)
+
+    def backward(s: Tensor, w: Any, x: Signal) -> Signal:
+        return (s * w.reshape(shape),)
+
+    return AffineMap(forward, backward, scale, bias, shape)
+
+
+def _elementwise(weight: Any, bias: Any, x: Tensor) -> AffineMap:
+    """z = weight * x + bias, each a number or a constant tensor that may broadcast x up."""
+
+    def as_tensor(value: Any) -> Tensor | None:
+        return value if value is None or isinstance(value, Tensor) else x.new_tensor(value)
+
+    def forward(x: Signal, w: Any, b: Tensor | None) -> Tensor:
+        z = x[0] if w is None else x[0] * w
+        return z if b is None else z + b
+
+    def backward(s: Tensor, w: Any, x: Signal) -> Signal:
+        return ((s if w is None else s * w).sum_to_size(x[0].shape),)
+
+    return AffineMap(forward, backward, as_tensor(weight), as_tensor(bias))
+
+
+def scale(args: Arguments, live: Live, run: Run) -> AffineMap:
+    """mul by a constant on either side."""
+    constant = "other" if live[0] == "self" else "self"
+    return _elementwise(args[constant], None, args[live[0]])
+
+
+def divide(args: Arguments, live: Live, run: Run) -> AffineMap:
+    """div by a constant."""
+    return _elementwise(1 / args["other"], None, args["self"])
+
+
+def negate(args: Arguments, live: Live, run: Run) -> AffineMap:
+    """-x."""
+    return _elementwise(-1.0, None, args["self"])
+
+
+def shift(args: Arguments, live: Live, run: Run) -> AffineMap:
+    """add of a constant: self + alpha * other, one of them live."""
+    alpha = args.get("alpha", 1)
+    if live[0] == "self":
+        return _elementwise(None, args["other"] * alpha, args["self"])
+    return _elementwise(None if alpha == 1 else alpha, args["self"], args["other"])
+
+
+def subtract(args: Arguments, live: Live, run: Run) -> AffineMap:
+    """sub with a constant: self - alpha * other, one of them live."""
+    alpha = args.get("alpha", 1)
+    if live[0] == "self":
+        return _elementwise(None, -(args["other"] * alpha), args["self"])
+    return _elementwise(-alpha, args["self"], args["other"])
+
+
+def subtract_from(args: Arguments, live: Live, run: Run) -> AffineMap:
+    """rsub: other - alpha * self, with a constant ``other``."""
+    return _elementwise(-args.get("alpha", 1), args["other"], args["self"])
+
+
+def addition(sign: int) -> Builder:
+    """self + sign * alpha * other, both live and broadcast against each other."""
+
+    def build(args: Arguments, live: Live, run: Run) -> AffineMap:
+        alpha = sign * args.get("alpha", 1)
+
+        def forward(x: Signal, w: Any, b: Tensor | None) -> Tensor:
+            return torch.add(x[0], x[1], alpha=alpha)
+
+        def backward(s: Tensor, w: Any, x: Signal) -> Signal:
+            other = s if alpha == 1 else s * alpha
+            return s.sum_to_size(x[0].shape), other.sum_to_size(x[1].shape)
+
+        return AffineMap(forward, backward, coefficients_one=lambda x: x[0] + x[1])
+
+    return build
+
+
+def linear_op(args: Arguments, live: Live, run: Run) -> AffineMap:
+    """Any op that is linear in its live inputs and has no weights: pooling, mean, interpolation."""
+    return AffineMap(lambda x, weight, bias: run(*x))

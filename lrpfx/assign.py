@@ -1,0 +1,144 @@
+"""composite + graph -> plan: for each node a rule, and why this rule."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from lrpfx import ops
+from lrpfx.composites import First, RulesLike, Selector, describe, resolve
+from lrpfx.errors import RuleError, SelectorError
+from lrpfx.graph import Record
+from lrpfx.rules import Rule
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """The rule of one node, and the entry it comes from."""
+
+    record: Record
+    rule: Rule
+    why: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One assignment per live node, in execution order.
+
+    Args:
+        assignments: By node name.
+        rules: How ``rules=`` was read, for the report.
+    """
+
+    assignments: dict[str, Assignment]
+    rules: str
+
+
+def assign(records: Sequence[Record], rules: RulesLike, model: nn.Module) -> Plan:
+    """Give every record the rule of the first entry that matches it and fits it.
+
+    Args:
+        records: All live nodes.
+        rules: See ``lrpfx.explain``.
+        model: The model, for selectors that are module classes.
+
+    Raises:
+        SelectorError: An entry of the user's own matches nothing, or a name is unknown.
+        RuleError: A rule is laid on ops named outright that it does not fit.
+    """
+    layers, reading = resolve(rules, {r.kind for r in records})
+    chosen: dict[str, Assignment] = {}
+    for composite in layers:
+        for selector, rule in composite.entries:
+            matched = [r for r in records if _matches(selector, r, model)]
+            reasons = {r.name: rule.fits(r.op) for r in matched}
+            if composite.strict:
+                _check(selector, rule, matched, reasons, records, model)
+            for r in matched:
+                if not reasons[r.name] and r.name not in chosen:
+                    chosen[r.name] = Assignment(r, rule, f"{composite.name}: {_why(selector)}")
+    missing = [r for r in records if r.name not in chosen]
+    if missing:
+        raise RuleError(
+            f"{len(missing)} node(s) are left without a rule by {reading}.",
+            where=[str(r) for r in missing],
+            fix="add an entry for their kind.",
+        )
+    return Plan({r.name: chosen[r.name] for r in records}, reading)
+
+
+def _why(selector: Selector) -> str:
+    if selector == "*":
+        return "every op it fits"
+    if isinstance(selector, str):
+        if selector in ops.FAMILIES:
+            return f"family {selector}"
+        return f"kind {selector}" if selector in ops.kinds() else f"path {selector!r}"
+    if isinstance(selector, First):
+        return str(selector)
+    if isinstance(selector, type):
+        return f"class {selector.__name__}"
+    return f"predicate {describe(selector)}"
+
+
+def _matches(selector: Selector, r: Record, model: nn.Module) -> bool:
+    if isinstance(selector, str):
+        if selector == "*":
+            return True
+        if selector in ops.FAMILIES:
+            return r.family == selector
+        if selector in ops.kinds():
+            return r.kind == selector
+        return any(fnmatch.fnmatchcase(c.path, selector) for c in r.modules)
+    if isinstance(selector, type):
+        return any(isinstance(model.get_submodule(c.path), selector) for c in r.modules)
+    return bool(selector(r))
+
+
+def _names_outright(selector: Selector) -> bool:
+    """Kinds and predicates name single ops; paths, classes, families and "*" name regions."""
+    if isinstance(selector, str):
+        return selector in ops.kinds() and selector not in ops.FAMILIES
+    return not isinstance(selector, type)
+
+
+def _check(
+    selector: Selector,
+    rule: Rule,
+    matched: Sequence[Record],
+    reasons: dict[str, str],
+    records: Sequence[Record],
+    model: nn.Module,
+) -> None:
+    """Raise for an entry of the user's own that matches nothing or names what it does not fit."""
+    if not matched:
+        raise SelectorError(
+            f"selector {describe(selector)} matches nothing in this model.",
+            fix=_near_misses(selector, records),
+        )
+    misfits = [r for r in matched if reasons[r.name]]
+    if misfits and (_names_outright(selector) or len(misfits) == len(matched)):
+        raise RuleError(
+            f"{rule} does not fit what {describe(selector)} names.",
+            where=[f"{r}: {reasons[r.name]}" for r in misfits[:5]],
+            fix="choose another rule for these ops, or a selector that leaves them out.",
+        )
+
+
+def _near_misses(selector: Selector, records: Sequence[Record]) -> str:
+    kinds = sorted({r.kind for r in records} | {r.family for r in records})
+    paths = sorted({c.path for r in records for c in r.modules})
+    folded = {c.path: r for r in records for c in r.folded}
+    if isinstance(selector, str):
+        for path, r in folded.items():
+            if fnmatch.fnmatchcase(path, selector):
+                return f"{path} was folded into {r.module}; select {r.module!r}."
+        near = difflib.get_close_matches(selector, [*kinds, *paths], n=5, cutoff=0.5)
+        if near:
+            return f"did you mean {', '.join(map(repr, near))}?"
+    shown = ", ".join(paths[:12]) + (", ..." if len(paths) > 12 else "")
+    return f"kinds here: {', '.join(kinds)}; module paths: {shown}"

@@ -1,0 +1,402 @@
+"""nn.Module -> fx graph of ATen ops, by torch.export; the user's model is left as it was."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import logging
+import random
+import threading
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from lrpfx.errors import CaptureError, InputError
+
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
+
+#: torch.export is not re-entrant: two threads tracing at once corrupt each other's graphs.
+_LOCK = threading.Lock()
+_TORCH = str(Path(torch.__file__).parent)
+
+
+@dataclasses.dataclass(frozen=True)
+class Signature:
+    """What the graph was captured for: the inputs' structure and each leaf's form.
+
+    Args:
+        spec: Tree structure of ``(args, kwargs)``.
+        leaves: Per leaf: for tensors (shape with None for the batch, dtype, device), else the
+            value itself, which is a constant of the graph.
+        paths: Per leaf, the name that messages use: "x", "inputs[1]", "inputs['mask']".
+        batch: Batch size, if the graph holds for that size only; None if for any.
+    """
+
+    spec: pytree.TreeSpec
+    leaves: tuple[Any, ...]
+    paths: tuple[str, ...]
+    batch: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorForm:
+    """Shape (None where the batch stands), dtype and device of an input tensor."""
+
+    shape: tuple[int | None, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def __str__(self) -> str:
+        dims = ", ".join("N" if size is None else str(size) for size in self.shape)
+        return f"{str(self.dtype).removeprefix('torch.')}[{dims}] on {self.device}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Captured:
+    """A model as a graph.
+
+    Args:
+        program: The graph, one node per ATen call.
+        model: The model it was captured from.
+        signature: What inputs it takes.
+        explained: For each flat input, whether it is explained (a floating tensor).
+        output_type: The dataclass the model returns and the graph has as a dict, if any.
+        why_static: Why the batch size is fixed, "" if it is not.
+    """
+
+    program: ExportedProgram
+    model: nn.Module
+    signature: Signature
+    explained: tuple[bool, ...]
+    output_type: type[Any] | None = None
+    why_static: str = ""
+
+    @property
+    def prefix(self) -> str:
+        """What stands before every module path in the graph."""
+        return "model." if self.output_type is not None else ""
+
+    def rebuild(self, output: Any) -> Any:
+        """The model's own output from the graph's."""
+        return output if self.output_type is None else self.output_type(**output)
+
+
+def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments from what the user gave as ``inputs``."""
+    if isinstance(inputs, Tensor):
+        return (inputs,), {}
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, (tuple, list)):
+        return tuple(inputs), {}
+    raise InputError(
+        f"inputs must be a tensor, a tuple or a dict, not {type(inputs).__name__}.",
+        fix="give model(x) as x, model(x, y) as (x, y), model(a=x) as {'a': x}.",
+    )
+
+
+def flatten_inputs(inputs: Inputs) -> tuple[list[Any], pytree.TreeSpec, tuple[str, ...]]:
+    """Leaves of ``inputs``, their tree, and a name for each leaf."""
+    args, kwargs = split_inputs(inputs)
+    keyed, spec = pytree.tree_flatten_with_path((args, kwargs))
+    # The first two keys of a path say "args or kwargs" and which; users know them as inputs[...].
+    paths = tuple("inputs" + pytree.keystr(path[1:]) for path, _ in keyed)
+    if isinstance(inputs, Tensor):
+        paths = ("the input",)
+    return [leaf for _, leaf in keyed], spec, paths
+
+
+def is_explained(leaf: Any) -> bool:
+    """Floating tensors are explained; everything else is a constant."""
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def capture(model: nn.Module, inputs: Inputs) -> Captured:
+    """Capture ``model`` as a graph that computes what ``model(inputs)`` computes.
+
+    Args:
+        model: Any module that torch.export can trace; it is not modified.
+        inputs: Example inputs; tensors of the batch's leading size get a dynamic batch dimension.
+
+    Returns:
+        The captured graph; its outputs have been compared with the model's own.
+
+    Raises:
+        CaptureError: The model cannot be traced, or its graph computes something else.
+        InputError: No input can be explained, or the model itself fails on the inputs.
+    """
+    _refuse_untraceable(model)
+    leaves, spec, paths = flatten_inputs(inputs)
+    if not any(is_explained(leaf) for leaf in leaves):
+        raise InputError(
+            "there is nothing to explain: no input is a floating tensor.",
+            where=[
+                f"{path}: {_form(leaf, None)}" for path, leaf in zip(paths, leaves, strict=True)
+            ],
+            fix="give at least one floating tensor.",
+        )
+    detached = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    batch = next((leaf.shape[0] for leaf in detached if is_explained(leaf) and leaf.ndim > 0), None)
+    with _LOCK, preserved(model):
+        output = _run_model(model, detached, spec)
+        traced = _AsDict(model, type(output)) if _is_plain_dataclass(output) else None
+        program, why_static = _export(traced or model, detached, spec, batch)
+    dynamic = batch is not None and not why_static
+    forms = tuple(_form(leaf, batch if dynamic else None) for leaf in detached)
+    return Captured(
+        program=program,
+        model=model,
+        signature=Signature(spec, forms, paths, None if dynamic else batch),
+        explained=tuple(is_explained(leaf) for leaf in leaves),
+        output_type=type(output) if traced else None,
+        why_static=why_static,
+    )
+
+
+def check_faithful(captured: Captured, module: fx.GraphModule, inputs: Inputs) -> None:
+    """Raise CaptureError unless ``module`` computes what the model computes on ``inputs``.
+
+    Python state and random numbers are baked in at capture; this is where they come to light.
+    """
+    leaves, spec, _ = flatten_inputs(inputs)
+    detached = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    model = captured.model
+    with _LOCK, preserved(model), torch.no_grad():
+        expected = _tensors(_run_model(model, detached, spec))
+        args, kwargs = pytree.tree_unflatten(detached, spec)
+        got = _tensors(captured.rebuild(module(*args, **kwargs)))
+    worst = max(
+        (_difference(e, g) for e, g in zip(expected, got, strict=True)),
+        default=0.0,
+    )
+    if len(expected) != len(got) or not worst <= 1.0:
+        raise CaptureError(
+            "the captured graph does not compute what the model computes "
+            f"(difference {worst:.1e} times the tolerance).",
+            where=[f"{type(model).__name__}, outputs of the same inputs"],
+            fix="look for random numbers, counters or other Python state in forward(); "
+            "they were baked in when the model was traced.",
+        )
+
+
+def _difference(expected: Tensor, got: Tensor) -> float:
+    """Largest difference in units of the dtype's tolerance; NaN and infinity must coincide."""
+    if expected.shape != got.shape or expected.dtype != got.dtype:
+        return float("inf")
+    if not expected.is_floating_point():
+        return 0.0 if torch.equal(expected, got) else float("inf")
+    # Folding batch norm reorders sums, which costs a few digits; a wrong graph costs all of them.
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(expected.dtype, 5e-2)
+    expected, got = expected.double(), got.double()
+    if not torch.equal(expected.isfinite(), got.isfinite()):
+        return float("inf")
+    expected, got = expected.nan_to_num(), got.nan_to_num()
+    scale = max(expected.abs().max().item() if expected.numel() else 0.0, 1e-12)
+    return (expected - got).abs().max().item() / scale / tolerance if expected.numel() else 0.0
+
+
+class _AsDict(nn.Module):
+    """The model with its dataclass output as a dict, which torch.export can flatten."""
+
+    def __init__(self, model: nn.Module, output_type: type[Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.names = [f.name for f in dataclasses.fields(output_type)]
+        self.train(model.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        out = self.model(*args, **kwargs)
+        return {name: getattr(out, name) for name in self.names}
+
+
+def _is_plain_dataclass(output: Any) -> bool:
+    """A dataclass that no library has registered as a pytree."""
+    return dataclasses.is_dataclass(output) and pytree.tree_structure(output).is_leaf()
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    if _is_plain_dataclass(output):
+        output = [getattr(output, f.name) for f in dataclasses.fields(output)]
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _form(leaf: Any, batch: int | None) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    shape: tuple[int | None, ...] = tuple(leaf.shape)
+    if batch is not None and shape and shape[0] == batch:
+        shape = (None, *shape[1:])
+    return TensorForm(shape, leaf.dtype, leaf.device)
+
+
+def _run_model(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> Any:
+    args, kwargs = pytree.tree_unflatten(list(leaves), spec)
+    try:
+        with torch.no_grad():
+            return model(*args, **kwargs)
+    except Exception as error:
+        raise InputError(
+            f"the model itself fails on these inputs: {type(error).__name__}: {_first_line(error)}",
+            where=_user_frames(error)
+            + [f"inputs: {', '.join(str(_form(leaf, None)) for leaf in leaves)}"],
+            fix="check that model(...) runs on them: shapes, dtypes and devices.",
+        ) from error
+
+
+def _refuse_untraceable(model: nn.Module) -> None:
+    """Raise CaptureError for modules that hide their computation from every tracer."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
+    bad = {
+        f"{name or '(the model)'} ({type(module).__name__})": module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.jit.ScriptModule) or ".quantized." in type(module).__module__
+    }
+    if bad:
+        raise CaptureError(
+            "scripted and quantised modules cannot be captured.",
+            where=list(bad),
+            fix="explain the model as it was before torch.jit.script or quantisation.",
+        )
+
+
+def _export(
+    model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec, batch: int | None
+) -> tuple[ExportedProgram, str]:
+    """The exported model, and why its batch size is fixed ("" if it is not)."""
+    why = "no explained input has a batch dimension"
+    for batched in _batchings(leaves, batch):
+        if not batched:
+            break
+        try:
+            return _export_once(model, _widened(leaves, batched), spec, batched), ""
+        except Exception as error:  # whatever the tracer raises: the next attempt may do
+            why = _first_line(error)
+    try:
+        return _export_once(model, list(leaves), spec, set()), why
+    except Exception as error:
+        raise _capture_error(model, error) from error
+
+
+def _batchings(leaves: Sequence[Any], batch: int | None) -> list[set[int]]:
+    """Which leaves to give a dynamic batch dimension, most likely first."""
+    if batch is None:
+        return []
+    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.ndim]
+    matching = {i for i in tensors if leaves[i].shape[0] == batch}
+    explained = {i for i in matching if is_explained(leaves[i])}
+    return [matching] if matching == explained else [matching, explained]
+
+
+def _widened(leaves: Sequence[Any], batched: set[int]) -> list[Any]:
+    """Two samples at least: torch.export specialises a batch of one without a word."""
+    return [
+        torch.cat([leaf, leaf]) if i in batched and leaf.shape[0] == 1 else leaf
+        for i, leaf in enumerate(leaves)
+    ]
+
+
+def _export_once(
+    model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec, batched: set[int]
+) -> ExportedProgram:
+    args, kwargs = pytree.tree_unflatten(list(leaves), spec)
+    dynamic = None
+    if batched:
+        dims = [{0: torch.export.Dim.DYNAMIC} if i in batched else None for i in range(len(leaves))]
+        shapes_args, shapes_kwargs = pytree.tree_unflatten(dims, spec)
+        # torch.export wants the shapes by parameter of forward(), *args and **kwargs gathered.
+        bound = inspect.signature(model.forward).bind(*shapes_args, **shapes_kwargs)
+        dynamic = dict(bound.arguments)
+    with _quiet():
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
+    return program
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the tracer's log: what goes wrong comes back as one error of ours."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
+    text = str(error)
+    if "data-dependent" in text or "DataDependent" in type(error).__name__:
+        what = "forward() branches on values of tensors, and a graph holds one branch only."
+        fix = (
+            "move the branch out of forward(), or write it with torch.where; "
+            "or explain a wrapper module around the part that has none."
+        )
+    else:
+        what = f"torch.export cannot trace the model: {_first_line(error)}"
+        fix = "rewrite that line with torch ops, or explain a wrapper module around the rest."
+    return CaptureError(what, where=_user_frames(error) or [type(model).__name__], fix=fix)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _user_frames(error: BaseException) -> list[str]:
+    """The innermost line of the user's code that the error passed through."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((_TORCH, str(Path(__file__).parent), "<"))
+    ]
+    return [f"{frames[-1].filename}:{frames[-1].lineno}   {frames[-1].line}"] if frames else []
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Leave the model, its buffers and the random states as they were, whatever happens inside.
+
+    Running or tracing a model can fill Python-side caches (with fake tensors), count calls, or
+    update buffers.
+    """
+    modules = list(model.modules())
+    attributes = [dict(module.__dict__) for module in modules]
+    containers = [
+        (value, copy.copy(value))
+        for module in modules
+        for value in module.__dict__.values()
+        if type(value) in (dict, list, set)
+    ]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        for module, before in zip(modules, attributes, strict=True):
+            module.__dict__.clear()
+            module.__dict__.update(before)
+        for value, before in containers:
+            if isinstance(value, list):
+                value[:] = before
+            else:
+                value.clear()
+                value.update(before)
+        with torch.no_grad():
+            for buffer, saved in buffers:
+                if not torch.equal(buffer, saved):
+                    buffer.copy_(saved)
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)

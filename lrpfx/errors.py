@@ -1,0 +1,69 @@
+"""One tree of errors; every message says what happened, where, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = [
+    "CaptureError",
+    "InputError",
+    "LrpError",
+    "NonFiniteError",
+    "RuleError",
+    "SelectorError",
+    "TargetError",
+    "TrainingModeError",
+    "UnsupportedOpError",
+]
+
+
+class LrpError(Exception):
+    """Base of every error that lrpfx raises on purpose.
+
+    Args:
+        what: One sentence that says what happened.
+        where: Places it happened at, most useful first (module path, op, shape, source line).
+        fix: What the caller can do about it.
+    """
+
+    def __init__(self, what: str, *, where: Sequence[str] = (), fix: str = "") -> None:
+        self.what = what
+        self.where = tuple(where)
+        self.fix = fix
+        lines = [what]
+        lines += [f"  where: {place}" for place in self.where]
+        if fix:
+            lines.append(f"  fix:   {fix}")
+        super().__init__("\n".join(lines))
+
+
+class CaptureError(LrpError):
+    """The model could not be captured as a graph, or the graph does not compute what it does."""
+
+
+class TrainingModeError(CaptureError):
+    """The model is in training mode and holds layers that are random or mix the batch."""
+
+
+class UnsupportedOpError(LrpError):
+    """Operations that depend on the explained input have no relevance rule."""
+
+
+class InputError(LrpError, ValueError):
+    """An input has the wrong structure, shape, dtype, device or values."""
+
+
+class TargetError(LrpError, ValueError):
+    """The target does not fit the model's output."""
+
+
+class RuleError(LrpError, ValueError):
+    """A rule has illegal parameters, or is laid on an operation that it does not fit."""
+
+
+class SelectorError(LrpError, ValueError):
+    """A selector, composite name or layer path names nothing in this model."""
+
+
+class NonFiniteError(LrpError, ValueError):
+    """NaN or infinity in an input, an activation or the relevance."""

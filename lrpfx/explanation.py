@@ -1,0 +1,210 @@
+"""What an explanation returns: plain tensors, a report, a picture, and a way to store them."""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lrpfx.errors import InputError
+from lrpfx.report import Report, Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class LayerRelevance(NamedTuple):
+    """Relevance and activation at the output of one call of a module, shaped alike."""
+
+    relevance: Tensor
+    activation: Tensor
+
+
+class LayerCalls(tuple[LayerRelevance, ...]):
+    """One ``LayerRelevance`` per call of a module; a module called once can be read directly."""
+
+    @property
+    def relevance(self) -> Tensor:
+        """Relevance at the output of the only call."""
+        return self._only().relevance
+
+    @property
+    def activation(self) -> Tensor:
+        """Activation at the output of the only call."""
+        return self._only().activation
+
+    def _only(self) -> LayerRelevance:
+        if len(self) != 1:
+            raise ValueError(
+                f"this module is called {len(self)} times; pick a call by its number, "
+                "such as layers[path][0].relevance"
+            )
+        return self[0]
+
+
+@dataclass(frozen=True, repr=False)
+class Explanation:
+    """The relevance of a model's inputs for its output.
+
+    Args:
+        relevance: Structured like the inputs: a tensor shaped like each explained input, None
+            for what is not explained. Per sample it sums to the seed, less ``absorbed``.
+        output: What the model returned.
+        target: The explained class per sample, shape (N,), None where the target is no class.
+        seed: Relevance of the output that the backward pass started from.
+        absorbed: Relevance that did not reach the inputs, per sample, shape (N,).
+        layers: Per requested module path, relevance and activation of its calls.
+        report: Which rule each node got and why, and what became of the relevance.
+        inputs: What was explained, for the picture.
+    """
+
+    relevance: Any
+    output: Any
+    target: Tensor | None
+    seed: Tensor
+    absorbed: Tensor
+    report: Report
+    layers: Mapping[str, LayerCalls] = field(default_factory=dict)
+    inputs: Any = None
+
+    def plot(self, path: str | os.PathLike[str] | None = None, **options: Any) -> Figure:
+        """Draw the relevance beside the input: red positive, blue negative, symmetric scale.
+
+        Args:
+            path: Where to write the picture, if anywhere; the ending names the format.
+            **options: Passed to ``lrpfx.heatmap.heatmap``.
+
+        Raises:
+            ValueError: The explained input has no shape that can be drawn.
+        """
+        from lrpfx.heatmap import heatmap
+
+        maps = pytree.tree_leaves(self.relevance)
+        drawn = [(m, i) for m, i in zip(maps, self._explained_inputs(), strict=True) if m.ndim > 1]
+        if len(drawn) != 1:
+            raise ValueError(
+                f"plot() draws one explained input, and this explanation has {len(drawn)}; "
+                "draw each with lrpfx.heatmap.heatmap(relevance, images=input)"
+            )
+        relevance, image = drawn[0]
+        options.setdefault("titles", self._titles(len(relevance)))
+        return heatmap(relevance.detach(), images=image.detach(), path=path, **options)
+
+    def _explained_inputs(self) -> list[Tensor]:
+        return [
+            leaf
+            for leaf in pytree.tree_leaves(self.inputs)
+            if isinstance(leaf, Tensor) and leaf.is_floating_point()
+        ]
+
+    def _titles(self, n: int) -> list[str] | None:
+        started = self.seed.detach()
+        if started.ndim == 0 or len(started) != n:
+            return None
+        sums = started.reshape(n, -1).sum(1).tolist()
+        if self.target is None:
+            return [f"{value:.3g}" for value in sums]
+        return [f"class {c}: {v:.3g}" for c, v in zip(self.target.tolist(), sums, strict=True)]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write tensors and report to one ``.npz`` file that holds no code.
+
+        ``output`` and ``inputs`` are stored as their tensors only, nested structures as lists.
+        """
+        arrays: dict[str, Any] = {}
+
+        def store(name: str, value: Any) -> Any:
+            if isinstance(value, Tensor):
+                # npz has no bfloat16; float32 holds each of its values exactly.
+                plain = value.detach().cpu()
+                arrays[name] = (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy()
+                return {"tensor": name, "dtype": str(value.dtype).removeprefix("torch.")}
+            if isinstance(value, Mapping):
+                return {"dict": [[str(k), store(f"{name}.{k}", v)] for k, v in value.items()]}
+            if isinstance(value, (tuple, list)):
+                kind = "list" if isinstance(value, list) else "tuple"
+                return {kind: [store(f"{name}.{i}", v) for i, v in enumerate(value)]}
+            return {"value": value if isinstance(value, (int, float, str, bool)) else None}
+
+        tree = {
+            name: store(name, getattr(self, name))
+            for name in ("relevance", "output", "target", "seed", "absorbed", "inputs")
+        }
+        tree["layers"] = store("layers", {p: [list(c) for c in v] for p, v in self.layers.items()})
+        arrays["__tree__"] = np.array(json.dumps({"tree": tree, "report": self.report.to_dict()}))
+        with open(path, "wb") as file:
+            np.savez_compressed(file, **arrays)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Explanation:
+        """Read what ``save`` wrote.
+
+        Raises:
+            InputError: The file was not written by ``save``.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                stored = json.loads(str(file["__tree__"]))
+                arrays = {name: file[name] for name in file.files}
+        except (ValueError, KeyError, OSError) as error:
+            raise InputError(
+                f"{os.fspath(path)} holds no explanation: {error}",
+                fix="give a file written by Explanation.save().",
+            ) from error
+
+        def restore(node: dict[str, Any]) -> Any:
+            if "tensor" in node:
+                tensor = torch.from_numpy(np.asarray(arrays[node["tensor"]]))
+                return tensor.to(getattr(torch, node["dtype"]))
+            if "dict" in node:
+                return {k: restore(v) for k, v in node["dict"]}
+            if "list" in node:
+                return [restore(v) for v in node["list"]]
+            if "tuple" in node:
+                return tuple(restore(v) for v in node["tuple"])
+            return node["value"]
+
+        values = {name: restore(node) for name, node in stored["tree"].items()}
+        values["layers"] = {
+            path: LayerCalls(LayerRelevance(*call) for call in calls)
+            for path, calls in values["layers"].items()
+        }
+        return cls(**values, report=_report_from(stored["report"]))
+
+    def __repr__(self) -> str:
+        leaves = [t for t in pytree.tree_leaves(self.relevance) if isinstance(t, Tensor)]
+        shapes = ", ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in leaves)
+        report = self.report
+        return (
+            f"Explanation(relevance {shapes}; target: {report.target}; rules: {report.rules}; "
+            f"started {report.started:.6g}, reached the inputs {report.reached:.6g}, "
+            f"absorbed {sum(report.absorbed.values()):.6g})"
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(repr(self))}</p>{self.report._repr_html_()}"
+
+
+def _report_from(stored: dict[str, Any]) -> Report:
+    ledger = stored["ledger"] or {}
+    rows = tuple(
+        Row(**{**row, "shape": tuple(row["shape"]), "folded": tuple(row["folded"])})
+        for row in stored["rows"]
+    )
+    return Report(
+        rows=rows,
+        rules=stored["rules"],
+        constant_nodes=stored["coverage"]["constant_nodes"],
+        notes=tuple(stored["notes"]),
+        target=stored["target"],
+        started=ledger.get("started"),
+        reached=ledger.get("reached"),
+    )

@@ -1,0 +1,342 @@
+"""What lrpfx knows of each node: one typed record under one meta key."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lrpfx import ops
+from lrpfx.errors import UnsupportedOpError
+from lrpfx.ops import Op, Site, Slot
+
+KEY = "lrpfx"
+_TORCH_CODE = (str(Path(torch.__file__).parent), "torch/")
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)')
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """One call of a module: its dotted path ("" is the model) and which call of it this is."""
+
+    path: str
+    call: int = 0
+
+
+@dataclass(frozen=True)
+class Record:
+    """A node that depends on the explained input, as selectors, reports and rules see it.
+
+    Args:
+        name: The node's name in the graph, unique.
+        target: The ATen overload.
+        op: Its row in the op table.
+        modules: The calls it was made in, outermost first.
+        folded: Module calls that were folded into this node (batch norm).
+        source: "file:line   code" of the innermost line outside torch, "" if unknown.
+        shape: Shape of the output, "N" for the batch; the first output's for several.
+        dtype: Of the output.
+        first: Whether the input reaches this node through no other conv or linear.
+        nonneg: Whether the output is proven non-negative.
+        site: How to run the op again.
+    """
+
+    name: str
+    target: Any
+    op: Op
+    modules: tuple[ModuleCall, ...]
+    folded: tuple[ModuleCall, ...]
+    source: str
+    shape: tuple[int | str, ...]
+    dtype: torch.dtype
+    first: bool
+    nonneg: bool
+    site: Site
+
+    @property
+    def kind(self) -> str:
+        """The op's kind, such as "conv"."""
+        return self.op.kind
+
+    @property
+    def family(self) -> str:
+        """The op's family, such as "affine"."""
+        return self.op.family
+
+    @property
+    def op_name(self) -> str:
+        """Such as "conv2d"."""
+        return op_name(self.target)
+
+    @property
+    def module(self) -> str:
+        """Dotted path of the innermost module the node belongs to, "" for the model itself."""
+        return self.modules[-1].path if self.modules else ""
+
+    def __str__(self) -> str:
+        """Path, op and shape, as error messages name a node."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        dims = ", ".join(str(size) for size in self.shape)
+        return f"{self.module or '(the model)'}: {self.op_name}, {dtype}[{dims}]"
+
+
+def op_name(target: Any) -> str:
+    """Name of an op without namespace and overload."""
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.split("::")[-1]
+    return getattr(target, "__name__", str(target))
+
+
+def record(node: fx.Node) -> Record | None:
+    """The node's record, None for nodes that are constant with respect to the input."""
+    return node.meta.get(KEY)
+
+
+def live_records(graph: fx.Graph) -> Iterator[Record]:
+    """Records in execution order."""
+    return (r for node in graph.nodes if (r := record(node)) is not None)
+
+
+def output_leaves(graph: fx.Graph) -> list[Any]:
+    """What the graph returns, flat: nodes and constants."""
+    (leaves,) = next(iter(reversed(graph.nodes))).args
+    assert isinstance(leaves, (tuple, list))
+    return list(leaves)
+
+
+def reachable(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that some output depends on, placeholders included."""
+    reached: set[fx.Node] = set()
+    stack = nodes_in(output_leaves(graph))
+    while stack:
+        node = stack.pop()
+        if node not in reached:
+            reached.add(node)
+            stack.extend(node.all_input_nodes)
+    return reached
+
+
+def is_floating(value: Any) -> bool:
+    """Whether a node's value carries relevance: floating tensors and tuples that hold some."""
+    if isinstance(value, Tensor):
+        return value.is_floating_point()
+    return isinstance(value, (tuple, list)) and any(is_floating(v) for v in value)
+
+
+def bound_arguments(node: fx.Node) -> dict[str, Any]:
+    """A call's arguments by schema name, defaults included."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    values = {a.name: a.default_value for a in schema if a.has_default_value()}
+    values.update({a.name: v for a, v in zip(schema, node.args, strict=False)})
+    values.update(node.kwargs)
+    return {a.name: values[a.name] for a in schema}
+
+
+def nodes_in(argument: Any) -> list[fx.Node]:
+    """All nodes in an argument, in order and with repetitions."""
+    found: list[fx.Node] = []
+
+    def collect(node: fx.Node) -> fx.Node:
+        found.append(node)
+        return node
+
+    fx.node.map_arg(argument, collect)
+    return found
+
+
+def annotate(graph: fx.Graph, explained: Mapping[str, bool], prefix: str) -> set[fx.Node]:
+    """Give every live node its record; return all nodes that carry relevance.
+
+    Besides the recorded nodes these are the explained placeholders and the getitem nodes that
+    pick one of several outputs.
+
+    Args:
+        graph: A canonized graph.
+        explained: For each placeholder's name, whether it is explained.
+        prefix: What to strip from module paths.
+
+    Raises:
+        UnsupportedOpError: Listing all live nodes that the op table does not know.
+    """
+    live: set[fx.Node] = set()
+    nonneg: set[fx.Node] = set()
+    mixed: set[fx.Node] = set()  # what some conv or linear layer stands before
+    unknown: list[str] = []
+    used = reachable(graph)
+    for node in graph.nodes:
+        node.meta.pop(KEY, None)
+        if node not in used:
+            continue
+        if node.op == "placeholder" and explained.get(node.name, False):
+            live.add(node)
+        if node.op != "call_function":
+            continue
+        sources = [n for n in node.all_input_nodes if n in live]
+        if not sources or not is_floating(node.meta.get("val")):
+            continue
+        before = any(n in mixed for n in sources)
+        if _is_getitem(node):
+            live.add(node)
+            for mark in (nonneg, mixed):
+                if sources[0] in mark:
+                    mark.add(node)
+            continue
+        arguments, names = _live_arguments(node, live)
+        op = ops.find(node.target, frozenset(names))
+        if op is None:
+            unknown.append(_describe_unknown(node, names, prefix))
+            live.add(node)
+            continue
+        if op.family == "constant":
+            continue
+        inputs_nonneg = _all_nonneg(node, nonneg)
+        site = _site(op, node, arguments, live, names, nonneg)
+        is_nonneg = op.nonneg(arguments, inputs_nonneg)
+        node.meta[KEY] = Record(
+            name=node.name,
+            target=node.target,
+            op=op,
+            modules=module_calls(node, prefix),
+            folded=tuple(
+                ModuleCall(c.path.removeprefix(prefix), c.call)
+                for c in node.meta.get("folded_calls", ())
+            ),
+            source=source_line(node),
+            shape=_shape(node.meta["val"]),
+            dtype=_first_tensor(node.meta["val"]).dtype,
+            first=not before,
+            nonneg=is_nonneg,
+            site=site,
+        )
+        live.add(node)
+        if is_nonneg:
+            nonneg.add(node)
+        if before or op.kind in ("conv", "linear"):
+            mixed.add(node)
+    if unknown:
+        raise UnsupportedOpError(
+            f"{len(unknown)} operation(s) that depend on the explained input have no relevance "
+            "rule.",
+            where=unknown,
+            fix="lrpfx.register_op(torch.ops.aten..., kind, family) tells lrpfx what such an op "
+            "is; or explain a wrapper module that leaves it out.",
+        )
+    return live
+
+
+def _is_getitem(node: fx.Node) -> bool:
+    return getattr(node.target, "__name__", "") == "getitem"
+
+
+def _live_arguments(node: fx.Node, live: set[fx.Node]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return {}, ()
+    arguments = bound_arguments(node)
+    names = tuple(
+        name for name, value in arguments.items() if any(n in live for n in nodes_in(value))
+    )
+    return arguments, names
+
+
+def _all_nonneg(node: fx.Node, nonneg: set[fx.Node]) -> bool:
+    floating = [n for n in node.all_input_nodes if is_floating(n.meta.get("val"))]
+    return all(n in nonneg for n in floating)
+
+
+def _site(
+    op: Op,
+    node: fx.Node,
+    arguments: dict[str, Any],
+    live: set[fx.Node],
+    names: tuple[str, ...],
+    nonneg: set[fx.Node],
+) -> Site:
+    """The op with every node among its arguments replaced by a slot, as ``slot_nodes`` lists."""
+    slots: list[fx.Node] = []
+
+    def take(n: fx.Node) -> Any:
+        slots.append(n)
+        return Slot(len(slots) - 1)
+
+    template = fx.node.map_arg(arguments, take)
+    live_slots = tuple(i for i, n in enumerate(slots) if n in live)
+    return Site(
+        op=op,
+        target=node.target,
+        arguments=template,
+        live=live_slots,
+        live_names=names,
+        nonneg=all(slots[i] in nonneg for i in live_slots),
+        several_outputs=not isinstance(node.meta["val"], Tensor),
+    )
+
+
+def slot_nodes(node: fx.Node) -> list[fx.Node]:
+    """The nodes that fill the slots of the node's Site, in order."""
+    return nodes_in(bound_arguments(node))
+
+
+def module_calls(node: fx.Node, prefix: str = "") -> tuple[ModuleCall, ...]:
+    """The module calls a node was made in, outermost first, without the model itself."""
+    calls = []
+    for key, (path, _) in (node.meta.get("nn_module_stack") or {}).items():
+        times = re.search(r"@(\d+)$", str(key))
+        path = (str(path) + ".").removeprefix(prefix).removesuffix(".")
+        if path:
+            calls.append(ModuleCall(path, int(times.group(1)) if times else 0))
+    return tuple(calls)
+
+
+def source_line(node: fx.Node) -> str:
+    """The innermost line outside torch that made the node."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    own = [f for f in frames if not f[0].startswith(_TORCH_CODE)]
+    if not own:
+        return ""
+    file, line, code = own[-1]
+    return f"{file}:{line}   {code.strip()}"
+
+
+def _describe_unknown(node: fx.Node, names: tuple[str, ...], prefix: str) -> str:
+    calls = module_calls(node, prefix)
+    shape = ", ".join(str(size) for size in _shape(node.meta.get("val")))
+    which = f" with live {' and '.join(names)}" if len(names) > 1 else ""
+    source = source_line(node)
+    return f"{node.target}{which} at {calls[-1].path if calls else '(the model)'}, [{shape}]" + (
+        f"\n         source: {source}" if source else ""
+    )
+
+
+def _first_tensor(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    return next(_first_tensor(v) for v in value if is_floating(v))
+
+
+def _shape(value: Any) -> tuple[int | str, ...]:
+    if not is_floating(value):
+        return ()
+    sizes = _first_tensor(value).shape
+    return tuple(size if isinstance(size, int) else _symbol(size) for size in sizes)
+
+
+def _symbol(size: torch.SymInt) -> str:
+    """The batch as "N", and what is folded into it as "4*N"."""
+    return re.sub(r"s\d+", "N", str(size))
+
+
+def verify(graph: fx.Graph) -> None:
+    """Check what every pass must keep: a sound graph whose call nodes all know their value.
+
+    Raises:
+        RuntimeError: From ``graph.lint``, or for a node without a value.
+    """
+    graph.lint()
+    for node in graph.nodes:
+        if node.op == "call_function" and "val" not in node.meta:
+            raise RuntimeError(f"node {node.name} ({node.target}) has lost its value")

@@ -1,0 +1,287 @@
+"""plan -> GraphModule: beside each live node its twin, through the one autograd.Function.
+
+The clean activations flow through the original nodes. A twin's forward returns a phantom, a tensor
+of the activation's shape without memory of its own that is never read; its backward applies the
+node's rule to the relevance that arrives, using the clean activations saved as inputs. So
+relevance is the ordinary gradient of the phantom stream, and its own derivatives are exact: they
+run through the clean stream, which carries the true gradient.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lrpfx.assign import Assignment
+from lrpfx.graph import is_floating, output_leaves, record, slot_nodes
+from lrpfx.ledger import Ledger
+from lrpfx.ops import Call, Site
+from lrpfx.rules import Gradient, Rule
+
+
+class _Relevance(torch.autograd.Function):
+    """Forward: phantoms shaped like the clean output. Backward: the rule.
+
+    Everything that backward reads is an input of the Function. Saving its own output, or a value
+    computed inside forward, would cut off the relevance's own derivatives without a word.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, twin: Twin, ledger: Ledger | None, clean: Any, *rest: Any) -> Any:
+        phantoms, values = rest[: twin.arity], rest[twin.arity :]
+        ctx.twin, ctx.ledger = twin, ledger
+        ctx.forms = [(p.shape, p.dtype, p.device) for p in phantoms]
+        ctx.is_tensor = [isinstance(v, Tensor) for v in values]
+        ctx.statics = [None if isinstance(v, Tensor) else v for v in values]
+        tensors = [v for v in values if isinstance(v, Tensor)]
+        ctx.save_for_backward(clean if twin.reads_output else None, *tensors)
+        if isinstance(clean, Tensor):
+            return clean.clone() if twin.rule is None else phantom(clean)
+        return tuple(phantom(t) if is_floating(t) else None for t in clean)
+
+    @staticmethod
+    def backward(ctx: Any, *relevance: Any) -> Any:
+        z, *tensors = ctx.saved_tensors
+        saved = iter(tensors)
+        values = tuple(
+            next(saved) if is_tensor else static
+            for is_tensor, static in zip(ctx.is_tensor, ctx.statics, strict=True)
+        )
+        R = tuple(r for r in relevance if r is not None)
+        passed = ctx.twin.propagate(R, z, values, ctx.forms, ctx.ledger)
+        return None, None, None, *passed, *(None for _ in values)
+
+
+def phantom(like: Tensor) -> Tensor:
+    """Zeros of a tensor's shape, dtype and device that take no memory."""
+    return like.new_zeros(()).expand(like.shape)
+
+
+@dataclass(frozen=True)
+class Twin:
+    """The target of a twin node: a frozen callable that carries one node's rule.
+
+    Called as ``twin(clean, *phantoms, *values, ledger=...)`` with the node's clean output, the
+    phantoms of its live inputs, and the values of its Site's slots (None for what is not read).
+
+    Args:
+        name: Of the node it stands beside.
+        rule: Its rule; None for the twin that joins the two streams at the output.
+        site: How to run the op again.
+        arity: Number of phantoms.
+        reads_input: Whether the rule reads the live inputs' values.
+        reads_output: Whether the rule reads the clean output.
+    """
+
+    name: str
+    rule: Rule | None
+    site: Site | None
+    arity: int
+    reads_input: bool
+    reads_output: bool
+
+    def __post_init__(self) -> None:
+        """Name the callable for fx, which writes it into the generated code."""
+        object.__setattr__(self, "__name__", f"relevance_of_{self.name}")
+
+    def __call__(self, clean: Any, *rest: Any, ledger: Ledger | None = None) -> Any:
+        """Phantoms of the node's outputs (the output itself for the joining twin)."""
+        # The clean stream may run without autograd; the phantom stream never does. The output's
+        # twin keeps the caller's grad mode, so that a model under no_grad gives plain tensors.
+        with torch.set_grad_enabled(torch.is_grad_enabled() or self.rule is not None):
+            return _Relevance.apply(self, ledger, clean, *rest)  # type: ignore[no-untyped-call]
+
+    def propagate(
+        self,
+        R: tuple[Tensor, ...],
+        z: Tensor,
+        values: tuple[Any, ...],
+        forms: Sequence[tuple[torch.Size, torch.dtype, torch.device]],
+        ledger: Ledger | None,
+    ) -> tuple[Tensor, ...]:
+        """Relevance of the live inputs from the relevance of the output."""
+        if self.rule is None or self.site is None:
+            return R
+        call = Call(self.site, values)
+        if self.reads_input:
+            x = tuple(values[i] for i in self.site.live)
+        else:
+            x = tuple(
+                torch.zeros((), dtype=dtype, device=device).expand(shape)
+                for shape, dtype, device in forms
+            )
+        received = R[0] if len(R) == 1 and not self.site.several_outputs else R
+        flow = self.rule.propagate(call, x, z, received)
+        if ledger is not None:
+            ledger.book(self.name, R, flow)
+        return flow.relevance
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a rewritten graph cannot be pickled: the rules would be lost on loading. "
+            "Save the model, and make the Explainer again from it."
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Twin:
+        return self
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A place whose activation and relevance are returned beside the output.
+
+    Args:
+        activation: Node whose clean value is returned.
+        relevance: Node whose phantom is returned.
+    """
+
+    activation: fx.Node
+    relevance: fx.Node
+
+
+def rewrite(
+    module: fx.GraphModule, plan: Mapping[str, Assignment], live: set[fx.Node]
+) -> fx.GraphModule:
+    """The canonized graph with its twins: forward is the model's, backward is relevance.
+
+    Args:
+        module: A canonized, annotated graph.
+        plan: Assignments by node name.
+        live: Nodes that carry relevance.
+
+    Returns:
+        A GraphModule that takes what the model takes, returns what it returns (a dict for a
+        dataclass), and whose ordinary backward puts relevance into the inputs' ``.grad``.
+    """
+    graph = fx.Graph()
+    graph.set_codegen(copy.copy(module.graph._codegen))
+    clean, phantoms = _two_streams(module.graph, graph, plan, live, None, {})
+
+    def joined(node: fx.Node) -> fx.Node:
+        if node not in phantoms:
+            return clean[node]
+        name = f"output_{node.name}"
+        twin = Twin(name, None, None, arity=1, reads_input=False, reads_output=False)
+        return _beside(graph, twin, clean[node], [phantoms[node]], [], {})
+
+    graph.output(tuple(fx.node.map_arg(output_leaves(module.graph), joined)))
+    return _finish(module, graph)
+
+
+def instrument(
+    module: fx.GraphModule,
+    plan: Mapping[str, Assignment],
+    live: set[fx.Node],
+    explained: Sequence[fx.Node],
+    taps: Sequence[Tap] = (),
+) -> fx.GraphModule:
+    """The graph as ``explain`` runs it, with the two streams apart.
+
+    Returns:
+        A GraphModule that takes the flat inputs, a ledger (or None), and one phantom per explained
+        input, and returns three lists: clean output leaves, their phantoms (None where no
+        relevance can start), and (activation, phantom) per tap.
+    """
+    graph = fx.Graph()
+    inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
+    copied = {n: graph.node_copy(n) for n in inputs}
+    ledger = graph.placeholder("ledger")
+    starts = {n: graph.placeholder(f"phantom_{n.name}") for n in explained}
+    clean, phantoms = _two_streams(module.graph, graph, plan, live, ledger, copied, starts)
+    leaves = output_leaves(module.graph)
+    graph.output(
+        (
+            [clean[n] if isinstance(n, fx.Node) else n for n in leaves],
+            [phantoms.get(n) if isinstance(n, fx.Node) else None for n in leaves],
+            [(clean[tap.activation], phantoms[tap.relevance]) for tap in taps],
+        )
+    )
+    return _finish(module, graph)
+
+
+def _two_streams(
+    source: fx.Graph,
+    graph: fx.Graph,
+    plan: Mapping[str, Assignment],
+    live: set[fx.Node],
+    ledger: fx.Node | None,
+    copied: dict[fx.Node, fx.Node],
+    starts: Mapping[fx.Node, fx.Node] | None = None,
+) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, fx.Node]]:
+    """Copy the clean nodes into ``graph`` and put every live node's twin beside it."""
+    clean = dict(copied)
+    phantoms: dict[fx.Node, fx.Node] = dict(starts or {})
+    keywords = {} if ledger is None else {"ledger": ledger}
+    for node in source.nodes:
+        if node.op == "output":
+            break
+        if node not in clean:
+            clean[node] = graph.node_copy(node, clean.__getitem__)
+        if node not in live:
+            continue
+        if node.op == "placeholder":
+            phantoms.setdefault(node, clean[node])
+        elif record(node) is None:  # getitem picks one of several outputs
+            parent, index = node.args
+            assert isinstance(parent, fx.Node)
+            args = (phantoms[parent], index)
+            phantoms[node] = graph.call_function(operator.getitem, args)
+        else:
+            phantoms[node] = _twin_of(graph, node, plan[node.name], clean, phantoms, keywords)
+    return clean, phantoms
+
+
+def _twin_of(
+    graph: fx.Graph,
+    node: fx.Node,
+    assignment: Assignment,
+    clean: Mapping[fx.Node, fx.Node],
+    phantoms: Mapping[fx.Node, fx.Node],
+    keywords: dict[str, fx.Node],
+) -> fx.Node:
+    rule, site = assignment.rule, assignment.record.site
+    slots = slot_nodes(node)
+    # A linear op has the same Jacobian everywhere: its gradient needs no activation kept.
+    reads_input = rule.reads_input and not (isinstance(rule, Gradient) and site.op.linear)
+    twin = Twin(node.name, rule, site, len(site.live), reads_input, rule.reads_output)
+    live = set(site.live)
+    values = [clean[n] if i not in live or reads_input else None for i, n in enumerate(slots)]
+    return _beside(
+        graph, twin, clean[node], [phantoms[slots[i]] for i in site.live], values, keywords
+    )
+
+
+def _beside(
+    graph: fx.Graph,
+    twin: Twin,
+    clean: fx.Node,
+    phantoms: Sequence[fx.Node],
+    values: Sequence[fx.Node | None],
+    keywords: dict[str, fx.Node],
+) -> fx.Node:
+    return graph.create_node(
+        "call_function", twin, (clean, *phantoms, *values), dict(keywords), name=f"{twin.name}_lrp"
+    )
+
+
+def _finish(module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    graph.eliminate_dead_code()
+    graph.lint()
+    rewritten = fx.GraphModule(module, graph)
+
+    def refuse(self: fx.GraphModule, *protocol: Any) -> Any:
+        raise TypeError(
+            "a rewritten graph cannot be pickled: the rules would be lost on loading. "
+            "Save the model, and make the Explainer again from it."
+        )
+
+    # fx gives every GraphModule a class of its own, and pickles code without what it calls.
+    type(rewritten).__reduce_ex__ = refuse  # type: ignore[method-assign,assignment]
+    rewritten.train(module.training)
+    return rewritten

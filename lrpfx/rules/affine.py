@@ -1,0 +1,454 @@
+"""Rules of affine ops z = W x + b. Letters as in the papers: x input, z output, s = R / st(d).
+
+Every rule is a list of terms. A term shares its part of R in proportion to the summands of one
+denominator d = sum_i W_i x_i + b, where W_i is a part of the weights (positive, negative,
+squared ...) and x_i a part of the input:
+
+    s = gate * R / st(d),    R_x = sum_i x_i * (W_i's),    absorbed: b * s and (st(d) - d) * s
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from lrpfx.affine import AffineMap, Signal, negative, positive
+from lrpfx.errors import RuleError
+from lrpfx.rules.base import (
+    Absorbed,
+    Flow,
+    Rule,
+    StabilizerLike,
+    check_stabilizer,
+    divide,
+)
+
+if TYPE_CHECKING:
+    from lrpfx.ops import Call, Op
+
+
+@dataclass(frozen=True)
+class Input:
+    """The live inputs of an affine op, by parts; ``nonneg`` marks those proven >= 0."""
+
+    all: Signal
+    nonneg: bool = False
+
+    @property
+    def pos(self) -> Signal:
+        """xp = max(x, 0)."""
+        return self.all if self.nonneg else tuple(positive(t) for t in self.all)
+
+    @property
+    def neg(self) -> Signal | None:
+        """xn = min(x, 0); None is the symbolic zero of an input proven non-negative."""
+        return None if self.nonneg else tuple(negative(t) for t in self.all)
+
+    @property
+    def one(self) -> Signal:
+        """Ones shaped like x."""
+        return tuple(t.new_ones(()).expand(t.shape) for t in self.all)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One denominator d = sum of W_i x_i + bias, and the gate on the relevance it shares.
+
+    Args:
+        parts: Pairs (x_i, W_i); a pair whose x_i is None is a symbolic zero.
+        bias: In the op's own layout; None if the denominator has no bias.
+        gate: Factor on R: a number or a tensor shaped like z.
+        total: d where it is known already, to save computing it.
+    """
+
+    parts: Sequence[tuple[Signal | None, AffineMap]]
+    bias: Tensor | None = None
+    gate: float | Tensor = 1.0
+    total: Tensor | None = None
+
+
+ZeroParams = str | Sequence[str] | None
+
+
+@dataclass(frozen=True)
+class AffineRule(Rule):
+    """Base of the rules of affine ops; a rule is its list of terms.
+
+    Args:
+        zero_params: Parameters ("bias", "weight" or both) that the rule takes as zero. The forward
+            pass keeps them.
+    """
+
+    zero_params: ZeroParams = field(default=None, kw_only=True)
+
+    #: Whether the rule splits weights, and so needs an op that has some.
+    needs_weight: ClassVar[bool] = True
+    #: Name of the field that holds the stabilizer.
+    stabilizer_field: ClassVar[str] = "stabilizer"
+
+    def __post_init__(self) -> None:
+        """Check the parameters."""
+        name = type(self).__name__
+        check_stabilizer(name, self._stabilizer)
+        unknown = set(_names(self.zero_params)) - {"weight", "bias"}
+        if unknown:
+            raise RuleError(
+                f"{name}: zero_params names unknown parameters {sorted(unknown)}.",
+                fix='the parameters are "weight" and "bias".',
+            )
+
+    def fits(self, op: Op) -> str:
+        """Affine ops; those with weights where the rule splits weights."""
+        if op.affine is None:
+            return f"{type(self).__name__} is a rule of affine ops, and {op.kind} is none"
+        if self.needs_weight and not op.weighted:
+            return f"{type(self).__name__} splits weights, and {op.kind} has none"
+        return ""
+
+    def terms(self, x: Input, f: AffineMap, z: Tensor) -> Sequence[Term]:
+        """The rule itself."""
+        raise NotImplementedError
+
+    def propagate(
+        self, call: Call, x: tuple[Tensor, ...], z: Tensor, R: Tensor | tuple[Tensor, ...]
+    ) -> Flow:
+        """R_x = sum over terms and parts of x_i * (W_i's)."""
+        assert isinstance(R, Tensor)
+        f = self._parameters(call.affine(x))
+        shares: list[Signal] = []
+        booked: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
+        for term in self.terms(Input(x, call.nonneg), f, z):
+            parts = [(part, W) for part, W in term.parts if part is not None]
+            known = term.total is not None and not self.zero_params
+            d = term.total if known else _denominator(parts, term.bias)
+            assert d is not None
+            gated = R if isinstance(term.gate, float) and term.gate == 1 else R * term.gate
+            s, _ = divide(gated, d, self._stabilizer)
+            for part, W in parts:
+                c = W.T(s, x)
+                shares.append(tuple(a * b for a, b in zip(part, c, strict=True)))
+            booked.append((gated, d, s, f.spread(term.bias)))
+        relevance = tuple(_sum(share) for share in zip(*shares, strict=True))
+        return Flow(relevance, lambda: _absorbed(R, booked))
+
+    @property
+    def _stabilizer(self) -> StabilizerLike:
+        value: StabilizerLike = getattr(self, self.stabilizer_field)
+        return value
+
+    def _parameters(self, f: AffineMap) -> AffineMap:
+        names = _names(self.zero_params)
+        if "bias" in names:
+            f = replace(f, bias=None)
+        if "weight" in names and f.weight is not None:
+            f = f.with_weight(torch.zeros_like)
+        return f
+
+
+def _names(zero_params: ZeroParams) -> tuple[str, ...]:
+    return (zero_params,) if isinstance(zero_params, str) else tuple(zero_params or ())
+
+
+def _sum(terms: Sequence[Tensor]) -> Tensor:
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def _denominator(parts: Sequence[tuple[Signal, AffineMap]], bias: Tensor | None) -> Tensor:
+    first, *rest = parts
+    return _sum([first[1](first[0], bias), *(W(part) for part, W in rest)])
+
+
+def _absorbed(
+    R: Tensor, booked: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]]
+) -> Absorbed:
+    """What stays here: the bias's summand, the stabilizer's, and outputs with nothing to share by.
+
+    With gate * R = s * st(d) and d = sum_i W_i x_i + b, the inputs get s * (d - b) in sum; the
+    rest is b * s and (st(d) - d) * s = gate * R - d * s. "dead" collects the outputs whose
+    denominator is zero or whose gates are all closed.
+    """
+    zero = R.new_zeros((), dtype=torch.float64)
+    absorbed = {"bias": zero, "stabilizer": zero, "dead": R.detach().sum(dtype=torch.float64)}
+    for gated, d, s, bias in booked:
+        gated, d, s = gated.detach(), d.detach(), s.detach()
+        rest = gated - s * d
+        dead = (rest * (d == 0)).sum(dtype=torch.float64)
+        absorbed["stabilizer"] = absorbed["stabilizer"] + rest.sum(dtype=torch.float64) - dead
+        absorbed["dead"] = absorbed["dead"] - gated.sum(dtype=torch.float64) + dead
+        if bias is not None:
+            absorbed["bias"] = absorbed["bias"] + (s * bias.detach()).sum(dtype=torch.float64)
+    return absorbed
+
+
+@dataclass(frozen=True)
+class Epsilon(AffineRule):
+    """LRP-epsilon: R_x = x * W'(R / st(z)), with the bias in z.
+
+    Args:
+        epsilon: The stabilizer's epsilon, or any stabilizer; 0 is LRP-0.
+        zero_params: See AffineRule.
+
+    Source: Bach et al. 2015, eq. 58; Montavon et al. 2019, eq. 10.3.
+    """
+
+    epsilon: StabilizerLike = 1e-6
+
+    needs_weight: ClassVar[bool] = False
+    stabilizer_field: ClassVar[str] = "epsilon"
+    reads_output: ClassVar[bool] = True
+
+    def terms(self, x: Input, f: AffineMap, z: Tensor) -> Sequence[Term]:
+        """d = W x + b = z."""
+        return [Term([(x.all, f)], f.bias, total=z)]
+
+
+@dataclass(frozen=True)
+class Norm(AffineRule):
+    """Epsilon for ops without weights (average pooling, residual sums): R_x = x * J'(R / st(z)).
+
+    Args:
+        stabilizer: Number or callable.
+        zero_params: See AffineRule.
+
+    Source: Anders et al. 2021 (zennit), rule Norm; the epsilon rule of Bach et al. 2015, eq. 58.
+    """
+
+    stabilizer: StabilizerLike = 1e-6
+
+    needs_weight: ClassVar[bool] = False
+    reads_output: ClassVar[bool] = True
+
+    def fits(self, op: Op) -> str:
+        """Affine ops without weights; batch norm that could not be folded counts as one."""
+        if op.affine is not None and op.weighted and op.kind != "batch_norm":
+            return f"Norm is for ops without weights, and {op.kind} has some: use Epsilon"
+        return super().fits(op)
+
+    def terms(self, x: Input, f: AffineMap, z: Tensor) -> Sequence[Term]:
+        """d = J x + b = z."""
+        return [Term([(x.all, f)], f.bias, total=z)]
+
+
+@dataclass(frozen=True)
+class ZPlus(AffineRule):
+    """z-plus, for inputs of any sign: d = Wp xp + Wn xn + bp.
+
+    R_x = xp * (Wp's) + xn * (Wn's), s = R / st(d).
+
+    Args:
+        stabilizer: Number or callable.
+        zero_params: See AffineRule.
+
+    Source: Montavon et al. 2017 (deep Taylor decomposition), eq. 19, extended to negative inputs
+    as alpha-beta with alpha = 1, beta = 0 (Bach et al. 2015, eq. 60).
+    """
+
+    stabilizer: StabilizerLike = 1e-6
+
+    def terms(self, x: Input, f: AffineMap, z: Tensor) -> Sequence[Term]:
+        """The positive contributions."""
+        return [Term(_agreeing(x, f), _part(positive, f.bias))]
+
+
+@dataclass(frozen=True)
+class AlphaBeta(AffineRule):
+    """Alpha-beta: positive contributions weighted by alpha, negative ones by -beta.
+
+    d1 = Wp xp + Wn xn + bp,  d2 = Wn xp + Wp xn + bn,  s_i = R / st(d_i)
+    R_x = alpha * [xp * (Wp's1) + xn * (Wn's1)] - beta * [xp * (Wn's2) + xn * (Wp's2)]
+
+    Args:
+        alpha: Weight of the positive contributions.
+        beta: Weight of the negative ones; alpha - beta = 1.
+        stabilizer: Number or callable.
+        zero_params: See AffineRule.
+
+    Source: Bach et al. 2015, eq. 60.
+    """
+
+    alpha: float = 2.0
+    beta: float = 1.0
+    stabilizer: StabilizerLike = 1e-6
+
+    def __post_init__(self) -> None:
+        """Check alpha - beta = 1, with room for round-off: 1.4 and 0.4 are legal."""
+        super().__post_init__()
+        if self.alpha < 0 or self.beta < 0 or not math.isclose(self.alpha - self.beta, 1.0):
+            raise RuleError(
+                f"AlphaBeta: alpha - beta must be 1 with both >= 0, "
+                f"got alpha={self.alpha}, beta={self.beta}.",
+                fix=f"for alpha={self.alpha} give beta={self.alpha - 1:g}.",
+            )
+
+    def terms(self, x: Input, f: AffineMap, z: Tensor) -> Sequence[Term]:
+        """Positive and negative contributions."""
+        plus = Term(_agreeing(x, f), _part(positive, f.bias), gate=float(self.alpha))
+        if self.beta == 0:
+            return [plus]
+        minus = Term(_opposing(x, f), _part(negative, f.bias), gate=-float(self.beta))
+        return [plus, minus]
+
+
+@dataclass(frozen=True)
+class Gamma(AffineRule):
+    """Gamma, generalised to inputs and outputs of any sign.
+
+    Wu = W + g Wp, Wd = W + g Wn, bu = b + g bp, bd = b + g bn
+    d1 = Wu xp + Wd xn + bu,  s1 = [z > 0] R / st(d1)
+    d2 = Wd xp + Wu xn + bd,  s2 = [z < 0] R / st(d2)
+    R_x = xp * (Wu's1) + xn * (Wd's1) + xp * (Wd's2) + xn * (Wu's2)
+
+    Args:
+        gamma: How much the agreeing contributions are favoured.
+        stabilizer: Number or callable.
+        zero_params: See AffineRule.
+
+    Source: Montavon et al. 2019, eq. 10.4; generalised in Andeol et al. 2021, as rule
+    ``Gamma`` of zennit. The gate reads the biased output z, whatever ``zero_params`` says.
+    """
+
+    gamma: float = 0.25
+    stabilizer: StabilizerLike = 1e-6
+
+    reads_output: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Check gamma >= 0."""
+        super().__post_init__()
+        if not self.gamma >= 0:
+            raise RuleError(f"Gamma: gamma must be >= 0, got {self.gamma}.", fix="try 0.25.")
+
+    def terms(self, x: Input, f: AffineMap, z: Tensor) -> Sequence[Term]:
+        """Outputs above zero favour positive contributions, outputs below zero negative ones."""
+        g = self.gamma
+        up = f.with_weight(lambda w: w + g * positive(w))
+        down = f.with_weight(lambda w: w + g * negative(w))
+        bias_up = _part(lambda b: b + g * positive(b), f.bias)
+        bias_down = _part(lambda b: b + g * negative(b), f.bias)
+        above, below = (z > 0).to(z.dtype), (z < 0).to(z.dtype)
+        return [
+            Term([(x.pos, up), (x.neg, down)], bias_up, gate=above),
+            Term([(x.pos, down), (x.neg, up)], bias_down, gate=below),
+        ]
+
+
+@dataclass(frozen=True, eq=False)  # fields may be tensors, which do not compare to a bool
+class ZBox(AffineRule):
+    """z-box, for first layers whose input lies in a box [low, high].
+
+    s = R / st(z - (Wp l + bp) - (Wn h + bn));  R_x = x * (W's) - l * (Wp's) - h * (Wn's)
+
+    The bias cancels. Zero padding of a convolution stays zero: l and h are padded like x.
+
+    Args:
+        low: Lowest possible input, a number or a tensor that broadcasts to the input.
+        high: Highest possible input, likewise.
+        stabilizer: Number or callable.
+        zero_params: See AffineRule.
+
+    Source: Montavon et al. 2017, eq. 13 (z^B rule).
+    """
+
+    low: float | Tensor
+    high: float | Tensor
+    stabilizer: StabilizerLike = 1e-6
+
+    def __post_init__(self) -> None:
+        """Check low <= high."""
+        super().__post_init__()
+        low, high = torch.as_tensor(self.low), torch.as_tensor(self.high)
+        try:
+            ordered = bool((low <= high).all())
+        except RuntimeError as error:
+            raise RuleError(
+                f"ZBox: low {tuple(low.shape)} and high {tuple(high.shape)} do not broadcast.",
+                fix="give numbers, or tensors that broadcast to the input.",
+            ) from error
+        if not ordered:
+            raise RuleError("ZBox: low is above high somewhere.", fix="exchange the two.")
+
+    def terms(self, x: Input, f: AffineMap, z: Tensor) -> Sequence[Term]:
+        """The box's corners are subtracted from the input's contributions."""
+        low, high = _box(self.low, x), _box(self.high, x)
+        return [Term([(x.all, f), (low, f.pos), (high, f.neg)])]
+
+
+@dataclass(frozen=True)
+class WSquare(AffineRule):
+    """w-square, for first layers on unbounded inputs: d = W^2 1 + b^2, R_x = (W^2)'(R / st(d)).
+
+    Args:
+        stabilizer: Number or callable.
+        zero_params: See AffineRule.
+
+    Source: Montavon et al. 2017, eq. 12 (w^2 rule).
+    """
+
+    stabilizer: StabilizerLike = 1e-6
+
+    reads_input: ClassVar[bool] = False
+
+    def terms(self, x: Input, f: AffineMap, z: Tensor) -> Sequence[Term]:
+        """The squared weights, whatever the input."""
+        return [Term([(x.one, f.square)], _part(torch.square, f.bias))]
+
+
+@dataclass(frozen=True)
+class Flat(AffineRule):
+    """Flat: R is spread evenly over the receptive field: R_x = 1'(R / st(count)).
+
+    Weights and inputs are taken as one and there is no bias; also for ops without weights.
+
+    Args:
+        stabilizer: Number or callable.
+        zero_params: See AffineRule.
+
+    Source: Lapuschkin et al. 2019, supplementary note 1 (flat rule); Bach et al. 2016.
+    """
+
+    stabilizer: StabilizerLike = 1e-6
+
+    needs_weight: ClassVar[bool] = False
+    reads_input: ClassVar[bool] = False
+
+    def terms(self, x: Input, f: AffineMap, z: Tensor) -> Sequence[Term]:
+        """Every input counts the same."""
+        return [Term([(x.one, f.ones)])]
+
+
+def _agreeing(x: Input, f: AffineMap) -> list[tuple[Signal | None, AffineMap]]:
+    """The contributions W x that are positive."""
+    return [(x.pos, f.pos), (x.neg, f.neg)]
+
+
+def _opposing(x: Input, f: AffineMap) -> list[tuple[Signal | None, AffineMap]]:
+    """The contributions W x that are negative."""
+    return [(x.pos, f.neg), (x.neg, f.pos)]
+
+
+def _part(change: Callable[[Tensor], Tensor], bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else change(bias)
+
+
+def _box(bound: float | Tensor, x: Input) -> Signal:
+    """``-bound`` in the shape of each input: the box enters the denominator with a minus."""
+    spread = []
+    for t in x.all:
+        value = -torch.as_tensor(bound, dtype=t.dtype, device=t.device)
+        try:
+            spread.append(value.expand(t.shape))
+        except RuntimeError as error:
+            raise RuleError(
+                f"ZBox: a bound of shape {tuple(value.shape)} does not broadcast to the input "
+                f"{tuple(t.shape)}.",
+                fix="give a number, or a tensor such as (1, C, 1, 1).",
+            ) from error
+    return tuple(spread)

@@ -1,0 +1,171 @@
+"""What every rule is: a frozen dataclass that hands relevance from an op's output to its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lrpfx.errors import RuleError
+
+if TYPE_CHECKING:
+    from lrpfx.ops import Call, Op
+
+#: What a rule needs stabilised division by: a number (epsilon) or a callable ``z -> st(z)``.
+StabilizerLike = float | Callable[[Tensor], Tensor]
+
+#: Relevance that stops at a node, by cause; each tensor broadcasts to the node's output.
+Absorbed = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Stabilizer:
+    """Keeps a denominator away from zero: ``st(z) = z + eps * s(z)`` with ``s(0) = +1``.
+
+    Args:
+        epsilon: How far zero is moved, in units of ``z`` (or of its norm, see ``norm_scale``).
+        clip: Instead of adding, let ``|st(z)|`` be at least epsilon.
+        norm_scale: Multiply epsilon by the root mean square of ``z`` over ``dim``.
+        dim: Dimensions of that mean; all but the first by default.
+
+    Source:
+        Bach et al. 2015, https://doi.org/10.1371/journal.pone.0130140, eq. 58; sign of zero as
+        in ``rules.md``: zero counts as positive.
+    """
+
+    epsilon: float = 1e-6
+    clip: bool = False
+    norm_scale: bool = False
+    dim: tuple[int, ...] | None = None
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Return st(z), shaped like ``z``."""
+        epsilon = z.new_tensor(self.epsilon)
+        if self.norm_scale:
+            dim = tuple(range(1, z.ndim)) if self.dim is None else self.dim
+            epsilon = epsilon * z.square().mean(dim=dim, keepdim=True).sqrt()
+        if self.clip:
+            return torch.where(z >= 0, z.maximum(epsilon), z.minimum(-epsilon))
+        return torch.where(z >= 0, z + epsilon, z - epsilon)
+
+
+def check_stabilizer(owner: str, value: StabilizerLike) -> None:
+    """Raise RuleError unless ``value`` can be used as a stabilizer."""
+    if callable(value):
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+        raise RuleError(
+            f"{owner}: {value!r} is no stabilizer.",
+            fix="give a number >= 0 or a callable z -> stabilized z, such as lrpfx.Stabilizer().",
+        )
+
+
+def divide(R: Tensor, z: Tensor, stabilizer: StabilizerLike) -> tuple[Tensor, Tensor]:
+    """Return ``(R / st(z), st(z))``; where st(z) is exactly zero, the quotient is zero.
+
+    That case needs epsilon = 0 (LRP-0) or a norm-scaled stabilizer on a row of zeros: there is
+    nothing to share relevance by, so it is absorbed instead of becoming NaN.
+    """
+    if callable(stabilizer):
+        stable = stabilizer(z)
+    elif stabilizer > 0:
+        # Not torch.sign: the sign of zero must count as +1.
+        stable = torch.where(z >= 0, z + stabilizer, z - stabilizer)
+        return R / stable, stable
+    else:
+        stable = z
+    empty = stable == 0
+    return (R / stable.masked_fill(empty, 1.0)).masked_fill(empty, 0.0), stable
+
+
+@dataclass(frozen=True)
+class Flow:
+    """What a rule makes of the relevance ``R`` at one node.
+
+    Args:
+        relevance: One tensor per live input, shaped like it.
+        absorbed: Called only when a ledger is kept; relevance that stops here, by cause.
+    """
+
+    relevance: tuple[Tensor, ...]
+    absorbed: Callable[[], Absorbed] = field(default=dict)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Base of all rules: an immutable value whose fields are the rule's parameters."""
+
+    #: Whether the rule reads the clean activations at the inputs / at the output of the node.
+    reads_input: ClassVar[bool] = True
+    reads_output: ClassVar[bool] = False
+
+    def fits(self, op: Op) -> str:
+        """Return "" if the rule can be laid on ``op``, else the reason why it cannot."""
+        raise NotImplementedError
+
+    def propagate(
+        self, call: Call, x: tuple[Tensor, ...], z: Tensor, R: Tensor | tuple[Tensor, ...]
+    ) -> Flow:
+        """Hand the relevance ``R`` of the output to the live inputs.
+
+        Args:
+            call: The op at run time: its arguments and its affine map.
+            x: Clean live inputs.
+            z: Clean output, shape (N, ...); only meaningful if ``reads_output``.
+            R: Relevance of the output, shaped like it (a tuple for ops with several outputs).
+        """
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        """Name and the parameters that differ from their defaults."""
+        changed = [
+            f"{f.name}={_short(getattr(self, f.name))}"
+            for f in fields(self)
+            if not _same(getattr(self, f.name), f.default)
+        ]
+        return f"{type(self).__name__}({', '.join(changed)})" if changed else type(self).__name__
+
+
+@dataclass(frozen=True)
+class Gradient(Rule):
+    """Relevance follows the gradient: ``R_x = J'R`` with J the Jacobian at the clean input.
+
+    The rule of everything that moves or selects values (reshape, cat, pad, max pooling: winner
+    takes all), and of whatever a gradient-based composite leaves alone.
+    """
+
+    def fits(self, op: Op) -> str:
+        """Every op has a gradient."""
+        return ""
+
+    def propagate(
+        self, call: Call, x: tuple[Tensor, ...], z: Tensor, R: Tensor | tuple[Tensor, ...]
+    ) -> Flow:
+        """R_x = J'R."""
+        relevance = call.pull_back(x, R)
+
+        def absorbed() -> Absorbed:
+            outputs = R if isinstance(R, tuple) else (R,)
+            lost = sum_all(outputs) - sum_all(relevance)
+            return {call.op.gradient_loss: lost}
+
+        return Flow(relevance, absorbed)
+
+
+def sum_all(tensors: Sequence[Tensor]) -> Tensor:
+    """Sum of all entries of all tensors, a float64 scalar."""
+    totals = [t.detach().sum(dtype=torch.float64) for t in tensors]
+    return torch.stack(totals).sum() if totals else torch.zeros((), dtype=torch.float64)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"tensor{tuple(value.shape)}"
+    return f"{value:g}" if isinstance(value, float) else repr(value)
+
+
+def _same(value: Any, default: Any) -> bool:
+    return not isinstance(value, Tensor) and value == default

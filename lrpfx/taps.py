@@ -1,0 +1,79 @@
+"""Module paths -> places in the graph whose relevance and activation are returned."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Sequence
+
+from torch import fx
+
+from lrpfx.errors import SelectorError
+from lrpfx.graph import ModuleCall, module_calls, reachable
+from lrpfx.rewrite import Tap
+
+
+def find_taps(
+    graph: fx.Graph, live: set[fx.Node], patterns: Sequence[str], prefix: str
+) -> dict[str, list[Tap]]:
+    """For every module path that matches a pattern, the outputs of its calls in order.
+
+    Args:
+        graph: A canonized, annotated graph.
+        live: Nodes that carry relevance.
+        patterns: Module paths or globs.
+        prefix: What to strip from module paths.
+
+    Raises:
+        SelectorError: A pattern matches no module that has a relevance of its own.
+    """
+    used = reachable(graph) | {n for n in graph.nodes if n.op == "output"}
+    inside: dict[ModuleCall, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node in live and node in used and node.op == "call_function":
+            folded = _stripped(node.meta.get("folded_calls", ()), prefix)
+            for call in dict.fromkeys((*module_calls(node, prefix), *folded)):
+                inside.setdefault(call, []).append(node)
+    paths = list(dict.fromkeys(call.path for call in inside))
+    found: dict[str, list[Tap]] = {}
+    for pattern in patterns:
+        matched = fnmatch.filter(paths, pattern)
+        if not matched:
+            near = difflib.get_close_matches(pattern, paths, n=5, cutoff=0.5)
+            raise SelectorError(
+                f"layers: {pattern!r} matches no module that has an op of its own on the way "
+                "from input to output.",
+                fix=f"did you mean {', '.join(map(repr, near))}?"
+                if near
+                else f"module paths here: {', '.join(paths[:12])}",
+            )
+        for path in matched:
+            calls = sorted((c for c in inside if c.path == path), key=lambda c: c.call)
+            found[path] = [_tap(call, inside[call], used, prefix) for call in calls]
+    return found
+
+
+def _stripped(calls: Sequence[ModuleCall], prefix: str) -> list[ModuleCall]:
+    return [ModuleCall(c.path.removeprefix(prefix), c.call) for c in calls]
+
+
+def _tap(call: ModuleCall, nodes: Sequence[fx.Node], used: set[fx.Node], prefix: str) -> Tap:
+    within = set(nodes)
+    leaving = [n for n in nodes if any(u not in within and u in used for u in n.users)]
+    if len(leaving) != 1:
+        raise SelectorError(
+            f"layers: module {call.path!r} hands on {len(leaving)} tensors, not one.",
+            fix="name a module inside it.",
+        )
+    node = leaving[0]
+    in_norm = call in _stripped(node.meta.get("folded_calls", ()), prefix)
+    unfolded = node.meta.get("unfolded")
+    if in_norm and unfolded is None and call not in module_calls(node, prefix):
+        raise SelectorError(
+            f"layers: batch norm {call.path!r} was folded into the layer after it and has no "
+            "relevance of its own.",
+            fix=f"name {module_calls(node, prefix)[-1].path!r}.",
+        )
+    # A conv whose batch norm was folded in shares the pair's relevance; its own activation is
+    # what it computes before the batch norm.
+    return Tap(node if in_norm or unfolded is None else unfolded, node)

@@ -1,0 +1,210 @@
+"""target -> seed: the relevance that the backward pass starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lrpfx.errors import TargetError
+
+Target = None | int | Sequence[int] | tuple[Any, ...] | Tensor | Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Seed:
+    """Where relevance starts.
+
+    Args:
+        seeds: Per output leaf, the relevance to start from, None where there is none.
+        classes: The explained class per sample, shape (N,), where the target is a class.
+        description: For the report.
+    """
+
+    seeds: list[Tensor | None]
+    classes: Tensor | None
+    description: str
+
+
+def make_seed(
+    leaves: Sequence[Any], target: Target, rebuild: Callable[[Sequence[Any]], Any]
+) -> Seed:
+    """The seed relevance for ``target``, computed from the clean output.
+
+    Args:
+        leaves: Output leaves of the graph.
+        target: See ``lrpfx.explain``.
+        rebuild: Makes the model's output from leaves, for callables.
+
+    Raises:
+        TargetError: The target does not fit the output.
+    """
+    if callable(target) and not isinstance(target, Tensor):
+        return _from_callable(leaves, target, rebuild)
+    index = next(
+        (i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.is_floating_point()), None
+    )
+    if index is None:
+        raise TargetError(
+            "the model returns no floating tensor to explain.",
+            fix="explain a wrapper module that returns the score in question.",
+        )
+    output: Tensor = leaves[index]
+    seed, classes, description = _from_output(output, target)
+    tensors = [t for t in leaves if isinstance(t, Tensor)]
+    if len(tensors) > 1:
+        description += f" of output {index} (the first of {len(tensors)} tensors)"
+    seeds: list[Tensor | None] = [None] * len(leaves)
+    seeds[index] = seed
+    return Seed(seeds, classes, description)
+
+
+def _from_output(output: Tensor, target: Any) -> tuple[Tensor, Tensor | None, str]:
+    if isinstance(target, np.ndarray):
+        target = torch.from_numpy(target)
+    if isinstance(target, Tensor) and target.is_floating_point():
+        if target.shape != output.shape:
+            raise TargetError(
+                f"a seed must be shaped like the output {tuple(output.shape)}, "
+                f"got {tuple(target.shape)}.",
+                fix="give a floating tensor of that shape, or integer classes of shape (N,).",
+            )
+        if not bool(target.isfinite().all()):
+            raise TargetError("the seed has NaN or infinite entries.", fix="give finite numbers.")
+        return target.to(output), None, "the given seed relevance"
+    if target is None:
+        return _strongest(output)
+    if isinstance(target, tuple):
+        return _at_index(output, target)
+    classes = _classes(output, target)
+    mask = torch.zeros_like(output, dtype=torch.bool)
+    mask[torch.arange(len(classes), device=output.device), classes] = True
+    text = f"class {int(classes[0])}" if len(set(classes.tolist())) == 1 else "class per sample"
+    return _masked(output, mask), classes, f"{text}, one-hot times output"
+
+
+def _masked(output: Tensor, mask: Tensor) -> Tensor:
+    """One-hot times the output value; where and not *, as 0 times infinity is NaN."""
+    return torch.where(mask, output, torch.zeros_like(output))
+
+
+def _strongest(output: Tensor) -> tuple[Tensor, Tensor | None, str]:
+    if output.ndim < 2:
+        return output, None, "the output value"
+    flat = output.detach().flatten(1)
+    best = flat.argmax(1)
+    mask = torch.zeros_like(flat, dtype=torch.bool)
+    mask[torch.arange(len(best), device=best.device), best] = True
+    text = "strongest output per sample (argmax), one-hot times output"
+    return _masked(output, mask.reshape(output.shape)), best if output.ndim == 2 else None, text
+
+
+def _at_index(output: Tensor, index: tuple[Any, ...]) -> tuple[Tensor, Tensor | None, str]:
+    mask = torch.zeros_like(output, dtype=torch.bool)
+    try:
+        for part, size in zip(index, output.shape[1:], strict=False):
+            if isinstance(part, int) and not 0 <= part < size:
+                raise IndexError(f"index {part} is out of range for size {size}")
+        mask[(slice(None), *index)] = True
+    except (IndexError, TypeError, ValueError) as error:
+        raise TargetError(
+            f"target {index!r} is no index into a sample's output {tuple(output.shape[1:])}: "
+            f"{error}.",
+            fix="a tuple indexes one sample's output; give a list for one class per sample.",
+        ) from error
+    return _masked(output, mask), None, f"output[:, {', '.join(map(str, index))}], times output"
+
+
+def _classes(output: Tensor, target: Any) -> Tensor:
+    """One class per sample, shape (N,)."""
+    if output.ndim < 2:
+        raise TargetError(
+            f"the output {tuple(output.shape)} has no class dimension for target {target!r}.",
+            fix="leave target=None to explain the value itself.",
+        )
+    n, size = output.shape[:2]
+    try:
+        if isinstance(target, (bool, str)) or (
+            isinstance(target, Tensor) and target.dtype == torch.bool
+        ):
+            raise TypeError(f"{target!r} is no class")
+        classes = torch.as_tensor(target, device=output.device)
+        if classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
+            raise TypeError(f"classes must be integers, not {classes.dtype}")
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TargetError(
+            f"target {target!r} cannot be read as classes: {error}.",
+            fix="give an int, one int per sample, an index tuple, a callable, or a seed tensor.",
+        ) from error
+    classes = classes.long()
+    if classes.ndim == 0:
+        classes = classes.expand(n)
+    if classes.shape != (n,):
+        raise TargetError(
+            f"target has shape {tuple(classes.shape)}, but there are {n} samples.",
+            fix="give one class for all, or one per sample; an index into a sample is a tuple.",
+        )
+    outside = (classes < 0) | (classes >= size)
+    if bool(outside.any()):
+        raise TargetError(
+            f"target {sorted(set(classes[outside].tolist()))} is out of range: the output has "
+            f"{size} classes, 0 to {size - 1}.",
+            fix="choose a class in that range.",
+        )
+    return classes
+
+
+def _from_callable(
+    leaves: Sequence[Any], target: Callable[[Any], Tensor], rebuild: Callable[[Sequence[Any]], Any]
+) -> Seed:
+    """Gradient times output: one-hot times the value where the callable picks outputs."""
+    keep = torch.is_grad_enabled()
+    inner = [
+        leaf if keep and isinstance(leaf, Tensor) and leaf.requires_grad else _variable(leaf)
+        for leaf in leaves
+    ]
+    variables = [t for t in inner if isinstance(t, Tensor) and t.requires_grad]
+    name = getattr(target, "__name__", type(target).__name__)
+    with torch.enable_grad():
+        try:
+            value = target(rebuild(inner))
+        except Exception as error:
+            raise TargetError(
+                f"target {name} fails on the model's output: {type(error).__name__}: {error}",
+                fix="it is called with what the model returns.",
+            ) from error
+        batch = variables[0].shape[:1] if variables else ()
+        if not isinstance(value, Tensor) or value.shape not in (batch, ()):
+            form = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise TargetError(
+                f"target {name} must return one number per sample, shape {tuple(batch)}, "
+                f"not {form}.",
+                fix="for example target=lambda out: out[:, 3].",
+            )
+        if not value.requires_grad:
+            raise TargetError(
+                f"target {name} does not depend on the model's output.",
+                fix="it must compute its value from its argument by differentiable ops.",
+            )
+        grads = torch.autograd.grad(value.sum(), variables, create_graph=keep, allow_unused=True)
+    by_id = {id(t): g for t, g in zip(variables, grads, strict=True)}
+    seeds = [
+        None if (g := by_id.get(id(t))) is None else g * (t if keep else t.detach()) for t in inner
+    ]
+    return Seed(seeds, None, f"callable {name}, its gradient times output")
+
+
+def _variable(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor) and leaf.is_floating_point():
+        return leaf.detach().requires_grad_()
+    return leaf
+
+
+def unflatten(spec: pytree.TreeSpec) -> Callable[[Sequence[Any]], Any]:
+    """``leaves -> output`` for an output's tree structure."""
+    return lambda leaves: pytree.tree_unflatten(list(leaves), spec)

@@ -1,0 +1,68 @@
+"""Models that tests share: torchvision's architectures with random parameters."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+try:
+    import torchvision
+except RuntimeError:
+    # torchvision's default wheel finds no CUDA beside a CPU build of torch, does not load its own
+    # ops, and then fails to register meta functions for these two. No classifier calls them, so
+    # that declaring them is enough.
+    for _op in ("nms", "qnms"):
+        _schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        torch.library.define(f"torchvision::{_op}", _schema)
+    import torchvision
+
+CLASSES = 10
+
+
+def torchvision_model(name: str, seed: int = 0) -> nn.Module:
+    """Return torchvision's model ``name`` for 10 classes, float64, in evaluation mode.
+
+    AlexNet and VGG get hidden linear layers of 64 units instead of 4096: nine tenths of their
+    parameters say nothing that 64 do not, and cost a gigabyte in float64.
+    """
+    with torch.device("meta"):
+        model = torchvision.models.get_model(name, weights=None, num_classes=CLASSES)
+        for parent, key, layer in list(_children(model)):
+            if isinstance(layer, nn.Linear):
+                sizes = (64 if n == 4096 else n for n in (layer.in_features, layer.out_features))
+                setattr(parent, key, nn.Linear(*sizes))
+    return randomize(model.double().to_empty(device="cpu").eval(), seed)
+
+
+@torch.no_grad()
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Draw all parameters and batch norm statistics; biases and shifts are far from zero.
+
+    Networks at initialisation have no biases and batch norms that do nothing; a rule that
+    forgets either would go unseen.
+    """
+    g = torch.Generator().manual_seed(seed)
+    for layer in model.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            layer.weight.normal_(0.0, (2 / layer.weight[0].numel()) ** 0.5, generator=g)
+            if layer.bias is not None:
+                layer.bias.normal_(0.0, 0.3, generator=g)
+        elif isinstance(layer, nn.BatchNorm2d):
+            layer.reset_running_stats()
+            layer.running_mean.normal_(0.0, 0.3, generator=g)
+            layer.running_var.uniform_(0.5, 1.5, generator=g)
+            layer.weight.normal_(1.0, 0.5, generator=g)  # a few are negative
+            layer.bias.normal_(0.0, 0.3, generator=g)
+    return model
+
+
+def images(*shape: int, seed: int = 0) -> Tensor:
+    """Return normal noise cut to [-3, 3], float64."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, dtype=torch.float64, generator=g).clamp(-3.0, 3.0)
+
+
+def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    for parent in model.modules():
+        for key, child in parent.named_children():
+            yield parent, key, child
