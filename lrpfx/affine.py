@@ -281,20 +281,17 @@ def subtract_from(args: Arguments, live: Live, run: Run) -> AffineMap:
     return _elementwise(-args.get("alpha", 1), args["other"], args["self"])
 
 
-def addition(sign: int) -> Builder:
-    """self + sign * alpha * other, both live and broadcast against each other."""
+def addition(coefficients: Callable[[float], tuple[float, float]]) -> Builder:
+    """c1 * self + c2 * other, both live and broadcast; ``coefficients`` maps alpha to c1, c2."""
 
     def build(args: Arguments, live: Live, run: Run) -> AffineMap:
-        alpha = sign * args.get("alpha", 1)
-
-        def forward(x: Signal, w: Any, b: Tensor | None) -> Tensor:
-            return torch.add(x[0], x[1], alpha=alpha)
+        first, second = coefficients(args.get("alpha", 1))
 
         def backward(s: Tensor, w: Any, x: Signal) -> Signal:
-            other = s if alpha == 1 else s * alpha
-            return s.sum_to_size(x[0].shape), other.sum_to_size(x[1].shape)
+            parts = (s if c == 1 else s * c for c in (first, second))
+            return tuple(p.sum_to_size(t.shape) for p, t in zip(parts, x, strict=True))
 
-        return AffineMap(forward, backward, coefficients_one=lambda x: x[0] + x[1])
+        return AffineMap(lambda x, w, b: run(*x), backward, coefficients_one=lambda x: x[0] + x[1])
 
     return build
 

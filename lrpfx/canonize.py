@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from lrpfx.errors import CaptureError, TrainingModeError
-from lrpfx.graph import bound_arguments, module_calls, nodes_in, source_line, verify
+from lrpfx.graph import bound_arguments, module_calls, nodes_in, reachable, source_line, verify
 
 aten = torch.ops.aten
 
@@ -110,10 +110,7 @@ def _storage(node: fx.Node) -> int | None:
 def _rename(node: fx.Node) -> None:
     value: Tensor = node.meta["val"]
     with node.graph.inserting_before(node):
-        if node.target is aten.copy_.default:
-            new = _insert(node, aten.expand_as.default, (node.args[1], node.args[0]))
-        else:
-            new = _insert(node, _functional(node), node.args, node.kwargs)
+        new = _insert(node, _functional(node), node.args, node.kwargs)
         if new.meta["val"].dtype != value.dtype:  # in-place ops keep their dtype
             new = _insert(node, aten.to.dtype, (new, value.dtype))
     node.replace_all_uses_with(new)
@@ -217,6 +214,27 @@ def refuse_training(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
+def refuse_random(module: fx.GraphModule) -> fx.GraphModule:
+    """Raise CaptureError if an output depends on random numbers.
+
+    Comparing outputs is no safeguard: a seeded generator agrees on the first run only.
+    """
+    bad = [
+        node
+        for node in reachable(module.graph)
+        if _is_aten(node)
+        and torch.Tag.nondeterministic_seeded in node.target.tags  # type: ignore[union-attr]
+        and node.target not in _RANDOM
+    ]
+    if bad:
+        raise CaptureError(
+            "the model draws random numbers in forward().",
+            where=[f"{node.target}   {source_line(node)}" for node in bad],
+            fix="draw them outside and pass them as an input or keep them as a buffer.",
+        )
+    return module
+
+
 def _is_aten(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload)
 
@@ -271,6 +289,19 @@ def _keeps_type(node: fx.Node) -> bool:
     if not isinstance(before, Tensor) or not isinstance(after, Tensor):
         return False
     return before.dtype == after.dtype and before.device == after.device
+
+
+def copies_to_casts(module: fx.GraphModule) -> fx.GraphModule:
+    """``copy(a, b)`` -> ``b`` in the shape and dtype of ``a``, which is all that ``a`` gives it."""
+    for node in [n for n in module.graph.nodes if n.target is aten.copy.default]:
+        into, source = node.args[:2]
+        with module.graph.inserting_before(node):
+            new = _insert(node, aten.expand_as.default, (source, into))
+            if new.meta["val"].dtype != node.meta["val"].dtype:
+                new = _insert(node, aten.to.dtype, (new, node.meta["val"].dtype))
+        node.replace_all_uses_with(new)
+        module.graph.erase_node(node)
+    return module
 
 
 def views_to_reshapes(module: fx.GraphModule) -> fx.GraphModule:
@@ -409,7 +440,9 @@ PASSES: tuple[Pass, ...] = (
     inline_no_grad,
     refuse_training,
     whole_batch_norm,
+    copies_to_casts,
     drop_noops,
+    refuse_random,
     views_to_reshapes,
     fold_batch_norm,
 )

@@ -330,10 +330,23 @@ _add(
     "sum",
     "affine",
     [("self", "other")],
-    affine=maps.addition(1),
+    affine=maps.addition(lambda alpha: (1, alpha)),
     nonneg=_nonneg_sum,
 )
-_add([aten.sub.Tensor], "sum", "affine", [("self", "other")], affine=maps.addition(-1))
+_add(
+    [aten.sub.Tensor],
+    "sum",
+    "affine",
+    [("self", "other")],
+    affine=maps.addition(lambda alpha: (1, -alpha)),
+)
+_add(
+    [aten.rsub.Tensor],
+    "sum",
+    "affine",
+    [("self", "other")],
+    affine=maps.addition(lambda alpha: (-alpha, 1)),
+)
 _add(
     [aten.add.Tensor],
     "shift",
