@@ -296,6 +296,77 @@ def addition(coefficients: Callable[[float], tuple[float, float]]) -> Builder:
     return build
 
 
+def _normalized(
+    x: Tensor, dims: list[int], eps: float, bias: Tensor | None, gain: Tensor | None, mean: bool
+) -> AffineMap:
+    """z = gain * (x - mean x) / std + bias over ``dims``, with 1 / std as a constant.
+
+    The one map that depends on the value of x: through std, which the rule does not propagate
+    through but whose own derivative counts.
+
+    Source: Ali et al. 2022 (arXiv 2202.07304), eq. 10; Achtibat et al. 2024, Prop. 3.4.
+    """
+    centred = x - x.mean(dims, keepdim=True) if mean else x
+    scale = torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+    if gain is not None:
+        scale = scale * gain
+
+    def forward(x: Signal, w: Any, b: Tensor | None) -> Tensor:
+        (a,) = x
+        z: Tensor = (a - a.mean(dims, keepdim=True) if mean else a) * scale
+        return z if b is None else z + b
+
+    def backward(s: Tensor, w: Any, x: Signal) -> Signal:
+        c = s * scale
+        return ((c - c.mean(dims, keepdim=True) if mean else c),)
+
+    return AffineMap(forward, backward, bias=bias)
+
+
+def layer_norm(args: Arguments, live: Live, run: Run) -> AffineMap:
+    """Layer norm over the last dimensions."""
+    dims = list(range(-len(args["normalized_shape"]), 0))
+    return _normalized(args["input"], dims, args["eps"], args["bias"], args["weight"], True)
+
+
+def rms_norm(args: Arguments, live: Live, run: Run) -> AffineMap:
+    """RMS norm over the last dimensions."""
+    dims = list(range(-len(args["normalized_shape"]), 0))
+    eps = torch.finfo(args["input"].dtype).eps if args["eps"] is None else args["eps"]
+    return _normalized(args["input"], dims, eps, None, args["weight"], False)
+
+
+def group_norm(args: Arguments, live: Live, run: Run) -> AffineMap:
+    """Group norm: layer norm over groups of channels, then gain and bias per channel."""
+    return _grouped(args["input"], args["num_groups"], args)
+
+
+def instance_norm(args: Arguments, live: Live, run: Run) -> AffineMap:
+    """Instance norm: a group per channel; with running statistics it is a batch norm."""
+    if not args["use_input_stats"]:
+        return batch_norm(args, live, run)
+    return _grouped(args["input"], args["input"].shape[1], args)
+
+
+def _grouped(x: Tensor, groups: int, args: Arguments) -> AffineMap:
+    by_group = (x.shape[0], groups, -1)
+    inner = _normalized(x.reshape(by_group), [-1], args["eps"], None, None, True)
+    per_channel = (1, -1) + (1,) * (x.ndim - 2)
+    gain = None if args["weight"] is None else args["weight"].reshape(per_channel)
+
+    def forward(x: Signal, w: Any, b: Tensor | None) -> Tensor:
+        z = inner((x[0].reshape(by_group),)).reshape(x[0].shape)
+        z = z if gain is None else z * gain
+        return z if b is None else z + b.reshape(per_channel)
+
+    def backward(s: Tensor, w: Any, x: Signal) -> Signal:
+        s = s if gain is None else s * gain
+        (c,) = inner.T(s.reshape(by_group), x)
+        return (c.reshape(s.shape),)
+
+    return AffineMap(forward, backward, bias=args["bias"], bias_shape=per_channel)
+
+
 def linear_op(args: Arguments, live: Live, run: Run) -> AffineMap:
     """Any op that is linear in its live inputs and has no weights: pooling, mean, interpolation."""
     return AffineMap(lambda x, weight, bias: run(*x))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from lrpfx.capture import tracing
 from lrpfx.errors import CaptureError, TrainingModeError
 from lrpfx.graph import bound_arguments, module_calls, nodes_in, reachable, source_line, verify
 
@@ -53,7 +54,8 @@ def functionalize(program: ExportedProgram) -> fx.GraphModule:
         for node in [n for n in module.graph.nodes if _writes(n)]:
             _rename(node)
         return module
-    module = _unlifted(program.run_decompositions({}))
+    with tracing():
+        module = _unlifted(program.run_decompositions({}))
     for node in reversed([n for n in module.graph.nodes if _writes(n)]):
         if nodes_in(node.args)[0].op not in ("placeholder", "get_attr") or node.users:
             raise CaptureError(

@@ -9,6 +9,7 @@ import logging
 import random
 import threading
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ from lrpfx.errors import CaptureError, InputError
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
 #: torch.export is not re-entrant: two threads tracing at once corrupt each other's graphs.
-_LOCK = threading.Lock()
+_LOCK = threading.RLock()
 _TORCH = str(Path(torch.__file__).parent)
 
 
@@ -144,7 +145,7 @@ def capture(model: nn.Module, inputs: Inputs) -> Captured:
             ],
             fix="give at least one floating tensor.",
         )
-    detached = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    detached = _copies(leaves)
     batch = next((leaf.shape[0] for leaf in detached if is_explained(leaf) and leaf.ndim > 0), None)
     with _LOCK, preserved(model):
         output = _run_model(model, detached, spec)
@@ -168,11 +169,10 @@ def check_faithful(captured: Captured, module: fx.GraphModule, inputs: Inputs) -
     Python state and random numbers are baked in at capture; this is where they come to light.
     """
     leaves, spec, _ = flatten_inputs(inputs)
-    detached = [leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     model = captured.model
     with _LOCK, preserved(model), torch.no_grad():
-        expected = _tensors(_run_model(model, detached, spec))
-        args, kwargs = pytree.tree_unflatten(detached, spec)
+        expected = _tensors(_run_model(model, _copies(leaves), spec))
+        args, kwargs = pytree.tree_unflatten(_copies(leaves), spec)
         got = _tensors(captured.rebuild(module(*args, **kwargs)))
     worst = max(
         (_difference(e, g) for e, g in zip(expected, got, strict=True)),
@@ -227,6 +227,11 @@ def _tensors(output: Any) -> list[Tensor]:
     if _is_plain_dataclass(output):
         output = [getattr(output, f.name) for f in dataclasses.fields(output)]
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def _copies(leaves: Sequence[Any]) -> list[Any]:
+    """Detached copies: a model may write into its inputs, and the user's are not to change."""
+    return [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
 
 def _form(leaf: Any, batch: int | None) -> Any:
@@ -316,21 +321,22 @@ def _export_once(
         # torch.export wants the shapes by parameter of forward(), *args and **kwargs gathered.
         bound = inspect.signature(model.forward).bind(*shapes_args, **shapes_kwargs)
         dynamic = dict(bound.arguments)
-    with _quiet():
-        program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
-    return program
+    with tracing():
+        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the tracer's log: what goes wrong comes back as one error of ours."""
+def tracing() -> Iterator[None]:
+    """One trace at a time, without the tracer's log: what goes wrong is raised as one error."""
     logger = logging.getLogger("torch")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    with _LOCK, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        level = logger.level
+        logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 def _capture_error(model: nn.Module, error: Exception) -> CaptureError:

@@ -27,6 +27,7 @@ from lrpfx.rules import (
     ReLUDeconvNet,
     ReLUGuidedBackprop,
     Rule,
+    Uniform,
     ZBox,
     ZPlus,
 )
@@ -112,8 +113,9 @@ def _check_entry(entry: Any) -> None:
 def base_map(stabilizer: StabilizerLike, affine: Rule) -> list[Entry]:
     """What all relevance composites share, for everything but conv and linear layers.
 
-    Activations Pass, residual sums, average pooling, batch norm that could not be folded and
-    constant factors and summands Norm; moves and selections follow the gradient.
+    Activations Pass; residual sums, average pooling, batch norm that could not be folded, constant
+    factors and summands Norm; layer, group and instance norm Norm with their 1 / std as a
+    constant; products of live tensors Uniform; moves and selections follow the gradient.
 
     Args:
         stabilizer: Of Norm.
@@ -123,6 +125,8 @@ def base_map(stabilizer: StabilizerLike, affine: Rule) -> list[Entry]:
         ("activation", Pass()),
         ("affine", Norm(stabilizer)),
         ("affine", affine),
+        ("normalize", Norm(stabilizer)),
+        ("product", Uniform()),
         ("move", Gradient()),
         ("select", Gradient()),
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,11 +97,6 @@ def record(node: fx.Node) -> Record | None:
     return node.meta.get(KEY)
 
 
-def live_records(graph: fx.Graph) -> Iterator[Record]:
-    """Records in execution order."""
-    return (r for node in graph.nodes if (r := record(node)) is not None)
-
-
 def output_leaves(graph: fx.Graph) -> list[Any]:
     """What the graph returns, flat: nodes and constants."""
     (leaves,) = next(iter(reversed(graph.nodes))).args
@@ -150,7 +145,7 @@ def nodes_in(argument: Any) -> list[fx.Node]:
 
 
 def annotate(graph: fx.Graph, explained: Mapping[str, bool], prefix: str) -> set[fx.Node]:
-    """Give every live node its record; return all nodes that carry relevance.
+    """Give every node that carries relevance its record; return all of them.
 
     Besides the recorded nodes these are the explained placeholders and the getitem nodes that
     pick one of several outputs.
@@ -161,101 +156,107 @@ def annotate(graph: fx.Graph, explained: Mapping[str, bool], prefix: str) -> set
         prefix: What to strip from module paths.
 
     Raises:
-        UnsupportedOpError: Listing all live nodes that the op table does not know.
+        UnsupportedOpError: Listing all such nodes that the op table does not know.
     """
-    live: set[fx.Node] = set()
-    nonneg: set[fx.Node] = set()
-    mixed: set[fx.Node] = set()  # what some conv or linear layer stands before
-    unknown: list[str] = []
-    used = reachable(graph)
-    for node in graph.nodes:
-        node.meta.pop(KEY, None)
-        if node not in used:
-            continue
-        if node.op == "placeholder" and explained.get(node.name, False):
-            live.add(node)
-        if node.op != "call_function":
-            continue
-        sources = [n for n in node.all_input_nodes if n in live]
-        if not sources or not is_floating(node.meta.get("val")):
-            continue
-        before = any(n in mixed for n in sources)
-        if _is_getitem(node):
-            live.add(node)
-            for mark in (nonneg, mixed):
-                if sources[0] in mark:
-                    mark.add(node)
-            continue
-        arguments, names = _live_arguments(node, live)
-        op = ops.find(node.target, frozenset(names))
-        if op is None:
-            unknown.append(_describe_unknown(node, names, prefix))
-            live.add(node)
-            continue
-        if op.family == "constant":
-            continue
-        inputs_nonneg = _all_nonneg(node, nonneg)
-        site = _site(op, node, arguments, live, names, nonneg)
-        is_nonneg = op.nonneg(arguments, inputs_nonneg)
-        node.meta[KEY] = Record(
-            name=node.name,
-            target=node.target,
-            op=op,
-            modules=module_calls(node, prefix),
-            folded=tuple(
-                ModuleCall(c.path.removeprefix(prefix), c.call)
-                for c in node.meta.get("folded_calls", ())
-            ),
-            source=source_line(node),
-            shape=_shape(node.meta["val"]),
-            dtype=_first_tensor(node.meta["val"]).dtype,
-            first=not before,
-            nonneg=is_nonneg,
-            site=site,
-        )
-        live.add(node)
-        if is_nonneg:
-            nonneg.add(node)
-        if before or op.kind in ("conv", "linear"):
-            mixed.add(node)
+    known = _liveness(graph, explained)
+    carrying = _carrying(graph, known)
+    unknown = [node for node in graph.nodes if node in carrying and known[node] is _UNKNOWN]
     if unknown:
         raise UnsupportedOpError(
             f"{len(unknown)} operation(s) that depend on the explained input have no relevance "
             "rule.",
-            where=unknown,
+            where=[_describe_unknown(node, carrying, prefix) for node in unknown],
             fix="lrpfx.register_op(torch.ops.aten..., kind, family) tells lrpfx what such an op "
             "is; or explain a wrapper module that leaves it out.",
         )
+    nonneg: set[fx.Node] = set()
+    mixed: set[fx.Node] = set()  # what some conv or linear layer stands before
+    for node in graph.nodes:
+        node.meta.pop(KEY, None)
+        if node not in carrying or node.op == "placeholder":
+            continue
+        op = known[node]
+        before = any(n in mixed for n in node.all_input_nodes)
+        if isinstance(op, Op):
+            node.meta[KEY] = _record(node, op, carrying, nonneg, not before, prefix)
+        elif node.args[0] in nonneg:  # getitem
+            nonneg.add(node)
+        if (r := record(node)) is not None and r.nonneg:
+            nonneg.add(node)
+        if before or (r is not None and r.kind in ("conv", "linear")):
+            mixed.add(node)
+    return carrying
+
+
+_UNKNOWN = "not in the op table"
+_PICK = "getitem or input"
+
+
+def _liveness(graph: fx.Graph, explained: Mapping[str, bool]) -> dict[fx.Node, Op | str]:
+    """The nodes that depend on an explained input, each with what is known of it."""
+    live: dict[fx.Node, Op | str] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder" and explained.get(node.name, False):
+            live[node] = _PICK
+        if node.op != "call_function" or not is_floating(node.meta.get("val")):
+            continue
+        if not any(n in live for n in node.all_input_nodes):
+            continue
+        if getattr(node.target, "__name__", "") == "getitem":
+            live[node] = _PICK
+            continue
+        op = ops.find(node.target, frozenset(_live_names(node, live)))
+        if op is None or op.family != "constant":
+            live[node] = op or _UNKNOWN
     return live
 
 
-def _is_getitem(node: fx.Node) -> bool:
-    return getattr(node.target, "__name__", "") == "getitem"
+def _carrying(graph: fx.Graph, live: Container[fx.Node]) -> set[fx.Node]:
+    """The live nodes from which a live output is reached through live nodes.
+
+    What is only used detached is live, but no relevance ever comes to it.
+    """
+    carrying = {node for node in nodes_in(output_leaves(graph)) if node in live}
+    for node in reversed(graph.nodes):
+        if node in carrying:
+            carrying.update(n for n in node.all_input_nodes if n in live)
+    return carrying
 
 
-def _live_arguments(node: fx.Node, live: set[fx.Node]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return {}, ()
-    arguments = bound_arguments(node)
-    names = tuple(
-        name for name, value in arguments.items() if any(n in live for n in nodes_in(value))
-    )
-    return arguments, names
-
-
-def _all_nonneg(node: fx.Node, nonneg: set[fx.Node]) -> bool:
-    floating = [n for n in node.all_input_nodes if is_floating(n.meta.get("val"))]
-    return all(n in nonneg for n in floating)
-
-
-def _site(
-    op: Op,
+def _record(
     node: fx.Node,
-    arguments: dict[str, Any],
-    live: set[fx.Node],
-    names: tuple[str, ...],
+    op: Op,
+    carrying: set[fx.Node],
     nonneg: set[fx.Node],
-) -> Site:
+    first: bool,
+    prefix: str,
+) -> Record:
+    floating = [n for n in node.all_input_nodes if is_floating(n.meta.get("val"))]
+    folded = node.meta.get("folded_calls", ())
+    return Record(
+        name=node.name,
+        target=node.target,
+        op=op,
+        modules=module_calls(node, prefix),
+        folded=tuple(ModuleCall(c.path.removeprefix(prefix), c.call) for c in folded),
+        source=source_line(node),
+        shape=_shape(node.meta["val"]),
+        dtype=_first_tensor(node.meta["val"]).dtype,
+        first=first,
+        nonneg=op.nonneg(bound_arguments(node), all(n in nonneg for n in floating)),
+        site=_site(op, node, carrying, nonneg),
+    )
+
+
+def _live_names(node: fx.Node, live: Container[fx.Node]) -> tuple[str, ...]:
+    """Names of the arguments that hold live nodes, in schema order."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return ()
+    arguments = bound_arguments(node).items()
+    return tuple(name for name, value in arguments if any(n in live for n in nodes_in(value)))
+
+
+def _site(op: Op, node: fx.Node, carrying: set[fx.Node], nonneg: set[fx.Node]) -> Site:
     """The op with every node among its arguments replaced by a slot, as ``slot_nodes`` lists."""
     slots: list[fx.Node] = []
 
@@ -263,14 +264,14 @@ def _site(
         slots.append(n)
         return Slot(len(slots) - 1)
 
-    template = fx.node.map_arg(arguments, take)
-    live_slots = tuple(i for i, n in enumerate(slots) if n in live)
+    template = fx.node.map_arg(bound_arguments(node), take)
+    live_slots = tuple(i for i, n in enumerate(slots) if n in carrying)
     return Site(
         op=op,
         target=node.target,
         arguments=template,
         live=live_slots,
-        live_names=names,
+        live_names=_live_names(node, carrying),
         nonneg=all(slots[i] in nonneg for i in live_slots),
         several_outputs=not isinstance(node.meta["val"], Tensor),
     )
@@ -302,8 +303,8 @@ def source_line(node: fx.Node) -> str:
     return f"{file}:{line}   {code.strip()}"
 
 
-def _describe_unknown(node: fx.Node, names: tuple[str, ...], prefix: str) -> str:
-    calls = module_calls(node, prefix)
+def _describe_unknown(node: fx.Node, live: set[fx.Node], prefix: str) -> str:
+    calls, names = module_calls(node, prefix), _live_names(node, live)
     shape = ", ".join(str(size) for size in _shape(node.meta.get("val")))
     which = f" with live {' and '.join(names)}" if len(names) > 1 else ""
     source = source_line(node)
@@ -338,5 +339,5 @@ def verify(graph: fx.Graph) -> None:
     """
     graph.lint()
     for node in graph.nodes:
-        if node.op == "call_function" and "val" not in node.meta:
+        if node.op == "call_function" and node.users and "val" not in node.meta:
             raise RuntimeError(f"node {node.name} ({node.target}) has lost its value")

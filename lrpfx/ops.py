@@ -21,6 +21,8 @@ aten = torch.ops.aten
 #: The families, and the rule that they get where nothing else is said.
 FAMILIES = {
     "affine": "z = W x + b (Norm or Epsilon)",
+    "normalize": "layer norm and the like, affine with 1 / std as a constant (Norm)",
+    "product": "elementwise product of live tensors (Uniform)",
     "activation": "elementwise nonlinearity of one input (Pass)",
     "move": "values are moved, repeated or dropped (relevance follows)",
     "select": "values are picked by their size (relevance follows the picked ones)",
@@ -54,7 +56,7 @@ class Op:
         kind: What selectors call it: "conv", "linear", "relu", "sum" ...
         family: One of FAMILIES.
         live: The patterns it answers to, each the exact set of live argument names.
-        affine: Builds the affine map (family "affine" only).
+        affine: Builds the affine map (families "affine" and "normalize").
         weighted: Whether that map has weights to split by sign.
         nonneg: When the output is proven non-negative.
     """
@@ -377,6 +379,14 @@ _add(
     nonneg=_nonneg_scale,
 )
 _add([aten.neg.default], "scale", "affine", affine=maps.negate)
+
+# -- normalisations and products ------------------------------------------------------------------
+
+_add([aten.layer_norm.default], "layer_norm", "normalize", affine=maps.layer_norm)
+_add([aten.group_norm.default], "group_norm", "normalize", affine=maps.group_norm)
+_add([aten.instance_norm.default], "instance_norm", "normalize", affine=maps.instance_norm)
+_add([aten.rms_norm.default], "rms_norm", "normalize", affine=maps.rms_norm)
+_add([aten.mul.Tensor], "product", "product", [("self", "other")], nonneg=inherited)
 
 # -- activations ----------------------------------------------------------------------------------
 

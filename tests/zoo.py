@@ -1,16 +1,13 @@
 """Models that tests share: torchvision's architectures with random parameters."""
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 
 try:
     import torchvision
 except RuntimeError:
-    # torchvision's default wheel finds no CUDA beside a CPU build of torch, does not load its own
-    # ops, and then fails to register meta functions for these two. No classifier calls them, so
-    # that declaring them is enough.
+    # PyPI's wheel of torchvision cannot load its own ops beside a CPU build of torch, and then
+    # fails to give these two a meta function. No classifier calls them: declaring them is enough.
     for _op in ("nms", "qnms"):
         _schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
         torch.library.define(f"torchvision::{_op}", _schema)
@@ -27,10 +24,11 @@ def torchvision_model(name: str, seed: int = 0) -> nn.Module:
     """
     with torch.device("meta"):
         model = torchvision.models.get_model(name, weights=None, num_classes=CLASSES)
-        for parent, key, layer in list(_children(model)):
-            if isinstance(layer, nn.Linear):
-                sizes = (64 if n == 4096 else n for n in (layer.in_features, layer.out_features))
-                setattr(parent, key, nn.Linear(*sizes))
+        for parent in list(model.modules()):
+            for key, layer in list(parent.named_children()):
+                if isinstance(layer, nn.Linear):
+                    sizes = (layer.in_features, layer.out_features)
+                    setattr(parent, key, nn.Linear(*(64 if n == 4096 else n for n in sizes)))
     return randomize(model.double().to_empty(device="cpu").eval(), seed)
 
 
@@ -60,9 +58,3 @@ def images(*shape: int, seed: int = 0) -> Tensor:
     """Return normal noise cut to [-3, 3], float64."""
     g = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, dtype=torch.float64, generator=g).clamp(-3.0, 3.0)
-
-
-def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    for parent in model.modules():
-        for key, child in parent.named_children():
-            yield parent, key, child

@@ -2,6 +2,7 @@
 
 from lrpfx.rules.affine import AlphaBeta, Epsilon, Flat, Gamma, Norm, WSquare, ZBox, ZPlus
 from lrpfx.rules.base import Flow, Gradient, Rule, Stabilizer
+from lrpfx.rules.bilinear import Uniform
 from lrpfx.rules.pointwise import Pass, ReLUBetaSmooth, ReLUDeconvNet, ReLUGuidedBackprop
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "ReLUGuidedBackprop",
     "Rule",
     "Stabilizer",
+    "Uniform",
     "WSquare",
     "ZBox",
     "ZPlus",

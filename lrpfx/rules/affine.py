@@ -419,6 +419,10 @@ class Flat(AffineRule):
     needs_weight: ClassVar[bool] = False
     reads_input: ClassVar[bool] = False
 
+    def fits(self, op: Op) -> str:
+        """Affine ops; the map of a normalisation depends on its input and has no flat form."""
+        return "" if op.family == "affine" else f"Flat is a rule of affine ops, not of {op.kind}"
+
     def terms(self, x: Input, f: AffineMap, z: Tensor) -> Sequence[Term]:
         """Every input counts the same."""
         return [Term([(x.one, f.ones)])]

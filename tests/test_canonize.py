@@ -1,0 +1,328 @@
+"""Each pass keeps what the graph computes, and does what its first line says."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+import lrpfx
+from lrpfx import canonize
+from lrpfx.capture import capture
+from lrpfx.graph import reachable, verify
+
+aten = torch.ops.aten
+
+
+def randomized(module: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_()
+        for name, buffer in module.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_()
+            if name.endswith("running_var"):
+                buffer.uniform_(0.5, 2.0)
+    return module.double().eval()
+
+
+class Plain(nn.Module):
+    """A function of the input as a module."""
+
+    def __init__(self, fn: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fn(x)
+
+
+def targets(module: fx.GraphModule) -> list[object]:
+    """Ops that the output depends on, in order of execution."""
+    used = reachable(module.graph)
+    return [n.target for n in module.graph.nodes if n.op == "call_function" and n in used]
+
+
+def canonical(model: nn.Module, x: Tensor) -> fx.GraphModule:
+    return canonize.canonize(capture(model, x).program)
+
+
+# Every pass keeps the value -----------------------------------------------------------------------
+
+
+class Everything(nn.Module):
+    """Has work for every pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+        self.drop = nn.Dropout()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale = x.mean() + 2
+        y = self.drop(self.norm(self.conv(x)).relu_()) * scale
+        y[:, :2] = y[:, 2:] + 1
+        return y.contiguous().view(y.shape[0], -1)
+
+
+def test_every_pass_keeps_what_the_graph_computes() -> None:
+    model, x = randomized(Everything()), torch.randn(3, 2, 6, 6, dtype=torch.float64)
+    expected = model(x)
+    module = canonize.functionalize(capture(model, x).program)
+    for step in (None, *canonize.PASSES):
+        module = module if step is None else step(module)
+        verify(module.graph)
+        module.recompile()
+        torch.testing.assert_close(module(x), expected, rtol=1e-12, atol=1e-12)
+    assert not any(n.target is aten.batch_norm.default for n in module.graph.nodes)
+    writes = [n for n in module.graph.nodes if canonize._writes(n)]
+    assert writes == []
+
+
+# In-place ops ------------------------------------------------------------------------------------
+
+
+def _overlap(x: Tensor) -> Tensor:
+    y = x * 2
+    z = y[:, 0]
+    z += 1  # seen through y
+    return y.sum(-1)
+
+
+def _after(x: Tensor) -> Tensor:
+    y = x * 2
+    z = F.relu(y)
+    y.add_(1)  # z keeps its own value
+    return z + y
+
+
+def _masked(x: Tensor) -> Tensor:
+    y = x * 1
+    y[:, 1:3] = 0
+    y[..., ::2] *= 3
+    return y
+
+
+def _copied(x: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    y[:, :2].copy_(x[:, 2:])
+    return y + x
+
+
+def _own_input(x: Tensor) -> Tensor:
+    return x.mul_(2).add_(1)
+
+
+INPLACE = {
+    "relu_": lambda x: (x * 2).relu_() + x,
+    "add_ chain": lambda x: (x * 2).add_(x).mul_(3).sub_(1),
+    "seen through a view": _overlap,
+    "read before and after": _after,
+    "slices": _masked,
+    "copy_ into zeros": _copied,
+    "the input itself": _own_input,
+    "functional after in-place": lambda x: F.relu((x + 0).clamp_(max=1), inplace=True) + x,
+}
+
+
+@pytest.mark.parametrize("fn", INPLACE.values(), ids=INPLACE)
+def test_in_place_ops_become_functional(fn: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(3, 4, 6, dtype=torch.float64)
+    given = x.clone()
+    module = canonical(Plain(fn), x)
+    assert not any(canonize._writes(n) for n in module.graph.nodes)
+    torch.testing.assert_close(module(x), fn(given.clone()))
+    assert torch.equal(x, given), "the user's input was written to"
+
+
+def test_in_place_type_promotion_is_kept() -> None:
+    """``int_.add_(float)`` has the dtype of its left side, unlike ``int_ + float``."""
+    x = torch.randn(3, 4)
+    module = canonical(Plain(lambda x: x.half().add_(x) * 2.0), x)
+    assert module(x).dtype == torch.float16
+
+
+# No-ops, detach, regions -------------------------------------------------------------------------
+
+
+def test_noops_are_dropped() -> None:
+    model = Plain(lambda x: F.dropout(x, training=False).contiguous().clone().double() * 2)
+    assert targets(canonical(model, torch.randn(2, 3).double())) == [aten.mul.Tensor]
+
+
+def test_relevance_ends_at_detach_and_no_grad() -> None:
+    """What is detached is a constant: x * detach(g(x)) is a scale, not a product."""
+
+    def detached(x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x).detach()
+
+    def no_grad(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            gate = torch.sigmoid(x)
+        return x * gate
+
+    x, seed = torch.randn(3, 4).double(), torch.randn(3, 4).double()
+    rules = lrpfx.composites.EpsilonAll(epsilon=1e-12)
+    for fn in (detached, no_grad):
+        e = lrpfx.explain(Plain(fn), x, seed, rules=rules)
+        assert [row.kind for row in e.report.rows] == ["scale"]
+        torch.testing.assert_close(e.relevance, seed, rtol=1e-9, atol=1e-9)
+
+
+def test_autocast_inside_forward_is_captured() -> None:
+    linear = nn.Linear(4, 3)
+
+    def cast(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = linear(x)
+        return y.float()
+
+    x = torch.randn(2, 4)
+    e = lrpfx.explain(Plain(cast), x, 1)
+    assert e.relevance.dtype == torch.float32
+    assert "linear" in {row.kind for row in e.report.rows}
+
+
+# Batch norm ---------------------------------------------------------------------------------------
+
+
+class Pair(nn.Module):
+    """Two modules in a row; ``again`` also returns what lies between them."""
+
+    def __init__(self, first: nn.Module, second: nn.Module, again: bool = False) -> None:
+        super().__init__()
+        self.first, self.second, self.again = first, second, again
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.first(x)
+        y = self.second(a)
+        return torch.cat([y.flatten(1), a.flatten(1)], 1) if self.again else y.flatten(1)
+
+
+FOLDED = {
+    "conv1d": (nn.Conv1d(2, 4, 3), nn.BatchNorm1d(4), (2, 6)),
+    "conv2d": (nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), (2, 5, 5)),
+    "conv2d same": (nn.Conv2d(2, 4, 3, padding="same"), nn.BatchNorm2d(4), (2, 5, 5)),
+    "conv2d without bias": (nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), (2, 5, 5)),
+    "conv2d grouped": (nn.Conv2d(4, 6, 3, groups=2), nn.BatchNorm2d(6), (4, 5, 5)),
+    "conv2d circular": (
+        nn.Conv2d(2, 4, 3, padding=1, padding_mode="circular"),
+        nn.BatchNorm2d(4),
+        (2, 5, 5),
+    ),
+    "conv3d": (nn.Conv3d(2, 4, 2), nn.BatchNorm3d(4), (2, 3, 3, 3)),
+    "conv_transpose1d": (nn.ConvTranspose1d(2, 4, 3), nn.BatchNorm1d(4), (2, 6)),
+    "conv_transpose2d grouped": (
+        nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2),
+        nn.BatchNorm2d(6),
+        (4, 4, 4),
+    ),
+    "conv_transpose3d": (nn.ConvTranspose3d(2, 4, 2), nn.BatchNorm3d(4), (2, 3, 3, 3)),
+    "linear": (nn.Linear(5, 4), nn.BatchNorm1d(4), (5,)),
+    "without affine": (nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4, affine=False), (2, 5, 5)),
+    "through dropout": (
+        nn.Sequential(nn.Conv2d(2, 4, 3), nn.Dropout()),
+        nn.BatchNorm2d(4),
+        (2, 5, 5),
+    ),
+    "before conv": (nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, groups=2), (4, 5, 5)),
+    "before conv1d": (nn.BatchNorm1d(4), nn.Conv1d(4, 3, 3, bias=False), (4, 6)),
+    "before linear": (nn.BatchNorm1d(5), nn.Linear(5, 4), (5,)),
+    "weight norm": (
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 4, 3)),
+        nn.BatchNorm2d(4),
+        (2, 5, 5),
+    ),
+}
+
+KEPT = {
+    "before zero padding": (nn.BatchNorm2d(4), nn.Conv2d(4, 3, 3, padding=1), (4, 5, 5)),
+    "before transposed": (nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 3, 3), (4, 5, 5)),
+    "channels are not the features": (nn.Linear(6, 5), nn.BatchNorm1d(4), (4, 6)),
+    "a nonlinearity between": (
+        nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU()),
+        nn.BatchNorm2d(4),
+        (2, 5, 5),
+    ),
+}
+
+
+@pytest.mark.parametrize(("first", "second", "shape"), FOLDED.values(), ids=FOLDED)
+def test_batch_norm_is_folded_exactly(
+    first: nn.Module, second: nn.Module, shape: tuple[int, ...]
+) -> None:
+    model = randomized(Pair(first, second))
+    x = torch.randn(3, *shape, dtype=torch.float64)
+    module = canonical(model, x)
+    assert aten.batch_norm.default not in targets(module)
+    torch.testing.assert_close(module(x), model(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("first", "second", "shape"), KEPT.values(), ids=KEPT)
+def test_batch_norm_that_cannot_be_folded_is_kept_as_an_affine_op(
+    first: nn.Module, second: nn.Module, shape: tuple[int, ...]
+) -> None:
+    model = randomized(Pair(first, second))
+    x = torch.randn(3, *shape, dtype=torch.float64)
+    module = canonical(model, x)
+    assert aten.batch_norm.default in targets(module)
+    torch.testing.assert_close(module(x), model(x), rtol=1e-10, atol=1e-10)
+    report = lrpfx.explain(model, x, 0).report
+    assert {row.rule for row in report.rows if row.kind == "batch_norm"} == {"Norm"}
+
+
+def test_batch_norm_is_kept_where_the_layers_own_output_is_used_too() -> None:
+    model = randomized(Pair(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), again=True))
+    x = torch.randn(3, 2, 5, 5, dtype=torch.float64)
+    module = canonical(model, x)
+    assert aten.batch_norm.default in targets(module)
+    torch.testing.assert_close(module(x), model(x), rtol=1e-10, atol=1e-10)
+
+
+def test_the_folded_weight_is_computed_from_live_parameters() -> None:
+    """Gradients reach the real parameters, and a change of statistics is seen."""
+    model = randomized(Pair(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)))
+    x = torch.randn(3, 2, 5, 5, dtype=torch.float64)
+    module = canonical(model, x)
+    module(x).square().sum().backward()
+    ours = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model(x).square().sum().backward()
+    for mine, plain in zip(ours, model.parameters(), strict=True):
+        torch.testing.assert_close(mine, plain.grad, rtol=1e-9, atol=1e-9)
+    model.second.running_mean.add_(1.0)
+    torch.testing.assert_close(module(x), model(x), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [
+        (nn.BatchNorm2d(2), "statistics of the batch"),
+        (nn.Dropout2d(), "random"),
+        (nn.RReLU(), "random"),
+        (nn.BatchNorm2d(2, track_running_stats=False).eval(), "statistics of the batch"),
+    ],
+    ids=["batch norm", "dropout", "rrelu", "no running statistics"],
+)
+def test_batch_dependent_layers_are_refused(layer: nn.Module, why: str) -> None:
+    model = nn.Sequential(nn.Conv2d(2, 2, 3), layer, nn.Flatten())
+    with pytest.raises(lrpfx.errors.TrainingModeError, match=why):
+        lrpfx.explain(model, torch.randn(2, 2, 5, 5))
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: x * torch.rand(4),
+        lambda x: x + torch.randn_like(x),
+        lambda x: x * torch.bernoulli(torch.full((4,), 0.5)),
+    ],
+    ids=["rand", "randn_like", "bernoulli"],
+)
+def test_random_numbers_in_forward_are_refused(fn: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(lrpfx.errors.CaptureError, match="random numbers"):
+        lrpfx.explain(Plain(fn), torch.randn(3, 4))

@@ -1,0 +1,165 @@
+"""Normalisations and products of live tensors, against their formulas written out by hand."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lrpfx
+from lrpfx import composites
+
+EPSILON_ALL = composites.EpsilonAll(epsilon=1e-9)
+
+
+class Alone(nn.Module):
+    """A module whose output is a batch of vectors."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).flatten(1)
+
+
+def randomized(module: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_()
+    return module.double().eval()
+
+
+# The module, the shape of a sample, the axes that are normalised together after reshaping the
+# sample to ``groups``, and whether the mean is subtracted.
+NORMS = {
+    "layer_norm": (nn.LayerNorm(6), (4, 6), (4, 6), (1,), True),
+    "layer_norm 2 axes": (nn.LayerNorm((4, 6)), (4, 6), (4, 6), (0, 1), True),
+    "layer_norm without affine": (
+        nn.LayerNorm(6, elementwise_affine=False),
+        (4, 6),
+        (4, 6),
+        (1,),
+        True,
+    ),
+    "group_norm": (nn.GroupNorm(2, 4), (4, 3, 3), (2, 2, 3, 3), (1, 2, 3), True),
+    "instance_norm": (
+        nn.InstanceNorm2d(4, affine=True),
+        (4, 3, 3),
+        (4, 3, 3),
+        (1, 2),
+        True,
+    ),
+    "rms_norm": (nn.RMSNorm(6, eps=1e-5), (4, 6), (4, 6), (1,), False),
+}
+
+
+def dense(module: nn.Module, x: np.ndarray, groups: tuple, axes: tuple, mean: bool) -> tuple:
+    """The affine map of one sample with its std held fixed: a matrix and a vector."""
+    size = x.size
+
+    def normalise(v: np.ndarray, std: np.ndarray) -> np.ndarray:
+        v = v.reshape(groups)
+        centred = v - v.mean(axes, keepdims=True) if mean else v
+        return centred / std
+
+    grouped = x.reshape(groups)
+    centred = grouped - grouped.mean(axes, keepdims=True) if mean else grouped
+    std = np.sqrt((centred**2).mean(axes, keepdims=True) + (module.eps or 0))
+    weight = getattr(module, "weight", None)
+    gain = np.ones(x.shape)
+    bias = np.zeros(x.shape)
+    for name, into in (("weight", gain), ("bias", bias)):
+        value = getattr(module, name, None)
+        if value is not None:
+            value = value.detach().numpy()
+            per_channel = isinstance(module, (nn.GroupNorm, nn.InstanceNorm2d))
+            into[...] = value.reshape(-1, 1, 1) if per_channel else value
+    assert weight is None or gain.std() > 0
+    columns = [normalise(unit, std).ravel() * gain.ravel() for unit in np.eye(size)]
+    return np.stack(columns, axis=1), bias.ravel()
+
+
+@pytest.mark.parametrize(("module", "shape", "groups", "axes", "mean"), NORMS.values(), ids=NORMS)
+def test_a_norm_is_affine_with_its_std_as_a_constant(
+    module: nn.Module, shape: tuple, groups: tuple, axes: tuple, mean: bool
+) -> None:
+    module = randomized(module)
+    torch.manual_seed(1)
+    x = torch.randn(3, *shape, dtype=torch.float64)
+    seed = torch.randn(3, int(np.prod(shape)), dtype=torch.float64)
+    e = lrpfx.explain(Alone(module), x, seed, rules=EPSILON_ALL)
+    for k in range(3):
+        J, b = dense(module, x[k].numpy(), groups, axes, mean)
+        z = J @ x[k].numpy().ravel() + b
+        np.testing.assert_allclose(z, Alone(module)(x)[k].detach(), rtol=1e-9, atol=1e-9)
+        s = seed[k].numpy() / (z + np.where(z >= 0, 1e-9, -1e-9))
+        expected = x[k].numpy().ravel() * (J.T @ s)
+        got = e.relevance[k].detach().numpy().ravel()
+        np.testing.assert_allclose(got, expected, rtol=1e-8, atol=1e-8 * np.abs(expected).max())
+    assert e.report.unaccounted == pytest.approx(0, abs=1e-6)
+
+
+class Gated(nn.Module):
+    """Squeeze and excitation: a gate per channel, computed from the gated values themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3, padding=1)
+        self.squeeze = nn.Linear(4, 2)
+        self.excite = nn.Linear(2, 4)
+        self.head = nn.Linear(4, 3)
+
+    def features(self, x: Tensor) -> Tensor:
+        return F.relu(self.conv(x))
+
+    def gate(self, a: Tensor) -> Tensor:
+        return torch.sigmoid(self.excite(F.relu(self.squeeze(a.mean((2, 3))))))[:, :, None, None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.features(x)
+        return self.head((a * self.gate(a)).mean((2, 3)))
+
+
+def test_a_product_gives_each_factor_half() -> None:
+    """By hand: half of R goes straight to the features, the other half through the gate."""
+    model = randomized(Gated())
+    torch.manual_seed(1)
+    x = torch.randn(2, 2, 5, 5, dtype=torch.float64)
+    e = lrpfx.explain(model, x, 1, rules=EPSILON_ALL, layers=["conv"])
+    a = model.features(x).detach()
+    g = model.gate(a).detach()
+    z = a * g
+    share = z.mean((2, 3)) * model.head.weight[1].detach()
+    R = z * (share / z.mean((2, 3)))[:, :, None, None] / z[0, 0].numel()
+    through = R.sum((2, 3)) / 2  # the gate's half, then sigmoid passes it on
+    hidden = F.relu(model.squeeze(a.mean((2, 3)))).detach()
+    s = through / model.excite(hidden).detach()
+    hidden_R = hidden * (s @ model.excite.weight.detach())
+    pooled = a.mean((2, 3))
+    s = hidden_R / model.squeeze(pooled).detach()
+    pooled_R = pooled * (s @ model.squeeze.weight.detach())
+    back = a * (pooled_R / pooled / a[0, 0].numel())[:, :, None, None]
+    expected = R / 2 + back
+    got = e.layers["conv"].relevance.detach()
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7 * expected.abs().max())
+
+
+def test_relevance_of_a_broadcast_factor_is_summed() -> None:
+    class Product(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return a * b
+
+    a, b = torch.randn(2, 3, 4), torch.randn(2, 3, 1)
+    seed = torch.randn(2, 3, 4)
+    ra, rb = lrpfx.explain(Product(), (a, b), seed).relevance
+    torch.testing.assert_close(ra, seed / 2)
+    torch.testing.assert_close(rb, seed.sum(2, keepdim=True) / 2)
+
+
+@pytest.mark.parametrize("rule", [lrpfx.Flat(), lrpfx.ZPlus()], ids=str)
+def test_rules_that_make_no_sense_on_a_norm_are_refused(rule: lrpfx.Rule) -> None:
+    model = randomized(Alone(nn.LayerNorm(6)))
+    with pytest.raises(lrpfx.errors.RuleError, match="layer_norm"):
+        lrpfx.explain(model, torch.randn(2, 6).double(), rules=[("layer_norm", rule)])
