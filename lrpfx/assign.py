@@ -96,7 +96,14 @@ def _matches(selector: Selector, r: Record, model: nn.Module) -> bool:
         return any(fnmatch.fnmatchcase(c.path, selector) for c in r.modules)
     if isinstance(selector, type):
         return any(isinstance(model.get_submodule(c.path), selector) for c in r.modules)
-    return bool(selector(r))
+    try:
+        return bool(selector(r))
+    except Exception as error:
+        raise SelectorError(
+            f"predicate {describe(selector)} fails: {type(error).__name__}: {error}",
+            where=[str(r)],
+            fix="a predicate takes a node record; see lrpfx.graph.Record for what it has.",
+        ) from error
 
 
 def _names_outright(selector: Selector) -> bool:

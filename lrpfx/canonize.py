@@ -208,7 +208,7 @@ def refuse_training(module: fx.GraphModule) -> fx.GraphModule:
             "the model is in training mode: its output is random or depends on the other samples.",
             where=[
                 f"{calls[-1].path if (calls := module_calls(n)) else '(the model)'}: "
-                f"{n.target._schema.name.split('::')[-1]} {why}"
+                f"{n.target._schema.name.split('::')[-1]} {why}   {source_line(n)}".rstrip()
                 for n, why in bad
             ],
             fix="call model.eval() first (batch norm needs running statistics).",

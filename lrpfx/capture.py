@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import io
 import logging
 import random
 import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from lrpfx.errors import CaptureError, InputError
+from lrpfx.errors import CaptureError, InputError, TrainingModeError
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
@@ -147,6 +148,8 @@ def capture(model: nn.Module, inputs: Inputs) -> Captured:
         )
     detached = _copies(leaves)
     batch = next((leaf.shape[0] for leaf in detached if is_explained(leaf) and leaf.ndim > 0), None)
+    if batch == 0:
+        raise InputError("the inputs hold no samples.", fix="give a batch of at least one.")
     with _LOCK, preserved(model):
         output = _run_model(model, detached, spec)
         traced = _AsDict(model, type(output)) if _is_plain_dataclass(output) else None
@@ -249,6 +252,17 @@ def _run_model(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -
         with torch.no_grad():
             return model(*args, **kwargs)
     except Exception as error:
+        mixing = [
+            f"{name or '(the model)'}: batch_norm uses the statistics of the batch"
+            for name, module in model.named_modules()
+            if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm)
+        ]
+        if mixing:  # in training mode batch norm refuses single samples
+            raise TrainingModeError(
+                f"the model is in training mode and fails: {_first_line(error)}",
+                where=mixing,
+                fix="call model.eval() first.",
+            ) from error
         raise InputError(
             f"the model itself fails on these inputs: {type(error).__name__}: {_first_line(error)}",
             where=_user_frames(error)
@@ -257,10 +271,24 @@ def _run_model(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -
         ) from error
 
 
+def _state(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
 def _refuse_untraceable(model: nn.Module) -> None:
     """Raise CaptureError for modules that hide their computation from every tracer."""
     if not isinstance(model, nn.Module):
-        raise InputError(f"model must be a torch.nn.Module, not {type(model).__name__}.")
+        raise InputError(
+            f"model must be a torch.nn.Module, not {type(model).__name__}.",
+            fix="give an instance; wrap a function into the forward() of a module.",
+        )
+    empty = [name for name, t in _state(model) if t.is_meta]
+    if empty:
+        raise InputError(
+            "the model has parameters without values, on the meta device.",
+            where=empty[:5],
+            fix="load the weights onto a real device first.",
+        )
     bad = {
         f"{name or '(the model)'} ({type(module).__name__})": module
         for name, module in model.named_modules()
@@ -313,7 +341,8 @@ def _widened(leaves: Sequence[Any], batched: set[int]) -> list[Any]:
 def _export_once(
     model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec, batched: set[int]
 ) -> ExportedProgram:
-    args, kwargs = pytree.tree_unflatten(list(leaves), spec)
+    # Fresh copies: the tracer marks the dimensions of the tensors it is given as dynamic.
+    args, kwargs = pytree.tree_unflatten(_copies(leaves), spec)
     dynamic = None
     if batched:
         dims = [{0: torch.export.Dim.DYNAMIC} if i in batched else None for i in range(len(leaves))]
@@ -329,7 +358,13 @@ def _export_once(
 def tracing() -> Iterator[None]:
     """One trace at a time, without the tracer's log: what goes wrong is raised as one error."""
     logger = logging.getLogger("torch")
-    with _LOCK, warnings.catch_warnings():
+    nowhere = io.StringIO()  # a failing trace prints its graph
+    with (
+        _LOCK,
+        warnings.catch_warnings(),
+        redirect_stdout(nowhere),
+        redirect_stderr(nowhere),
+    ):
         warnings.simplefilter("ignore")
         level = logger.level
         logger.setLevel(logging.CRITICAL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from lrpfx.capture import (
     flatten_inputs,
 )
 from lrpfx.composites import RulesLike
-from lrpfx.errors import CaptureError, InputError, NonFiniteError, TargetError
+from lrpfx.errors import CaptureError, InputError, NonFiniteError, SelectorError, TargetError
 from lrpfx.explanation import Explanation, LayerCalls, LayerRelevance
 from lrpfx.graph import annotate, output_leaves, reachable, record
 from lrpfx.ledger import Booking, Ledger
@@ -139,6 +140,10 @@ class Explainer:
         leaves = self._check_inputs(inputs)
         self._refresh()
         paths = (layers,) if isinstance(layers, str) else tuple(layers)
+        if not all(isinstance(path, str) for path in paths):
+            raise SelectorError(
+                f"layers={layers!r} are no module paths.", fix='give strings such as "layer4.*".'
+            )
         module, calls = self._instrument(paths)
         kept = [v.detach() if isinstance(v, Tensor) and not create_graph else v for v in leaves]
         with torch.enable_grad():
@@ -264,7 +269,7 @@ class Explainer:
             r = record(finder.found)
             raise NonFiniteError(
                 "the model's own forward pass makes NaN or infinity.",
-                where=[str(r) if r else str(finder.found), *([r.source] if r else [])],
+                where=[str(r), *filter(None, [r.source])] if r else [str(finder.found)],
                 fix="look at the activations that enter this op; the inputs are finite.",
             )
 
@@ -299,14 +304,14 @@ class Explainer:
         if all(bool(r.isfinite().all()) for r in relevance):
             return
         first = next(
-            (n for n, b in bookings.items() if b.passed - b.passed != 0), next(iter(bookings))
+            (n for n, b in bookings.items() if not math.isfinite(b.passed)), next(iter(bookings))
         )
         assignment = self._plan.assignments[first]
         raise NonFiniteError(
             "the relevance has NaN or infinite entries.",
             where=[
                 f"first at {assignment.record} under {assignment.rule}",
-                assignment.record.source,
+                *filter(None, [assignment.record.source]),
             ],
             fix="give the rule a larger stabilizer; epsilon = 0 divides by what may be near zero.",
         )

@@ -119,7 +119,7 @@ def reachable(graph: fx.Graph) -> set[fx.Node]:
 def is_floating(value: Any) -> bool:
     """Whether a node's value carries relevance: floating tensors and tuples that hold some."""
     if isinstance(value, Tensor):
-        return value.is_floating_point()
+        return value.is_floating_point() or value.is_complex()
     return isinstance(value, (tuple, list)) and any(is_floating(v) for v in value)
 
 

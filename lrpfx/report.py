@@ -259,7 +259,11 @@ def _number(value: float | None) -> str:
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    shown = [_cut(cell, width) for cell, width in zip(cells, widths, strict=True)]
+    # Of a module path the end is the telling part, of a rule or a selector the beginning.
+    shown = [
+        _cut(cell, width, keep_end=i == 0)
+        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    ]
     # Numbers are the last three columns of a full table; they line up on the right.
     return "  ".join(
         cell.rjust(width) if i >= 5 else cell.ljust(width)
@@ -267,9 +271,10 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
     )
 
 
-def _cut(text: str, width: int) -> str:
-    """Keep the end of what is too long: of a module path, that is the telling part."""
-    return text if len(text) <= width else "…" + text[-(width - 1) :]
+def _cut(text: str, width: int, keep_end: bool) -> str:
+    if len(text) <= width:
+        return text
+    return "…" + text[1 - width :] if keep_end else text[: width - 1] + "…"
 
 
 def _wrap(line: str) -> str:

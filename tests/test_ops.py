@@ -296,6 +296,11 @@ def test_constant_summands_absorb_their_share(fn: Fn, gain: float, bias: float) 
 # The table itself --------------------------------------------------------------------------------
 
 ELSEWHERE = {
+    "layer_norm",  # test_norms_and_products.py
+    "group_norm",
+    "instance_norm",
+    "rms_norm",
+    "product",
     "batch_norm",  # test_canonize.py
     "scatter",  # below: reached by functionalised writes
     "constant",  # test_canonize.py: relevance ends

@@ -24,6 +24,7 @@ from lrpfx.rules.base import (
     Flow,
     Rule,
     StabilizerLike,
+    check_number,
     check_stabilizer,
     divide,
 )
@@ -281,9 +282,11 @@ class AlphaBeta(AffineRule):
     def __post_init__(self) -> None:
         """Check alpha - beta = 1, with room for round-off: 1.4 and 0.4 are legal."""
         super().__post_init__()
-        if self.alpha < 0 or self.beta < 0 or not math.isclose(self.alpha - self.beta, 1.0):
+        check_number("AlphaBeta", "alpha", self.alpha, above=-math.inf)
+        check_number("AlphaBeta", "beta", self.beta, above=-math.inf)
+        if min(self.alpha, self.beta) < 0 or not math.isclose(self.alpha - self.beta, 1.0):
             raise RuleError(
-                f"AlphaBeta: alpha - beta must be 1 with both >= 0, "
+                "AlphaBeta: alpha - beta must be 1 with both >= 0, "
                 f"got alpha={self.alpha}, beta={self.beta}.",
                 fix=f"for alpha={self.alpha} give beta={self.alpha - 1:g}.",
             )
@@ -323,8 +326,7 @@ class Gamma(AffineRule):
     def __post_init__(self) -> None:
         """Check gamma >= 0."""
         super().__post_init__()
-        if not self.gamma >= 0:
-            raise RuleError(f"Gamma: gamma must be >= 0, got {self.gamma}.", fix="try 0.25.")
+        check_number("Gamma", "gamma", self.gamma)
 
     def terms(self, x: Input, f: AffineMap, z: Tensor) -> Sequence[Term]:
         """Outputs above zero favour positive contributions, outputs below zero negative ones."""

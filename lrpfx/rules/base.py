@@ -41,6 +41,10 @@ class Stabilizer:
     norm_scale: bool = False
     dim: tuple[int, ...] | None = None
 
+    def __post_init__(self) -> None:
+        """Check epsilon >= 0."""
+        check_number("Stabilizer", "epsilon", self.epsilon)
+
     def __call__(self, z: Tensor) -> Tensor:
         """Return st(z), shaped like ``z``."""
         epsilon = z.new_tensor(self.epsilon)
@@ -50,6 +54,16 @@ class Stabilizer:
         if self.clip:
             return torch.where(z >= 0, z.maximum(epsilon), z.minimum(-epsilon))
         return torch.where(z >= 0, z + epsilon, z - epsilon)
+
+
+def check_number(owner: str, name: str, value: object, above: float = 0.0) -> None:
+    """Raise RuleError unless ``value`` is a number of at least ``above``."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not value >= above:  # type: ignore[operator]  # also refuses NaN
+        raise RuleError(
+            f"{owner}: {name} must be a number >= {above:g}, got {value!r}.",
+            fix="see the rule's docstring for what it means.",
+        )
 
 
 def check_stabilizer(owner: str, value: StabilizerLike) -> None:
