@@ -14,6 +14,7 @@ from lrpfx.explanation import Explanation
 from lrpfx.ops import register_op
 from lrpfx.rules import (
     AlphaBeta,
+    Bilinear,
     Epsilon,
     Flat,
     Gamma,
@@ -25,6 +26,8 @@ from lrpfx.rules import (
     ReLUGuidedBackprop,
     Rule,
     Stabilizer,
+    Stop,
+    Taylor,
     Uniform,
     WSquare,
     ZBox,
@@ -36,6 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AffineMap",
     "AlphaBeta",
+    "Bilinear",
     "Epsilon",
     "Explainer",
     "Explanation",
@@ -49,6 +53,8 @@ __all__ = [
     "ReLUGuidedBackprop",
     "Rule",
     "Stabilizer",
+    "Stop",
+    "Taylor",
     "Uniform",
     "WSquare",
     "ZBox",

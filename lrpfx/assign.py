@@ -38,13 +38,16 @@ class Plan:
     rules: str
 
 
-def assign(records: Sequence[Record], rules: RulesLike, model: nn.Module) -> Plan:
+def assign(
+    records: Sequence[Record], rules: RulesLike, model: nn.Module, *, strict: bool = True
+) -> Plan:
     """Give every record the rule of the first entry that matches it and fits it.
 
     Args:
         records: All live nodes.
         rules: See ``lrpfx.explain``.
         model: The model, for selectors that are module classes.
+        strict: Whether entries of the user's own must match something.
 
     Raises:
         SelectorError: An entry of the user's own matches nothing, or a name is unknown.
@@ -56,7 +59,7 @@ def assign(records: Sequence[Record], rules: RulesLike, model: nn.Module) -> Pla
         for selector, rule in composite.entries:
             matched = [r for r in records if _matches(selector, r, model)]
             reasons = {r.name: rule.fits(r.op) for r in matched}
-            if composite.strict:
+            if composite.strict and strict:
                 _check(selector, rule, matched, reasons, records, model)
             for r in matched:
                 if not reasons[r.name] and r.name not in chosen:
@@ -95,7 +98,8 @@ def _matches(selector: Selector, r: Record, model: nn.Module) -> bool:
             return r.kind == selector
         return any(fnmatch.fnmatchcase(c.path, selector) for c in r.modules)
     if isinstance(selector, type):
-        return any(isinstance(model.get_submodule(c.path), selector) for c in r.modules)
+        calls = ("", *(c.path for c in r.modules))
+        return any(isinstance(model.get_submodule(path), selector) for path in calls)
     try:
         return bool(selector(r))
     except Exception as error:

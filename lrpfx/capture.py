@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import inspect
 import io
 import logging
-import random
 import threading
 import traceback
 import warnings
@@ -16,18 +14,19 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lrpfx.errors import CaptureError, InputError, TrainingModeError
+from lrpfx.preserve import preserved
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
-#: torch.export is not re-entrant: two threads tracing at once corrupt each other's graphs.
-_LOCK = threading.RLock()
+#: Held while a model is traced: torch.export is not re-entrant, and puts fake tensors into the
+#: model's place of parameters for the time being.
+TRACING = threading.RLock()
 _TORCH = str(Path(torch.__file__).parent)
 
 
@@ -40,12 +39,14 @@ class Signature:
         leaves: Per leaf: for tensors (shape with None for the batch, dtype, device), else the
             value itself, which is a constant of the graph.
         paths: Per leaf, the name that messages use: "x", "inputs[1]", "inputs['mask']".
+        keywords: Keyword arguments in their captured order.
         batch: Batch size, if the graph holds for that size only; None if for any.
     """
 
     spec: pytree.TreeSpec
     leaves: tuple[Any, ...]
     paths: tuple[str, ...]
+    keywords: tuple[str, ...]
     batch: int | None
 
 
@@ -70,7 +71,6 @@ class Captured:
         program: The graph, one node per ATen call.
         model: The model it was captured from.
         signature: What inputs it takes.
-        explained: For each flat input, whether it is explained (a floating tensor).
         output_type: The dataclass the model returns and the graph has as a dict, if any.
         why_static: Why the batch size is fixed, "" if it is not.
     """
@@ -78,7 +78,6 @@ class Captured:
     program: ExportedProgram
     model: nn.Module
     signature: Signature
-    explained: tuple[bool, ...]
     output_type: type[Any] | None = None
     why_static: str = ""
 
@@ -89,7 +88,12 @@ class Captured:
 
     def rebuild(self, output: Any) -> Any:
         """The model's own output from the graph's."""
-        return output if self.output_type is None else self.output_type(**output)
+        if self.output_type is None:
+            return output
+        rebuilt = object.__new__(self.output_type)
+        for name, value in output.items():  # not by __init__, which may compute some of the fields
+            object.__setattr__(rebuilt, name, value)
+        return rebuilt
 
 
 def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -138,29 +142,33 @@ def capture(model: nn.Module, inputs: Inputs) -> Captured:
     """
     _refuse_untraceable(model)
     leaves, spec, paths = flatten_inputs(inputs)
-    if not any(is_explained(leaf) for leaf in leaves):
+    if not any(isinstance(leaf, Tensor) for leaf in leaves):
         raise InputError(
-            "there is nothing to explain: no input is a floating tensor.",
+            "there is nothing to explain: no input is a tensor.",
             where=[
                 f"{path}: {_form(leaf, None)}" for path, leaf in zip(paths, leaves, strict=True)
             ],
-            fix="give at least one floating tensor.",
+            fix="give at least one floating tensor, or token ids that feed an embedding.",
         )
     detached = _copies(leaves)
-    batch = next((leaf.shape[0] for leaf in detached if is_explained(leaf) and leaf.ndim > 0), None)
+    sized = [leaf for leaf in detached if isinstance(leaf, Tensor) and leaf.ndim > 0]
+    sized.sort(key=lambda leaf: not is_explained(leaf))  # floating inputs tell before token ids
+    batch = sized[0].shape[0] if sized else None
     if batch == 0:
         raise InputError("the inputs hold no samples.", fix="give a batch of at least one.")
-    with _LOCK, preserved(model):
+    # Each on its own: a cache that the run fills would be a constant of the trace.
+    with preserved(model):
         output = _run_model(model, detached, spec)
-        traced = _AsDict(model, type(output)) if _is_plain_dataclass(output) else None
+    traced = _AsDict(model, output) if _is_plain_dataclass(output) else None
+    with preserved(model):
         program, why_static = _export(traced or model, detached, spec, batch)
     dynamic = batch is not None and not why_static
     forms = tuple(_form(leaf, batch if dynamic else None) for leaf in detached)
+    keywords = tuple(split_inputs(inputs)[1])
     return Captured(
         program=program,
         model=model,
-        signature=Signature(spec, forms, paths, None if dynamic else batch),
-        explained=tuple(is_explained(leaf) for leaf in leaves),
+        signature=Signature(spec, forms, paths, keywords, None if dynamic else batch),
         output_type=type(output) if traced else None,
         why_static=why_static,
     )
@@ -173,10 +181,12 @@ def check_faithful(captured: Captured, module: fx.GraphModule, inputs: Inputs) -
     """
     leaves, spec, _ = flatten_inputs(inputs)
     model = captured.model
-    with _LOCK, preserved(model), torch.no_grad():
-        expected = _tensors(_run_model(model, _copies(leaves), spec))
+    with preserved(model), torch.no_grad():
+        _run_model(model, _copies(leaves), spec)
+        # The second run: what changes from call to call is no function of the inputs.
+        expected = tensors_in(_run_model(model, _copies(leaves), spec))
         args, kwargs = pytree.tree_unflatten(_copies(leaves), spec)
-        got = _tensors(captured.rebuild(module(*args, **kwargs)))
+        got = tensors_in(captured.rebuild(module(*args, **kwargs)))
     worst = max(
         (_difference(e, g) for e, g in zip(expected, got, strict=True)),
         default=0.0,
@@ -210,11 +220,14 @@ def _difference(expected: Tensor, got: Tensor) -> float:
 class _AsDict(nn.Module):
     """The model with its dataclass output as a dict, which torch.export can flatten."""
 
-    def __init__(self, model: nn.Module, output_type: type[Any]) -> None:
+    def __init__(self, model: nn.Module, output: Any) -> None:
         super().__init__()
         self.model = model
-        self.names = [f.name for f in dataclasses.fields(output_type)]
-        self.train(model.training)
+        # A field that __init__ leaves alone has its default in the class, not in the instance.
+        own = getattr(output, "__dict__", None)
+        names = [f.name for f in dataclasses.fields(output)]
+        self.names = [name for name in names if own is None or name in own]
+        self.training = model.training  # not train(), which would set the submodules too
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         out = self.model(*args, **kwargs)
@@ -226,7 +239,8 @@ def _is_plain_dataclass(output: Any) -> bool:
     return dataclasses.is_dataclass(output) and pytree.tree_structure(output).is_leaf()
 
 
-def _tensors(output: Any) -> list[Tensor]:
+def tensors_in(output: Any) -> list[Tensor]:
+    """All tensors of a model's output, of whatever type it is, in order."""
     if _is_plain_dataclass(output):
         output = [getattr(output, f.name) for f in dataclasses.fields(output)]
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
@@ -234,7 +248,8 @@ def _tensors(output: Any) -> list[Tensor]:
 
 def _copies(leaves: Sequence[Any]) -> list[Any]:
     """Detached copies: a model may write into its inputs, and the user's are not to change."""
-    return [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    with torch.inference_mode(False):
+        return [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
 
 def _form(leaf: Any, batch: int | None) -> Any:
@@ -282,6 +297,13 @@ def _refuse_untraceable(model: nn.Module) -> None:
             f"model must be a torch.nn.Module, not {type(model).__name__}.",
             fix="give an instance; wrap a function into the forward() of a module.",
         )
+    lazy = [n for n, t in _state(model) if nn.parameter.is_lazy(t)]
+    if lazy:
+        raise InputError(
+            "the model has parameters that are not initialised yet.",
+            where=lazy[:5],
+            fix="run the model once on some input first.",
+        )
     empty = [name for name, t in _state(model) if t.is_meta]
     if empty:
         raise InputError(
@@ -327,7 +349,7 @@ def _batchings(leaves: Sequence[Any], batch: int | None) -> list[set[int]]:
     tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.ndim]
     matching = {i for i in tensors if leaves[i].shape[0] == batch}
     explained = {i for i in matching if is_explained(leaves[i])}
-    return [matching] if matching == explained else [matching, explained]
+    return [matching] if explained in (matching, set()) else [matching, explained]
 
 
 def _widened(leaves: Sequence[Any], batched: set[int]) -> list[Any]:
@@ -360,7 +382,7 @@ def tracing() -> Iterator[None]:
     logger = logging.getLogger("torch")
     nowhere = io.StringIO()  # a failing trace prints its graph
     with (
-        _LOCK,
+        TRACING,
         warnings.catch_warnings(),
         redirect_stdout(nowhere),
         redirect_stderr(nowhere),
@@ -385,7 +407,8 @@ def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
     else:
         what = f"torch.export cannot trace the model: {_first_line(error)}"
         fix = "rewrite that line with torch ops, or explain a wrapper module around the rest."
-    return CaptureError(what, where=_user_frames(error) or [type(model).__name__], fix=fix)
+    owner = model.model if isinstance(model, _AsDict) else model
+    return CaptureError(what, where=_user_frames(error) or [type(owner).__name__], fix=fix)
 
 
 def _first_line(error: BaseException) -> str:
@@ -400,44 +423,3 @@ def _user_frames(error: BaseException) -> list[str]:
         if not frame.filename.startswith((_TORCH, str(Path(__file__).parent), "<"))
     ]
     return [f"{frames[-1].filename}:{frames[-1].lineno}   {frames[-1].line}"] if frames else []
-
-
-@contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
-    """Leave the model, its buffers and the random states as they were, whatever happens inside.
-
-    Running or tracing a model can fill Python-side caches (with fake tensors), count calls, or
-    update buffers.
-    """
-    modules = list(model.modules())
-    attributes = [dict(module.__dict__) for module in modules]
-    containers = [
-        (value, copy.copy(value))
-        for module in modules
-        for value in module.__dict__.values()
-        if type(value) in (dict, list, set)
-    ]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    try:
-        yield
-    finally:
-        for module, before in zip(modules, attributes, strict=True):
-            module.__dict__.clear()
-            module.__dict__.update(before)
-        for value, before in containers:
-            if isinstance(value, list):
-                value[:] = before
-            else:
-                value.clear()
-                value.update(before)
-        with torch.no_grad():
-            for buffer, saved in buffers:
-                if not torch.equal(buffer, saved):
-                    buffer.copy_(saved)
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        np.random.set_state(states[2])
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)

@@ -9,7 +9,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -17,6 +17,7 @@ from lrpfx.errors import RuleError, SelectorError
 from lrpfx.graph import Record
 from lrpfx.rules import (
     AlphaBeta,
+    Bilinear,
     Epsilon,
     Flat,
     Gamma,
@@ -27,6 +28,8 @@ from lrpfx.rules import (
     ReLUDeconvNet,
     ReLUGuidedBackprop,
     Rule,
+    Stop,
+    Taylor,
     Uniform,
     ZBox,
     ZPlus,
@@ -55,6 +58,11 @@ class First:
 
     def __str__(self) -> str:
         return f"first {' or '.join(self.kinds)}"
+
+
+def gates(node: Record) -> bool:
+    """Selects the activations that gate a product, such as silu(a) in silu(a) * b."""
+    return node.gate
 
 
 class Composite:
@@ -115,7 +123,8 @@ def base_map(stabilizer: StabilizerLike, affine: Rule) -> list[Entry]:
 
     Activations Pass; residual sums, average pooling, batch norm that could not be folded, constant
     factors and summands Norm; layer, group and instance norm Norm with their 1 / std as a
-    constant; products of live tensors Uniform; moves and selections follow the gradient.
+    constant; products of live tensors Uniform, matrix products Bilinear, softmax Taylor; moves
+    and selections follow the gradient.
 
     Args:
         stabilizer: Of Norm.
@@ -127,6 +136,8 @@ def base_map(stabilizer: StabilizerLike, affine: Rule) -> list[Entry]:
         ("affine", affine),
         ("normalize", Norm(stabilizer)),
         ("product", Uniform()),
+        ("matmul", Bilinear(stabilizer)),
+        ("softmax", Taylor()),
         ("move", Gradient()),
         ("select", Gradient()),
     ]
@@ -147,6 +158,45 @@ class EpsilonAll(_Named):
     def __init__(self, epsilon: StabilizerLike = 1e-6, zero_params: ZeroParams = None) -> None:
         rule = Epsilon(epsilon, zero_params=zero_params)
         super().__init__([("conv", rule), ("linear", rule), *base_map(epsilon, rule)])
+
+
+class AttnLRP(EpsilonAll):
+    """AttnLRP: Epsilon, with softmax by its Taylor expansion and products shared evenly.
+
+    The rules for attention, gates and norms are those that every composite has as its base.
+
+    Args:
+        epsilon: Of every rule.
+        zero_params: See AffineRule.
+
+    Source: Achtibat et al. 2024 (arXiv 2402.05602), sect. 3.
+    """
+
+
+class CPLRP(_Named):
+    """CP-LRP: as AttnLRP, but attention weights are constants.
+
+    Args:
+        epsilon: Of every rule.
+        gate: "stop" also makes the gates of products constants (the other factor takes all),
+            "uniform" shares products evenly. The literature has both, and they differ widely.
+        zero_params: See AffineRule.
+
+    Source: Ali et al. 2022 (arXiv 2202.07304), sect. 4.
+    """
+
+    def __init__(
+        self,
+        epsilon: StabilizerLike = 1e-6,
+        gate: Literal["stop", "uniform"] = "stop",
+        zero_params: ZeroParams = None,
+    ) -> None:
+        if gate not in ("stop", "uniform"):
+            raise RuleError(f"CPLRP: gate={gate!r}.", fix="give 'stop' or 'uniform'.")
+        constant: list[Entry] = [("softmax", Stop())]
+        if gate == "stop":
+            constant.append((gates, Stop()))
+        super().__init__([*constant, *EpsilonAll(epsilon, zero_params).entries])
 
 
 class EpsilonPlus(_Named):
@@ -326,6 +376,8 @@ def _flat_first(stabilizer: StabilizerLike, zero_params: ZeroParams) -> Entry:
 
 NAMED: dict[str, type[Composite]] = {
     "epsilon_all": EpsilonAll,
+    "attnlrp": AttnLRP,
+    "cplrp": CPLRP,
     "epsilon_plus": EpsilonPlus,
     "epsilon_alpha2_beta1": EpsilonAlpha2Beta1,
     "epsilon_gamma_box": EpsilonGammaBox,
@@ -379,8 +431,13 @@ def resolve(rules: RulesLike, kinds: set[str]) -> tuple[tuple[Composite, ...], s
         SelectorError: Unknown name.
         RuleError: ``rules`` is nothing that can be read as rules.
     """
-    default = EpsilonPlus() if "conv" in kinds else EpsilonAll()
-    reason = "the graph has convolutions" if "conv" in kinds else "the graph has no convolutions"
+    default: Composite
+    if "softmax" in kinds:
+        default, reason = AttnLRP(), "the graph has attention"
+    elif "conv" in kinds:
+        default, reason = EpsilonPlus(), "the graph has convolutions"
+    else:
+        default, reason = EpsilonAll(), "the graph has no convolutions"
     if rules is None:
         return (default,), f"{default.name} (default: {reason})"
     if isinstance(rules, str):

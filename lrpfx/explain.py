@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from lrpfx.assign import assign
 from lrpfx.canonize import canonize
 from lrpfx.capture import (
+    TRACING,
     Captured,
     Inputs,
     TensorForm,
@@ -23,10 +24,18 @@ from lrpfx.capture import (
 from lrpfx.composites import RulesLike
 from lrpfx.errors import CaptureError, InputError, NonFiniteError, SelectorError, TargetError
 from lrpfx.explanation import Explanation, LayerCalls, LayerRelevance
-from lrpfx.graph import annotate, output_leaves, reachable, record
+from lrpfx.graph import (
+    Record,
+    annotate,
+    find_starts,
+    output_leaves,
+    record,
+    used_nodes,
+)
 from lrpfx.ledger import Booking, Ledger
 from lrpfx.report import Report, make_report, with_ledger
 from lrpfx.rewrite import instrument, rewrite
+from lrpfx.rules import Stop
 from lrpfx.taps import find_taps
 from lrpfx.targets import Seed, Target, make_seed
 
@@ -45,7 +54,8 @@ def explain(
     Args:
         model: Any module that torch.export can trace, in evaluation mode. It is not modified.
         inputs: A tensor (N, ...), a tuple of positional or a dict of keyword arguments. Floating
-            tensors are explained, everything else is passed through as a constant.
+            tensors are explained, and so are integer tensors that index an embedding: at its
+            output, summed over features. Everything else is passed through as a constant.
         target: What to explain: None (argmax per sample), a class, one class per sample (sequence
             or integer tensor), a tuple (index into a sample's output), a callable
             ``output -> (N,)``, or a floating tensor shaped like the output, used unchanged as the
@@ -77,7 +87,9 @@ class Explainer:
     """A model captured once, to be explained many times and at any batch size.
 
     It reads the model's live parameters: an optimizer step, ``load_state_dict`` or a change of
-    ``.data`` between calls is seen. Calls from several threads do not disturb each other.
+    ``.data`` between calls is seen. Other attributes of the model's modules are constants of the
+    graph: after changing one, make a new Explainer. Calls from several threads do not disturb
+    each other.
 
     Args:
         model: See ``explain``.
@@ -89,24 +101,34 @@ class Explainer:
     """
 
     def __init__(self, model: nn.Module, example_inputs: Inputs, rules: RulesLike = None) -> None:
+        with TRACING:  # meanwhile another thread's trace may hold fake tensors in the model
+            self._set_up(model, example_inputs, rules)
+
+    def _set_up(self, model: nn.Module, example_inputs: Inputs, rules: RulesLike) -> None:
         self._captured: Captured = capture(model, example_inputs)
         self._module = canonize(self._captured.program)
-        placeholders = [n for n in self._module.graph.nodes if n.op == "placeholder"]
-        flags = zip(placeholders, self._captured.explained, strict=True)
-        explained = {node.name: flag for node, flag in flags}
-        self._explained = [n for n in placeholders if explained[n.name]]
-        self._live = annotate(self._module.graph, explained, self._captured.prefix)
+        graph = self._module.graph
+        self._placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+        self._starts = find_starts(graph)
+        notes = []
+        self._live = annotate(graph, self._starts, self._captured.prefix)
         self._check_live()
         check_faithful(self._captured, self._module, example_inputs)
-        records = [r for n in self._module.graph.nodes if (r := record(n)) is not None]
-        self._plan = assign(records, rules, model)
+        self._plan = assign(self._records(), rules, model)
+        stopped = [a.record for a in self._plan.assignments.values() if isinstance(a.rule, Stop)]
+        if stopped:
+            held = {r.name for r in stopped}
+            self._live = annotate(graph, self._starts, self._captured.prefix, held)
+            self._check_live()
+            self._plan = assign(self._records(), rules, model, strict=False)
+            kinds = ", ".join(sorted({r.kind for r in stopped}))
+            notes.append(f"{len(stopped)} nodes count as constants by rule Stop: {kinds}")
         self._forms = _state_forms(model)
         self._public = rewrite(self._module, self._plan.assignments, self._live)
         self._instrumented: dict[tuple[str, ...], tuple[fx.GraphModule, dict[str, int]]] = {}
         constants = sum(
-            n.op == "call_function" and n not in self._live for n in reachable(self._module.graph)
+            n.op == "call_function" and n not in self._live for n in used_nodes(self._module.graph)
         )
-        notes = []
         if self._captured.why_static:
             size = self._captured.signature.batch
             notes.append(f"captured for a batch of {size} only: {self._captured.why_static}")
@@ -137,22 +159,29 @@ class Explainer:
         create_graph: bool = False,
     ) -> Explanation:
         """Explain the model's output for ``inputs``; arguments and errors as in ``explain``."""
+        # Autograd is off for good in what inference mode creates, so the work happens outside.
+        with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
+            return self._explain(inputs, target, layers, create_graph)
+
+    def _explain(
+        self, inputs: Inputs, target: Target, layers: Sequence[str], create_graph: bool
+    ) -> Explanation:
         leaves = self._check_inputs(inputs)
-        self._refresh()
-        paths = (layers,) if isinstance(layers, str) else tuple(layers)
+        with TRACING:
+            self._refresh()
+        paths = (layers,) if isinstance(layers, str) else tuple(layers or ())
         if not all(isinstance(path, str) for path in paths):
             raise SelectorError(
                 f"layers={layers!r} are no module paths.", fix='give strings such as "layer4.*".'
             )
         module, calls = self._instrument(paths)
-        kept = [v.detach() if isinstance(v, Tensor) and not create_graph else v for v in leaves]
-        with torch.enable_grad():
-            starts = [_start(v) for v, e in zip(kept, self._captured.explained, strict=True) if e]
+        kept = [_kept(v, create_graph) for v in leaves]
         ledger = Ledger()
         with torch.set_grad_enabled(create_graph):
-            clean, phantoms, taps = module(*kept, ledger, *starts)
-            self._check_outputs(clean, kept)
+            clean, phantoms, starts, taps = module(*kept, ledger)
             seed = make_seed(clean, target, self._rebuild)
+            if not all(bool(s.isfinite().all()) for s in seed.seeds if s is not None):
+                self._refuse_seed(seed, clean, kept)
             relevance, at_taps = self._pull(seed, phantoms, starts, taps, create_graph)
         bookings = ledger.bookings()
         self._check_relevance(relevance, bookings)
@@ -161,6 +190,9 @@ class Explainer:
         )
 
     # -- set-up -----------------------------------------------------------------------------------
+
+    def _records(self) -> list[Record]:
+        return [r for n in self._module.graph.nodes if (r := record(n)) is not None]
 
     def _check_live(self) -> None:
         if not any(
@@ -178,7 +210,7 @@ class Explainer:
             found = find_taps(self._module.graph, self._live, paths, self._captured.prefix)
             taps = [tap for calls in found.values() for tap in calls]
             plan = self._plan.assignments
-            module = instrument(self._module, plan, self._live, self._explained, taps)
+            module = instrument(self._module, plan, self._live, list(self._starts), taps)
             self._instrumented[paths] = module, {path: len(c) for path, c in found.items()}
         return self._instrumented[paths]
 
@@ -214,6 +246,8 @@ class Explainer:
     def _check_inputs(self, inputs: Inputs) -> list[Any]:
         """The flat inputs; raise InputError unless they are what the graph was captured for."""
         signature = self._captured.signature
+        if isinstance(inputs, Mapping) and set(inputs) == set(signature.keywords):
+            inputs = {key: inputs[key] for key in signature.keywords}
         leaves, spec, paths = flatten_inputs(inputs)
         if spec != signature.spec:
             raise InputError(
@@ -259,13 +293,18 @@ class Explainer:
             )
         return leaves
 
-    def _check_outputs(self, clean: Sequence[Any], leaves: Sequence[Any]) -> None:
-        if all(bool(t.isfinite().all()) for t in clean if _floating(t)):
-            return
+    def _refuse_seed(self, seed: Seed, clean: Sequence[Any], leaves: Sequence[Any]) -> None:
+        """Raise the error of a seed that is not finite, by the fault of model or target."""
         finder = _FirstNonFinite(self._module)
         with torch.no_grad():
             finder.run(*leaves, enable_io_processing=False)
-        if finder.found is not None:
+        if finder.found is None:
+            raise TargetError(
+                f"{seed.description}: the seed has NaN or infinite entries.",
+                where=[f"outputs of shape {[tuple(t.shape) for t in clean if _floating(t)]}"],
+                fix="look at the target's own arithmetic; the model's output is finite.",
+            )
+        else:
             r = record(finder.found)
             raise NonFiniteError(
                 "the model's own forward pass makes NaN or infinity.",
@@ -277,11 +316,11 @@ class Explainer:
         self,
         seed: Seed,
         phantoms: Sequence[Tensor | None],
-        starts: Sequence[Tensor],
+        starts: Sequence[Tensor | None],
         taps: Sequence[tuple[Tensor, Tensor]],
         create_graph: bool,
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Relevance at the inputs and at the taps: the ordinary gradient of the phantom stream."""
+    ) -> tuple[list[Tensor | None], list[Tensor]]:
+        """Relevance at the starts and at the taps: the ordinary gradient of the phantom stream."""
         pairs = [(p, s) for p, s in zip(phantoms, seed.seeds, strict=True) if s is not None]
         if not any(p is not None for p, _ in pairs):
             raise TargetError(
@@ -289,7 +328,8 @@ class Explainer:
                 fix="choose another output by a callable target.",
             )
         begun = [(p, s) for p, s in pairs if p is not None]
-        ends = [*starts, *(relevance for _, relevance in taps)]
+        reached = [start for start in starts if start is not None]
+        ends = [*reached, *(relevance for _, relevance in taps)]
         grads = torch.autograd.grad(
             [p for p, _ in begun],
             ends,
@@ -298,10 +338,14 @@ class Explainer:
             allow_unused=True,
         )
         found = [torch.zeros_like(e) if g is None else g for g, e in zip(grads, ends, strict=True)]
-        return found[: len(starts)], found[len(starts) :]
+        at_starts = iter(found[: len(reached)])
+        relevance = [None if start is None else next(at_starts) for start in starts]
+        return relevance, found[len(reached) :]
 
-    def _check_relevance(self, relevance: Sequence[Tensor], bookings: dict[str, Booking]) -> None:
-        if all(bool(r.isfinite().all()) for r in relevance):
+    def _check_relevance(
+        self, relevance: Sequence[Tensor | None], bookings: dict[str, Booking]
+    ) -> None:
+        if all(bool(r.isfinite().all()) for r in relevance if r is not None):
             return
         first = next(
             (n for n, b in bookings.items() if not math.isfinite(b.passed)), next(iter(bookings))
@@ -322,30 +366,55 @@ class Explainer:
         leaves: Sequence[Any],
         clean: Sequence[Any],
         seed: Seed,
-        relevance: Sequence[Tensor],
+        relevance: Sequence[Tensor | None],
         layers: dict[str, LayerCalls],
         bookings: dict[str, Booking],
     ) -> Explanation:
-        explained = iter(relevance)
-        structure = [next(explained) if e else None for e in self._captured.explained]
-        args, kwargs = pytree.tree_unflatten(structure, self._captured.signature.spec)
+        by_input, embeddings = self._by_input(leaves, relevance)
+        args, kwargs = pytree.tree_unflatten(by_input, self._captured.signature.spec)
+        arrived = [r for r in relevance if r is not None]
         seeds = [s for s in seed.seeds if s is not None]
         return Explanation(
-            relevance=args[0] if isinstance(inputs, Tensor) else kwargs or tuple(args),
+            relevance=args[0]
+            if isinstance(inputs, Tensor)
+            else {key: kwargs[key] for key in inputs}
+            if isinstance(inputs, Mapping)
+            else tuple(args),
             output=self._rebuild(clean),
             target=seed.classes,
             seed=seeds[0],
-            absorbed=_per_sample(seeds) - _per_sample(relevance),
+            absorbed=_absorbed(seeds, arrived),
             report=with_ledger(
                 self._report,
                 bookings,
                 target=seed.description,
                 started=sum(s.detach().sum(dtype=torch.float64).item() for s in seeds),
-                reached=sum(r.detach().sum(dtype=torch.float64).item() for r in relevance),
+                reached=sum(r.detach().sum(dtype=torch.float64).item() for r in arrived),
             ),
             layers=layers,
+            embeddings=embeddings,
             inputs=inputs,
         )
+
+    def _by_input(
+        self, leaves: Sequence[Any], relevance: Sequence[Tensor | None]
+    ) -> tuple[list[Tensor | None], dict[str, Tensor]]:
+        """Relevance per flat input; that of token ids is their embedding's, summed over features.
+
+        Also returned is the relevance per feature, by the input's name.
+        """
+        index = {node: i for i, node in enumerate(self._placeholders)}
+        found: list[Tensor | None] = [None] * len(leaves)
+        embeddings: dict[str, Tensor] = {}
+        for (start, placeholder), r in zip(self._starts.items(), relevance, strict=True):
+            i = index[placeholder]
+            leaf, path = leaves[i], self._captured.signature.paths[i]
+            if start is placeholder:
+                found[i] = torch.zeros_like(leaf) if r is None else r
+            elif r is not None and r[..., 0].numel() == leaf.numel():
+                embeddings[path] = r + embeddings[path] if path in embeddings else r
+                found[i] = embeddings[path].sum(-1).reshape(leaf.shape)
+        return found, embeddings
 
 
 class _FirstNonFinite(fx.Interpreter):
@@ -367,9 +436,12 @@ def _floating(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _start(leaf: Tensor) -> Tensor:
-    """The phantom of an input: a leaf whose gradient will be the input's relevance."""
-    return leaf.detach().new_zeros(()).expand(leaf.shape).requires_grad_()
+def _kept(leaf: Any, create_graph: bool) -> Any:
+    """The input as the graph gets it: part of the caller's autograd graph only if asked for."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    leaf = leaf.clone() if leaf.is_inference() else leaf
+    return leaf if create_graph else leaf.detach()
 
 
 def _has_form(leaf: Tensor, form: TensorForm) -> bool:
@@ -386,18 +458,28 @@ def _describe(leaf: Any) -> str:
 
 
 def _state_forms(model: nn.Module) -> dict[str, tuple[Any, ...]]:
+    """Shape, dtype and device of each parameter and buffer, and which other it is tied to."""
+    first: dict[int, str] = {}
     state = [*model.named_parameters(remove_duplicate=False)]
     state += model.named_buffers(remove_duplicate=False)  # type: ignore[arg-type]
-    return {name: (tuple(t.shape), t.dtype, t.device) for name, t in state}
+    return {
+        name: (tuple(t.shape), t.dtype, t.device, f"same as {first.setdefault(id(t), name)}")
+        for name, t in state
+    }
 
 
-def _per_sample(tensors: Sequence[Tensor]) -> Tensor:
-    """Sums per sample over all tensors, shape (N,); a scalar where there is no batch."""
-    sums = [t.detach().flatten(1).sum(1) if t.ndim > 1 else t.detach() for t in tensors]
-    total = sums[0]
-    for s in sums[1:]:
-        total = total + s
-    return total
+def _absorbed(seeds: Sequence[Tensor], relevance: Sequence[Tensor]) -> Tensor:
+    """Seed less relevance per sample, shape (N,); one total where the samples share an input."""
+    tensors = [*seeds, *relevance]
+    batch = seeds[0].shape[:1]
+    per_sample = all(t.shape[:1] == batch for t in tensors) and bool(batch)
+
+    def total(parts: Sequence[Tensor]) -> Tensor:
+        flat = [t.detach().reshape(len(t) if per_sample else 1, -1).double() for t in parts]
+        sums = torch.stack([t.sum(1) for t in flat]).sum(0)
+        return (sums if per_sample else sums[0]).to(seeds[0].dtype)
+
+    return total(seeds) - total(relevance)
 
 
 def _layers(

@@ -7,14 +7,15 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lrpfx.errors import InputError
+from lrpfx.capture import tensors_in
+from lrpfx.errors import InputError, SelectorError
 from lrpfx.report import Report, Row
 
 if TYPE_CHECKING:
@@ -43,9 +44,9 @@ class LayerCalls(tuple[LayerRelevance, ...]):
 
     def _only(self) -> LayerRelevance:
         if len(self) != 1:
-            raise ValueError(
-                f"this module is called {len(self)} times; pick a call by its number, "
-                "such as layers[path][0].relevance"
+            raise SelectorError(
+                f"this module is called {len(self)} times.",
+                fix="pick a call by its number, such as layers[path][0].relevance.",
             )
         return self[0]
 
@@ -60,8 +61,10 @@ class Explanation:
         output: What the model returned.
         target: The explained class per sample, shape (N,), None where the target is no class.
         seed: Relevance of the output that the backward pass started from.
-        absorbed: Relevance that did not reach the inputs, per sample, shape (N,).
+        absorbed: Relevance that did not reach the inputs, per sample, shape (N,); one total where
+            the samples share an input.
         layers: Per requested module path, relevance and activation of its calls.
+        embeddings: For token ids, relevance per embedding feature (N, T, D), by the input's name.
         report: Which rule each node got and why, and what became of the relevance.
         inputs: What was explained, for the picture.
     """
@@ -73,6 +76,7 @@ class Explanation:
     absorbed: Tensor
     report: Report
     layers: Mapping[str, LayerCalls] = field(default_factory=dict)
+    embeddings: Mapping[str, Tensor] = field(default_factory=dict)
     inputs: Any = None
 
     def plot(self, path: str | os.PathLike[str] | None = None, **options: Any) -> Figure:
@@ -87,23 +91,22 @@ class Explanation:
         """
         from lrpfx.heatmap import heatmap
 
-        maps = pytree.tree_leaves(self.relevance)
-        drawn = [(m, i) for m, i in zip(maps, self._explained_inputs(), strict=True) if m.ndim > 1]
+        pairs = zip(
+            pytree.tree_leaves(self.relevance), pytree.tree_leaves(self.inputs), strict=True
+        )
+        drawn = [
+            (r, x)
+            for r, x in pairs
+            if isinstance(r, Tensor) and r.ndim > 1 and x.is_floating_point()
+        ]
         if len(drawn) != 1:
-            raise ValueError(
-                f"plot() draws one explained input, and this explanation has {len(drawn)}; "
-                "draw each with lrpfx.heatmap.heatmap(relevance, images=input)"
+            raise InputError(
+                f"plot() draws one explained input, and this explanation has {len(drawn)}.",
+                fix="draw each with lrpfx.heatmap.heatmap(relevance, images=input).",
             )
         relevance, image = drawn[0]
         options.setdefault("titles", self._titles(len(relevance)))
         return heatmap(relevance.detach(), images=image.detach(), path=path, **options)
-
-    def _explained_inputs(self) -> list[Tensor]:
-        return [
-            leaf
-            for leaf in pytree.tree_leaves(self.inputs)
-            if isinstance(leaf, Tensor) and leaf.is_floating_point()
-        ]
 
     def _titles(self, n: int) -> list[str] | None:
         started = self.seed.detach()
@@ -125,6 +128,8 @@ class Explanation:
             if isinstance(value, Tensor):
                 # npz has no bfloat16; float32 holds each of its values exactly.
                 plain = value.detach().cpu()
+                while name in arrays:  # keys of dicts may hold dots themselves
+                    name += "_"
                 arrays[name] = (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy()
                 return {"tensor": name, "dtype": str(value.dtype).removeprefix("torch.")}
             if isinstance(value, Mapping):
@@ -132,12 +137,12 @@ class Explanation:
             if isinstance(value, (tuple, list)):
                 kind = "list" if isinstance(value, list) else "tuple"
                 return {kind: [store(f"{name}.{i}", v) for i, v in enumerate(value)]}
-            return {"value": value if isinstance(value, (int, float, str, bool)) else None}
+            if value is None or isinstance(value, (int, float, str, bool)):
+                return {"value": value}
+            return store(name, tensors_in(value))
 
-        tree = {
-            name: store(name, getattr(self, name))
-            for name in ("relevance", "output", "target", "seed", "absorbed", "inputs")
-        }
+        names = ("relevance", "output", "target", "seed", "absorbed", "embeddings", "inputs")
+        tree = {name: store(name, getattr(self, name)) for name in names}
         tree["layers"] = store("layers", {p: [list(c) for c in v] for p, v in self.layers.items()})
         arrays["__tree__"] = np.array(json.dumps({"tree": tree, "report": self.report.to_dict()}))
         with open(path, "wb") as file:
@@ -145,39 +150,19 @@ class Explanation:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Explanation:
-        """Read what ``save`` wrote.
+        """Read what ``save`` wrote; no code in the file is ever run.
 
         Raises:
-            InputError: The file was not written by ``save``.
+            InputError: The file cannot be read, or was not written by ``save``.
         """
         try:
-            with np.load(path, allow_pickle=False) as file:
-                stored = json.loads(str(file["__tree__"]))
-                arrays = {name: file[name] for name in file.files}
-        except (ValueError, KeyError, OSError) as error:
+            with open(path, "rb") as file:
+                return _restored(file)
+        except Exception as error:  # whatever a missing, damaged or hostile file leads to
             raise InputError(
-                f"{os.fspath(path)} holds no explanation: {error}",
+                f"{os.fspath(path)!s} holds no explanation: {type(error).__name__}: {error}",
                 fix="give a file written by Explanation.save().",
             ) from error
-
-        def restore(node: dict[str, Any]) -> Any:
-            if "tensor" in node:
-                tensor = torch.from_numpy(np.asarray(arrays[node["tensor"]]))
-                return tensor.to(getattr(torch, node["dtype"]))
-            if "dict" in node:
-                return {k: restore(v) for k, v in node["dict"]}
-            if "list" in node:
-                return [restore(v) for v in node["list"]]
-            if "tuple" in node:
-                return tuple(restore(v) for v in node["tuple"])
-            return node["value"]
-
-        values = {name: restore(node) for name, node in stored["tree"].items()}
-        values["layers"] = {
-            path: LayerCalls(LayerRelevance(*call) for call in calls)
-            for path, calls in values["layers"].items()
-        }
-        return cls(**values, report=_report_from(stored["report"]))
 
     def __repr__(self) -> str:
         leaves = [t for t in pytree.tree_leaves(self.relevance) if isinstance(t, Tensor)]
@@ -191,6 +176,35 @@ class Explanation:
 
     def _repr_html_(self) -> str:
         return f"<p>{html.escape(repr(self))}</p>{self.report._repr_html_()}"
+
+
+def _restored(file: BinaryIO) -> Explanation:
+    with np.load(file, allow_pickle=False) as stored:
+        arrays = {name: stored[name] for name in stored.files}
+    written = json.loads(str(arrays["__tree__"]))
+
+    def restore(node: dict[str, Any]) -> Any:
+        ((kind, value),) = [(k, v) for k, v in node.items() if k != "dtype"]
+        if kind == "tensor":
+            dtype = getattr(torch, node["dtype"])
+            if not isinstance(dtype, torch.dtype):
+                raise TypeError(f"{node['dtype']!r} is no dtype")
+            return torch.from_numpy(np.asarray(arrays[value])).to(dtype)
+        if kind == "dict":
+            return {k: restore(v) for k, v in value}
+        if kind in ("list", "tuple"):
+            return [restore(v) for v in value] if kind == "list" else tuple(map(restore, value))
+        if kind == "value":
+            return value
+        raise KeyError(kind)
+
+    values = {name: restore(node) for name, node in written["tree"].items()}
+    layers = values.pop("layers")
+    return Explanation(
+        **values,
+        layers={p: LayerCalls(LayerRelevance(*c) for c in calls) for p, calls in layers.items()},
+        report=_report_from(written["report"]),
+    )
 
 
 def _report_from(stored: dict[str, Any]) -> Report:

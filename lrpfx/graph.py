@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from lrpfx.errors import UnsupportedOpError
 from lrpfx.ops import Op, Site, Slot
 
 KEY = "lrpfx"
+#: Marks nodes that count as constants for relevance, though not for gradients; says why.
+HELD = "lrpfx_held"
 _TORCH_CODE = (str(Path(torch.__file__).parent), "torch/")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)')
 
@@ -43,6 +45,7 @@ class Record:
         dtype: Of the output.
         first: Whether the input reaches this node through no other conv or linear.
         nonneg: Whether the output is proven non-negative.
+        gate: Whether this is the one activation among the factors of a product.
         site: How to run the op again.
     """
 
@@ -56,6 +59,7 @@ class Record:
     dtype: torch.dtype
     first: bool
     nonneg: bool
+    gate: bool
     site: Site
 
     @property
@@ -104,16 +108,21 @@ def output_leaves(graph: fx.Graph) -> list[Any]:
     return list(leaves)
 
 
-def reachable(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that some output depends on, placeholders included."""
+def reachable(ends: Iterable[fx.Node]) -> set[fx.Node]:
+    """The nodes that some of ``ends`` depends on, themselves and placeholders included."""
     reached: set[fx.Node] = set()
-    stack = nodes_in(output_leaves(graph))
+    stack = list(ends)
     while stack:
         node = stack.pop()
         if node not in reached:
             reached.add(node)
             stack.extend(node.all_input_nodes)
     return reached
+
+
+def used_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that some output depends on."""
+    return reachable(nodes_in(output_leaves(graph)))
 
 
 def is_floating(value: Any) -> bool:
@@ -124,12 +133,15 @@ def is_floating(value: Any) -> bool:
 
 
 def bound_arguments(node: fx.Node) -> dict[str, Any]:
-    """A call's arguments by schema name, defaults included."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    values = {a.name: a.default_value for a in schema if a.has_default_value()}
-    values.update({a.name: v for a, v in zip(schema, node.args, strict=False)})
+    """A call's arguments by name, defaults included."""
+    names = ops.argument_names(node.target)
+    values: dict[str, Any] = {}
+    if isinstance(node.target, torch._ops.OpOverload):
+        schema = node.target._schema.arguments
+        values = {a.name: a.default_value for a in schema if a.has_default_value()}
+    values.update(zip(names, node.args, strict=False))
     values.update(node.kwargs)
-    return {a.name: values[a.name] for a in schema}
+    return {name: values[name] for name in names}
 
 
 def nodes_in(argument: Any) -> list[fx.Node]:
@@ -144,21 +156,46 @@ def nodes_in(argument: Any) -> list[fx.Node]:
     return found
 
 
-def annotate(graph: fx.Graph, explained: Mapping[str, bool], prefix: str) -> set[fx.Node]:
+def find_starts(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """The nodes that relevance is wanted for, each with the placeholder it belongs to.
+
+    Floating inputs are their own start. Integer inputs have none, but where they index an
+    embedding, its output stands for them.
+    """
+    starts = {}
+    for node in graph.nodes:
+        if node.op == "placeholder" and is_floating(node.meta.get("val")):
+            starts[node] = node
+        elif node.target is torch.ops.aten.embedding.default:
+            source = node.args[1]
+            while source.op == "call_function" and len(source.all_input_nodes) == 1:
+                source = source.all_input_nodes[0]
+            if source.op == "placeholder":
+                starts[node] = source
+    return starts
+
+
+def annotate(
+    graph: fx.Graph,
+    starts: Container[fx.Node],
+    prefix: str,
+    held: Container[str] = (),
+) -> set[fx.Node]:
     """Give every node that carries relevance its record; return all of them.
 
-    Besides the recorded nodes these are the explained placeholders and the getitem nodes that
-    pick one of several outputs.
+    Besides the recorded nodes these are the starts and the getitem nodes that pick one of several
+    outputs.
 
     Args:
         graph: A canonized graph.
-        explained: For each placeholder's name, whether it is explained.
+        starts: The nodes that relevance is wanted for, see ``find_starts``.
         prefix: What to strip from module paths.
+        held: Names of nodes that count as constants.
 
     Raises:
         UnsupportedOpError: Listing all such nodes that the op table does not know.
     """
-    known = _liveness(graph, explained)
+    known = _liveness(graph, starts, held)
     carrying = _carrying(graph, known)
     unknown = [node for node in graph.nodes if node in carrying and known[node] is _UNKNOWN]
     if unknown:
@@ -169,16 +206,19 @@ def annotate(graph: fx.Graph, explained: Mapping[str, bool], prefix: str) -> set
             fix="lrpfx.register_op(torch.ops.aten..., kind, family) tells lrpfx what such an op "
             "is; or explain a wrapper module that leaves it out.",
         )
+    gates = _gates(known, carrying)
     nonneg: set[fx.Node] = set()
     mixed: set[fx.Node] = set()  # what some conv or linear layer stands before
     for node in graph.nodes:
         node.meta.pop(KEY, None)
-        if node not in carrying or node.op == "placeholder":
+        if node not in carrying or node in starts:
             continue
         op = known[node]
         before = any(n in mixed for n in node.all_input_nodes)
         if isinstance(op, Op):
-            node.meta[KEY] = _record(node, op, carrying, nonneg, not before, prefix)
+            node.meta[KEY] = replace(
+                _record(node, op, carrying, nonneg, prefix), first=not before, gate=node in gates
+            )
         elif node.args[0] in nonneg:  # getitem
             nonneg.add(node)
         if (r := record(node)) is not None and r.nonneg:
@@ -189,16 +229,21 @@ def annotate(graph: fx.Graph, explained: Mapping[str, bool], prefix: str) -> set
 
 
 _UNKNOWN = "not in the op table"
-_PICK = "getitem or input"
+_PICK = "getitem or start"
 
 
-def _liveness(graph: fx.Graph, explained: Mapping[str, bool]) -> dict[fx.Node, Op | str]:
-    """The nodes that depend on an explained input, each with what is known of it."""
+def _liveness(
+    graph: fx.Graph, starts: Container[fx.Node], held: Container[str]
+) -> dict[fx.Node, Op | str]:
+    """The nodes that depend on a start, each with what is known of it."""
     live: dict[fx.Node, Op | str] = {}
     for node in graph.nodes:
-        if node.op == "placeholder" and explained.get(node.name, False):
+        if node in starts:
             live[node] = _PICK
+            continue
         if node.op != "call_function" or not is_floating(node.meta.get("val")):
+            continue
+        if node.name in held or HELD in node.meta:
             continue
         if not any(n in live for n in node.all_input_nodes):
             continue
@@ -223,12 +268,28 @@ def _carrying(graph: fx.Graph, live: Container[fx.Node]) -> set[fx.Node]:
     return carrying
 
 
+def _gates(known: Mapping[fx.Node, Op | str], carrying: set[fx.Node]) -> set[fx.Node]:
+    """The activations that stand, moves aside, as the only one among a product's factors."""
+    found = set()
+    for node in carrying:
+        op = known[node]
+        if not isinstance(op, Op) or op.kind != "product":
+            continue
+        ends = set()
+        for factor in node.all_input_nodes:
+            while isinstance(moved := known.get(factor), Op) and moved.family == "move":
+                factor = factor.all_input_nodes[0]
+            if isinstance(moved, Op) and moved.family == "activation":
+                ends.add(factor)
+        found |= ends if len(ends) == 1 else set()
+    return found
+
+
 def _record(
     node: fx.Node,
     op: Op,
     carrying: set[fx.Node],
     nonneg: set[fx.Node],
-    first: bool,
     prefix: str,
 ) -> Record:
     floating = [n for n in node.all_input_nodes if is_floating(n.meta.get("val"))]
@@ -242,7 +303,8 @@ def _record(
         source=source_line(node),
         shape=_shape(node.meta["val"]),
         dtype=_first_tensor(node.meta["val"]).dtype,
-        first=first,
+        first=False,
+        gate=False,
         nonneg=op.nonneg(bound_arguments(node), all(n in nonneg for n in floating)),
         site=_site(op, node, carrying, nonneg),
     )
@@ -250,7 +312,9 @@ def _record(
 
 def _live_names(node: fx.Node, live: Container[fx.Node]) -> tuple[str, ...]:
     """Names of the arguments that hold live nodes, in schema order."""
-    if not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, (torch._ops.OpOverload, ops.Composed)) and (
+        node.target is not ops.product
+    ):
         return ()
     arguments = bound_arguments(node).items()
     return tuple(name for name, value in arguments if any(n in live for n in nodes_in(value)))

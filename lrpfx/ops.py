@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
 from lrpfx import affine as maps
@@ -23,6 +23,8 @@ FAMILIES = {
     "affine": "z = W x + b (Norm or Epsilon)",
     "normalize": "layer norm and the like, affine with 1 / std as a constant (Norm)",
     "product": "elementwise product of live tensors (Uniform)",
+    "matmul": "matrix product of two live tensors (Bilinear)",
+    "softmax": "softmax (Taylor)",
     "activation": "elementwise nonlinearity of one input (Pass)",
     "move": "values are moved, repeated or dropped (relevance follows)",
     "select": "values are picked by their size (relevance follows the picked ones)",
@@ -142,6 +144,10 @@ class Call:
         assert isinstance(filled, dict)
         return dict(filled)
 
+    def argument(self, name: str) -> Any:
+        """A static argument of the op."""
+        return self.site.arguments[name]
+
     def run(self, *x: Tensor) -> Any:
         """The op on other live inputs."""
         return self.site.target(**self._arguments(x))
@@ -164,12 +170,56 @@ class Call:
         return tuple(pull(R))
 
 
+@dataclass(frozen=True, eq=False)
+class Composed:
+    """An activation written out of primitives, as one op of its one varying input.
+
+    Args:
+        body: Takes x and then the constants.
+        core: Name of its last nonlinearity.
+    """
+
+    body: fx.GraphModule
+    core: str
+
+    def __post_init__(self) -> None:
+        """Name the callable for fx, which writes it into the generated code."""
+        object.__setattr__(self, "__name__", f"composed_{self.core}")
+
+    def __call__(self, x: Tensor, constants: Sequence[Tensor] = ()) -> Tensor:
+        """The activation of x."""
+        value: Tensor = self.body(x, *constants)
+        return value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Composed:
+        return self
+
+
+def product(factors: Sequence[Tensor]) -> Tensor:
+    """The product of several tensors, broadcast against each other."""
+    value = factors[0]
+    for factor in factors[1:]:
+        value = value * factor
+    return value
+
+
+def argument_names(target: Any) -> list[str]:
+    """Names of the arguments of an overload, or of what the passes put in the place of several."""
+    if isinstance(target, Composed):
+        return ["x", "constants"]
+    if target is product:
+        return ["factors"]
+    return [argument.name for argument in target._schema.arguments]
+
+
+_COMPOSED = Op("composed", "activation", (frozenset(["x"]),))
 _TABLE: dict[Any, list[Op]] = {}
 
 
 def find(target: Any, live: frozenset[str]) -> Op | None:
     """The row for a call of ``target`` whose live arguments are exactly ``live``."""
-    return next((op for op in _TABLE.get(target, ()) if live in op.live), None)
+    rows = (_COMPOSED,) if isinstance(target, Composed) else _TABLE.get(target, ())
+    return next((op for op in rows if live in op.live), None)
 
 
 def rows() -> Iterable[tuple[Any, Op]]:
@@ -179,7 +229,7 @@ def rows() -> Iterable[tuple[Any, Op]]:
 
 def kinds() -> set[str]:
     """All kinds in the table."""
-    return {op.kind for _, op in rows()}
+    return {op.kind for _, op in rows()} | {_COMPOSED.kind}
 
 
 def register_op(
@@ -387,6 +437,11 @@ _add([aten.group_norm.default], "group_norm", "normalize", affine=maps.group_nor
 _add([aten.instance_norm.default], "instance_norm", "normalize", affine=maps.instance_norm)
 _add([aten.rms_norm.default], "rms_norm", "normalize", affine=maps.rms_norm)
 _add([aten.mul.Tensor], "product", "product", [("self", "other")], nonneg=inherited)
+_add([product], "product", "product", ["factors"], nonneg=inherited)
+_add([aten.matmul.default], "matmul", "matmul", [("self", "other")], nonneg=inherited)
+_add([aten.mm.default, aten.bmm.default], "matmul", "matmul", [("self", "mat2")], nonneg=inherited)
+_add([aten.einsum.default], "matmul", "matmul", ["tensors"], nonneg=inherited)
+_add([aten.softmax.int, aten._softmax.default], "softmax", "softmax", nonneg=always)
 
 # -- activations ----------------------------------------------------------------------------------
 
@@ -487,13 +542,11 @@ _add(
     "move",
     nonneg=inherited,
 )
-_add(  # of the other tensor only shape and dtype are read, so nothing flows to it if it is live
-    [aten.view_as.default, aten.reshape_as.default, aten.expand_as.default]
-    + [aten.type_as.default, aten.to.other],
-    "reshape",
-    "move",
-    ["self", "other", ("self", "other")],
-)
+#: Of the other tensor only shape and dtype are read, so nothing depends on it if it is live.
+_LIKE = [aten.view_as.default, aten.reshape_as.default, aten.expand_as.default]
+_LIKE += [aten.type_as.default, aten.to.other]
+_add(_LIKE, "reshape", "move", ["self", ("self", "other")])
+_add(_LIKE, "constant", "constant", ["other"])
 _add(
     [aten.cat.default, aten.concat.default, aten.stack.default]
     + [aten.hstack.default, aten.vstack.default, aten.dstack.default],
@@ -538,6 +591,8 @@ _add(
 )
 _add([aten.index_put.default], "scatter", "move", ["self", "values", ("self", "values")])
 
+_add([aten.fill.Tensor], "scatter", "move", ["value", ("self", "value")])
+
 # -- piecewise constant ops: relevance ends here --------------------------------------------------
 
 _add(
@@ -545,7 +600,13 @@ _add(
     + [aten.round.default, aten.trunc.default, aten.zeros_like.default, aten.ones_like.default]
     + [aten.full_like.default, aten.empty_like.default, aten.new_zeros.default]
     + [aten.new_ones.default, aten.new_full.default, aten.new_empty.default]
-    + [aten.floor_divide.default, aten.bernoulli.default],
+    + [
+        aten.fill.Scalar,
+        aten.fill.Tensor,
+        aten.zero.default,
+        aten.floor_divide.default,
+        aten.bernoulli.default,
+    ],
     "constant",
     "constant",
 )

@@ -13,11 +13,11 @@ from lrpfx.ledger import Booking
 WIDTH = 120
 #: Column titles, and the most characters a cell may take.
 _COLUMNS = (
-    ("module", 25),
-    ("op", 16),
-    ("rule", 14),
-    ("why", 24),
-    ("shape", 15),
+    ("module", 24),
+    ("op", 14),
+    ("rule", 13),
+    ("why", 16),
+    ("shape", 12),
     ("R in", 9),
     ("R out", 9),
     ("absorbed", 9),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from lrpfx.assign import Assignment
-from lrpfx.graph import is_floating, output_leaves, record, slot_nodes
+from lrpfx.graph import is_floating, nodes_in, output_leaves, reachable, record, slot_nodes
 from lrpfx.ledger import Ledger
 from lrpfx.ops import Call, Site
 from lrpfx.rules import Gradient, Rule
@@ -61,6 +61,11 @@ class _Relevance(torch.autograd.Function):
 def phantom(like: Tensor) -> Tensor:
     """Zeros of a tensor's shape, dtype and device that take no memory."""
     return like.new_zeros(()).expand(like.shape)
+
+
+def begin(clean: Tensor) -> Tensor:
+    """A phantom that is a leaf: what becomes its gradient is the relevance of ``clean``."""
+    return phantom(clean.detach()).requires_grad_()
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,8 @@ def rewrite(
     """
     graph = fx.Graph()
     graph.set_codegen(copy.copy(module.graph._codegen))
-    clean, phantoms = _two_streams(module.graph, graph, plan, live, None, {})
+    own = {n: n for n in live if n.op == "placeholder"}
+    clean, phantoms = _two_streams(module.graph, graph, plan, live, None, own)
 
     def joined(node: fx.Node) -> fx.Node:
         if node not in phantoms:
@@ -178,27 +184,30 @@ def instrument(
     module: fx.GraphModule,
     plan: Mapping[str, Assignment],
     live: set[fx.Node],
-    explained: Sequence[fx.Node],
+    starts: Sequence[fx.Node],
     taps: Sequence[Tap] = (),
 ) -> fx.GraphModule:
     """The graph as ``explain`` runs it, with the two streams apart.
 
     Returns:
-        A GraphModule that takes the flat inputs, a ledger (or None), and one phantom per explained
-        input, and returns three lists: clean output leaves, their phantoms (None where no
-        relevance can start), and (activation, phantom) per tap.
+        A GraphModule that takes the flat inputs and a ledger (or None), and returns four lists:
+        clean output leaves, their phantoms (None where no relevance can start), the phantoms of
+        the starts (None where no output depends on it), and (activation, phantom) per tap.
     """
     graph = fx.Graph()
     inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
     copied = {n: graph.node_copy(n) for n in inputs}
-    ledger = graph.placeholder("ledger")
-    starts = {n: graph.placeholder(f"phantom_{n.name}") for n in explained}
-    clean, phantoms = _two_streams(module.graph, graph, plan, live, ledger, copied, starts)
+    names, name = {n.name for n in inputs}, "ledger"
+    while name in names:  # an argument of the model's own may be called that
+        name += "_"
+    ledger = graph.placeholder(name)
+    clean, phantoms = _two_streams(module.graph, graph, plan, live, ledger, {}, copied, taps)
     leaves = output_leaves(module.graph)
     graph.output(
         (
             [clean[n] if isinstance(n, fx.Node) else n for n in leaves],
             [phantoms.get(n) if isinstance(n, fx.Node) else None for n in leaves],
+            [phantoms.get(n) for n in starts],
             [(clean[tap.activation], phantoms[tap.relevance]) for tap in taps],
         )
     )
@@ -211,23 +220,34 @@ def _two_streams(
     plan: Mapping[str, Assignment],
     live: set[fx.Node],
     ledger: fx.Node | None,
-    copied: dict[fx.Node, fx.Node],
-    starts: Mapping[fx.Node, fx.Node] | None = None,
+    own: Container[fx.Node],
+    copied: Mapping[fx.Node, fx.Node] | None = None,
+    taps: Sequence[Tap] = (),
 ) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, fx.Node]]:
-    """Copy the clean nodes into ``graph`` and put every live node's twin beside it."""
-    clean = dict(copied)
-    phantoms: dict[fx.Node, fx.Node] = dict(starts or {})
+    """Copy the clean nodes into ``graph`` and put every live node's twin beside it.
+
+    The phantom stream begins at new leaves, except that the inputs in ``own`` are their own
+    phantoms, so that relevance becomes their gradient.
+    """
+    clean = dict(copied or {})
+    ends = [*nodes_in(output_leaves(source)), *(tap.activation for tap in taps)]
+    used = reachable(ends)
+    phantoms: dict[fx.Node, fx.Node] = {}
     keywords = {} if ledger is None else {"ledger": ledger}
     for node in source.nodes:
         if node.op == "output":
             break
+        if node not in used and node.op != "placeholder":
+            continue  # left to itself, fx keeps dead nodes that draw random numbers
         if node not in clean:
             clean[node] = graph.node_copy(node, clean.__getitem__)
         if node not in live:
             continue
-        if node.op == "placeholder":
-            phantoms.setdefault(node, clean[node])
-        elif record(node) is None:  # getitem picks one of several outputs
+        if node in own:
+            phantoms[node] = clean[node]
+        elif record(node) is None and node.target is not operator.getitem:  # a start
+            phantoms[node] = graph.call_function(begin, (clean[node],))
+        elif record(node) is None:
             parent, index = node.args
             assert isinstance(parent, fx.Node)
             args = (phantoms[parent], index)
@@ -273,7 +293,16 @@ def _beside(
 def _finish(module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
     graph.eliminate_dead_code()
     graph.lint()
-    rewritten = fx.GraphModule(module, graph)
+    rewritten = _unpicklable(fx.GraphModule(module, graph))
+    rewritten.train(module.training)
+    return rewritten
+
+
+def _unpicklable(module: fx.GraphModule) -> fx.GraphModule:
+    """The module with pickling refused, for its copies too.
+
+    fx gives every GraphModule a class of its own, and pickles its code without what that calls.
+    """
 
     def refuse(self: fx.GraphModule, *protocol: Any) -> Any:
         raise TypeError(
@@ -281,7 +310,9 @@ def _finish(module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
             "Save the model, and make the Explainer again from it."
         )
 
-    # fx gives every GraphModule a class of its own, and pickles code without what it calls.
-    type(rewritten).__reduce_ex__ = refuse  # type: ignore[method-assign,assignment]
-    rewritten.train(module.training)
-    return rewritten
+    def copied(self: fx.GraphModule, memo: dict[int, Any]) -> fx.GraphModule:
+        return _unpicklable(fx.GraphModule.__deepcopy__(self, memo))
+
+    type(module).__reduce_ex__ = refuse  # type: ignore[method-assign,assignment]
+    type(module).__deepcopy__ = copied  # type: ignore[method-assign]
+    return module

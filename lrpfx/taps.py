@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from torch import fx
 
 from lrpfx.errors import SelectorError
-from lrpfx.graph import ModuleCall, module_calls, reachable
+from lrpfx.graph import ModuleCall, module_calls, used_nodes
 from lrpfx.rewrite import Tap
 
 
@@ -27,7 +27,7 @@ def find_taps(
     Raises:
         SelectorError: A pattern matches no module that has a relevance of its own.
     """
-    used = reachable(graph) | {n for n in graph.nodes if n.op == "output"}
+    used = used_nodes(graph) | {n for n in graph.nodes if n.op == "output"}
     inside: dict[ModuleCall, list[fx.Node]] = {}
     for node in graph.nodes:
         if node in live and node in used and node.op == "call_function":

@@ -32,7 +32,9 @@ class Seed:
 
 
 def make_seed(
-    leaves: Sequence[Any], target: Target, rebuild: Callable[[Sequence[Any]], Any]
+    leaves: Sequence[Any],
+    target: Target,
+    rebuild: Callable[[Sequence[Any]], Any],
 ) -> Seed:
     """The seed relevance for ``target``, computed from the clean output.
 
@@ -74,6 +76,8 @@ def _from_output(output: Tensor, target: Any) -> tuple[Tensor, Tensor | None, st
                 f"got {tuple(target.shape)}.",
                 fix="give a floating tensor of that shape, or integer classes of shape (N,).",
             )
+        if target.is_meta:
+            raise TargetError("the seed has no values: it is on the meta device.", fix="give it.")
         if not bool(target.isfinite().all()):
             raise TargetError("the seed has NaN or infinite entries.", fix="give finite numbers.")
         return target.to(output), None, "the given seed relevance"
@@ -108,9 +112,13 @@ def _at_index(output: Tensor, index: tuple[Any, ...]) -> tuple[Tensor, Tensor | 
     mask = torch.zeros_like(output, dtype=torch.bool)
     try:
         for part, size in zip(index, output.shape[1:], strict=False):
-            if isinstance(part, int) and not 0 <= part < size:
+            if isinstance(part, bool):
+                raise TypeError(f"{part} is no index")
+            if isinstance(part, (int, np.integer)) and not 0 <= part < size:
                 raise IndexError(f"index {part} is out of range for size {size}")
         mask[(slice(None), *index)] = True
+        if not bool(mask.any()):
+            raise IndexError("it selects nothing")
     except (IndexError, TypeError, ValueError) as error:
         raise TargetError(
             f"target {index!r} is no index into a sample's output {tuple(output.shape[1:])}: "
@@ -178,11 +186,14 @@ def _from_callable(
                 f"target {name} fails on the model's output: {type(error).__name__}: {error}",
                 fix="it is called with what the model returns.",
             ) from error
-        batch = variables[0].shape[:1] if variables else ()
-        if not isinstance(value, Tensor) or value.shape not in (batch, ()):
+        sizes = [len(t) for t in variables if t.ndim] or [1]
+        fits = isinstance(value, Tensor) and (
+            value.ndim == 0 or (value.ndim == 1 and len(value) in sizes)
+        )
+        if not fits:
             form = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise TargetError(
-                f"target {name} must return one number per sample, shape {tuple(batch)}, "
+                f"target {name} must return one number per sample, shape ({sizes[0]},), "
                 f"not {form}.",
                 fix="for example target=lambda out: out[:, 3].",
             )

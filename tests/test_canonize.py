@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 import lrpfx
 from lrpfx import canonize
 from lrpfx.capture import capture
-from lrpfx.graph import reachable, verify
+from lrpfx.graph import used_nodes, verify
 
 aten = torch.ops.aten
 
@@ -41,7 +41,7 @@ class Plain(nn.Module):
 
 def targets(module: fx.GraphModule) -> list[object]:
     """Ops that the output depends on, in order of execution."""
-    used = reachable(module.graph)
+    used = used_nodes(module.graph)
     return [n.target for n in module.graph.nodes if n.op == "call_function" and n in used]
 
 

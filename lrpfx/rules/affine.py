@@ -180,12 +180,14 @@ def _absorbed(
     absorbed = {"bias": zero, "stabilizer": zero, "dead": R.detach().sum(dtype=torch.float64)}
     for gated, d, s, bias in booked:
         gated, d, s = gated.detach(), d.detach(), s.detach()
-        rest = gated - s * d
+        finite = d.isfinite()  # a masked attention score is -infinity: it gets and keeps nothing
+        rest = torch.where(finite, gated - s * d, 0.0)
         dead = (rest * (d == 0)).sum(dtype=torch.float64)
         absorbed["stabilizer"] = absorbed["stabilizer"] + rest.sum(dtype=torch.float64) - dead
         absorbed["dead"] = absorbed["dead"] - gated.sum(dtype=torch.float64) + dead
         if bias is not None:
-            absorbed["bias"] = absorbed["bias"] + (s * bias.detach()).sum(dtype=torch.float64)
+            share = torch.where(finite, s * bias.detach(), 0.0)
+            absorbed["bias"] = absorbed["bias"] + share.sum(dtype=torch.float64)
     return absorbed
 
 

@@ -169,6 +169,22 @@ class Gradient(Rule):
         return Flow(relevance, absorbed)
 
 
+@dataclass(frozen=True)
+class Stop(Rule):
+    """The op's output counts as a constant: no relevance goes through it, and none is lost.
+
+    What depends on the input through such nodes only is constant, too, so a matrix product of
+    stopped attention weights with values is affine in the values. The plan is made with these
+    nodes out of the way, so this rule never sees any relevance.
+
+    Source: Ali et al. 2022 (arXiv 2202.07304), sect. 4.1 (attention weights as constants).
+    """
+
+    def fits(self, op: Op) -> str:
+        """Every op can be made a constant."""
+        return ""
+
+
 def sum_all(tensors: Sequence[Tensor]) -> Tensor:
     """Sum of all entries of all tensors, a float64 scalar."""
     totals = [t.detach().sum(dtype=torch.float64) for t in tensors]

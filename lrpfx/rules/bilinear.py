@@ -1,4 +1,4 @@
-"""Rules of products of live tensors, such as the gate of a squeeze-and-excitation block."""
+"""Rules of ops on several live tensors at once: products, matrix products, softmax."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from lrpfx.rules.base import Flow, Rule
+from lrpfx.rules.base import (
+    Absorbed,
+    Flow,
+    Rule,
+    StabilizerLike,
+    check_stabilizer,
+    divide,
+    sum_all,
+)
 
 if TYPE_CHECKING:
     from lrpfx.ops import Call, Op
@@ -33,3 +41,72 @@ class Uniform(Rule):
         assert isinstance(R, Tensor)
         share = R / len(x)
         return Flow(tuple(share.sum_to_size(t.shape) for t in x))
+
+
+@dataclass(frozen=True)
+class Bilinear(Rule):
+    """z = a b of two live matrices: s = R / st(2 z), R_a = a * (s b'), R_b = b * (a's).
+
+    Epsilon for each factor with the others held fixed, and an equal part of R for each: with n
+    live factors (einsum), s = R / st(n z).
+
+    Args:
+        stabilizer: Number or callable.
+
+    Source: Achtibat et al. 2024 (AttnLRP, arXiv 2402.05602), Prop. 3.3 and eq. 14.
+    """
+
+    stabilizer: StabilizerLike = 1e-6
+
+    reads_output: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Check the stabilizer."""
+        check_stabilizer("Bilinear", self.stabilizer)
+
+    def fits(self, op: Op) -> str:
+        """Matrix products of two live tensors."""
+        return "" if op.kind == "matmul" else f"Bilinear is for matmul, and {op.kind} is none"
+
+    def propagate(
+        self, call: Call, x: tuple[Tensor, ...], z: Tensor, R: Tensor | tuple[Tensor, ...]
+    ) -> Flow:
+        """R_a = a * (s b'), R_b = b * (a's)."""
+        assert isinstance(R, Tensor)
+        d = len(x) * z
+        s, _ = divide(R, d, self.stabilizer)
+        c = call.pull_back(x, s)
+
+        def absorbed() -> Absorbed:
+            return {"stabilizer": sum_all([R - s * d])}
+
+        return Flow(tuple(a * b for a, b in zip(x, c, strict=True)), absorbed)
+
+
+@dataclass(frozen=True)
+class Taylor(Rule):
+    """Softmax expanded at x: R_x = x * (R - y * sum R), entries of -infinity get nothing.
+
+    Relevance is not conserved here: the ledger books what the expansion leaves over.
+
+    Source: Achtibat et al. 2024 (AttnLRP, arXiv 2402.05602), Prop. 3.1, eq. 12.
+    """
+
+    reads_output: ClassVar[bool] = True
+
+    def fits(self, op: Op) -> str:
+        """Softmax."""
+        return "" if op.kind == "softmax" else f"Taylor is for softmax, not for {op.kind}"
+
+    def propagate(
+        self, call: Call, x: tuple[Tensor, ...], z: Tensor, R: Tensor | tuple[Tensor, ...]
+    ) -> Flow:
+        """R_x = x * (R - y * sum R)."""
+        assert isinstance(R, Tensor)
+        finite = x[0].masked_fill(x[0].isinf(), 0.0)
+        R_x = finite * (R - z * R.sum(call.argument("dim"), keepdim=True))
+
+        def absorbed() -> Absorbed:
+            return {"softmax": sum_all([R]) - sum_all([R_x])}
+
+        return Flow((R_x,), absorbed)

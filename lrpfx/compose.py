@@ -1,0 +1,142 @@
+"""Passes that gather what users write out of primitives into one node that a rule needs whole."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from lrpfx import ops
+from lrpfx.graph import op_name
+
+aten = torch.ops.aten
+
+_ARITHMETIC = {aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor}
+_ARITHMETIC |= {aten.rsub.Scalar, aten.neg.default, aten.to.dtype}
+#: More primitives than any activation in use has; a search that runs longer found none.
+_LONGEST = 24
+
+
+def whole_activations(module: fx.GraphModule) -> fx.GraphModule:
+    """``x * sigmoid(x)``, ``0.5 * x * (1 + tanh(...))`` -> one activation of x.
+
+    Taken is the nearest elementwise region with a nonlinearity that a single value enters, so a
+    constant added before it stays outside, where it can absorb its share. Rules for products and
+    sums on the region's parts would give other relevance than the same activation in one op.
+
+    Source: Achtibat et al. 2024 (AttnLRP, arXiv 2402.05602), Prop. 3.1 is about f as a whole.
+    """
+    for node in list(module.graph.nodes):
+        found = _region(node) if node.target in (aten.mul.Tensor, aten.div.Tensor) else None
+        if found is None:
+            continue
+        entry, region = found
+        with module.graph.inserting_before(node):
+            new = _call_composed(module, node, entry, region)
+        node.replace_all_uses_with(new)
+        for old in sorted(region, reverse=True):
+            module.graph.erase_node(old)
+    return module
+
+
+def flat_products(module: fx.GraphModule) -> fx.GraphModule:
+    """``mul(mul(a, b), c)`` -> ``product([a, b, c])``, so that no factor counts less than another.
+
+    Source: pairwise shares depend on the association, arXiv 2510.18810.
+    """
+    for node in list(module.graph.nodes):
+        if not _is_product(node) or any(_is_product(user) for user in node.users):
+            continue
+        factors, inner = _factors(node)
+        if not inner:
+            continue
+        with module.graph.inserting_before(node):
+            new = module.graph.call_function(ops.product, (factors,))
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        for old in (node, *inner):
+            module.graph.erase_node(old)
+    return module
+
+
+def _is_product(node: fx.Node) -> bool:
+    return node.target is aten.mul.Tensor and len(_varying(node)) == 2
+
+
+def _factors(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+    """Leaves of a tree of products, and the inner products, users before what they use."""
+    leaves: list[fx.Node] = []
+    inner: list[fx.Node] = []
+    for factor in node.args:
+        assert isinstance(factor, fx.Node)
+        if _is_product(factor) and len(factor.users) == 1 and node.args[0] is not node.args[1]:
+            below, deeper = _factors(factor)
+            leaves += below
+            inner += [factor, *deeper]
+        else:
+            leaves.append(factor)
+    return leaves, inner
+
+
+def _varying(node: fx.Node) -> list[fx.Node]:
+    """The inputs that are no parameters or constants, as often as they are used."""
+    found = []
+    for value in node.args:
+        if (
+            isinstance(value, fx.Node)
+            and value.op != "get_attr"
+            and isinstance(value.meta.get("val"), Tensor)
+        ):
+            found.append(value)
+    return found
+
+
+def _region(end: fx.Node) -> tuple[fx.Node, set[fx.Node]] | None:
+    """The nearest region that ends in ``end`` and that one value enters, and that value."""
+    if len(_varying(end)) != 2:
+        return None
+    region = {end}
+    frontier = set(_varying(end))
+    while len(frontier) > 1:
+        node = max(frontier)
+        if len(region) > _LONGEST or not _is_elementwise(node, end):
+            return None
+        region.add(node)
+        frontier = (frontier - {node}) | set(_varying(node))
+    if not frontier:
+        return None
+    inside = all(user in region for node in region - {end} for user in node.users)
+    curved = len(set(_varying(end))) == 1 or any(_is_activation(node) for node in region)
+    return (frontier.pop(), region) if inside and curved else None
+
+
+def _is_activation(node: fx.Node) -> bool:
+    if isinstance(node.target, ops.Composed):
+        return True
+    row = ops.find(node.target, frozenset(["self"]))
+    return row is not None and row.family == "activation"
+
+
+def _is_elementwise(node: fx.Node, end: fx.Node) -> bool:
+    """Whether the node is an elementwise op of the shape of ``end``."""
+    known = node.target in _ARITHMETIC or _is_activation(node)
+    return known and bool(node.meta["val"].shape == end.meta["val"].shape)
+
+
+def _call_composed(
+    module: fx.GraphModule, end: fx.Node, entry: fx.Node, region: set[fx.Node]
+) -> fx.Node:
+    body = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {entry: body.placeholder("x")}
+    constants: list[fx.Node] = []
+    for node in sorted(region):
+        for value in node.all_input_nodes:
+            if value not in copied:  # everything varying is in the region, or is the entry
+                copied[value] = body.placeholder(f"c{len(constants)}")
+                constants.append(value)
+        copied[node] = body.node_copy(node, copied.__getitem__)
+    body.output(copied[end])
+    cores = [op_name(n.target) for n in sorted(region) if _is_activation(n)]
+    composed = ops.Composed(fx.GraphModule(module, body), cores[-1] if cores else "square")
+    new = module.graph.call_function(composed, (entry, constants))
+    new.meta = dict(end.meta)
+    return new

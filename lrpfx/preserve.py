@@ -1,0 +1,113 @@
+"""The promise that the user's model stays as it was, whatever is done with it meanwhile."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Leave the model and the random states as they were, also when an error passes.
+
+    Running or tracing a model can fill caches (with fake tensors), count calls, register hooks,
+    update buffers and even rescale weights. Everything that the modules' attributes reach is
+    remembered by value: tensors, containers, and the attributes of other objects. Only what has
+    changed is written back, so that other threads may use the model meanwhile.
+    """
+    undo: list[Callable[[], None]] = []
+    seen: set[int] = set()
+    for module in model.modules():
+        _remember(module, undo, seen)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        yield
+    finally:
+        for restore in undo:
+            restore()
+        torch.set_rng_state(states[0])
+        random.setstate(states[1])
+        np.random.set_state(states[2])
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def _remember(value: Any, undo: list[Callable[[], None]], seen: set[int]) -> None:
+    """Append to ``undo`` what brings ``value``, and all that it reaches, back to this moment."""
+    if id(value) in seen or isinstance(value, (type, str, bytes, int, float, complex, type(None))):
+        return
+    seen.add(id(value))
+    if isinstance(value, Tensor):
+        undo.append(_tensor_undo(value))
+    elif isinstance(value, MutableMapping):
+        undo.append(_mapping_undo(value))
+        for item in list(value.values()):
+            _remember(item, undo, seen)
+    elif isinstance(value, (list, deque, set)):
+        undo.append(_sequence_undo(value))
+        for item in list(value):
+            _remember(item, undo, seen)
+    elif isinstance(value, (tuple, frozenset)):
+        for item in value:
+            _remember(item, undo, seen)
+    elif isinstance(attributes := getattr(value, "__dict__", None), dict) and not callable(value):
+        _remember(attributes, undo, seen)
+    elif isinstance(value, nn.Module):
+        _remember(value.__dict__, undo, seen)
+
+
+def _tensor_undo(tensor: Tensor) -> Callable[[], None]:
+    memory, copy = tensor.data, tensor.detach().clone()
+
+    def restore() -> None:
+        if tensor.data_ptr() != memory.data_ptr():  # forward() has set .data
+            tensor.data = memory
+        if not torch.equal(tensor, copy) and not _equal_with_nan(tensor, copy):
+            with torch.no_grad():
+                tensor.copy_(copy)
+
+    return restore
+
+
+def _equal_with_nan(a: Tensor, b: Tensor) -> bool:
+    return a.is_floating_point() and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def _mapping_undo(mapping: MutableMapping[Any, Any]) -> Callable[[], None]:
+    items = list(mapping.items())
+    identities = [(id(key), id(value)) for key, value in items]
+
+    def restore() -> None:
+        now = list(mapping.items())
+        if [(id(key), id(value)) for key, value in now] == identities:
+            return
+        before = dict(items)
+        for key in [key for key, _ in now if key not in before]:
+            del mapping[key]
+        for key, value in items:
+            mapping[key] = value
+
+    return restore
+
+
+def _sequence_undo(sequence: Any) -> Callable[[], None]:
+    items = list(sequence)
+
+    def restore() -> None:
+        if [id(item) for item in sequence] == [id(item) for item in items]:
+            return
+        sequence.clear()
+        if isinstance(sequence, set):
+            sequence.update(items)
+        else:
+            sequence.extend(items)
+
+    return restore

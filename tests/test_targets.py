@@ -1,0 +1,341 @@
+"""target= -> seed: every form of a target, and every way to get it wrong."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import lrpfx
+from lrpfx import errors
+from tests.conftest import Apply, assert_untouched, lived_in
+from tests.test_errors import check_form
+
+
+def draw(*shape: int, seed: int = 3) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def trained(model: nn.Module) -> nn.Module:
+    """The model with parameters that are the same in every session."""
+    for i, parameter in enumerate(model.parameters()):
+        parameter.data = draw(*parameter.shape, seed=i)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def classes() -> lrpfx.Explainer:
+    """(3, 5) -> (3, 4), with negative outputs among the largest and the smallest."""
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 4))
+    return lrpfx.Explainer(trained(model), draw(3, 5))
+
+
+@pytest.fixture(scope="module")
+def maps() -> lrpfx.Explainer:
+    """(3, 1, 2, 2) -> (3, 4, 2, 2), a class map."""
+    return lrpfx.Explainer(trained(nn.Conv2d(1, 4, 1)), draw(3, 1, 2, 2))
+
+
+@pytest.fixture(scope="module")
+def values() -> lrpfx.Explainer:
+    """(3, 5) -> (3,), one value per sample."""
+    model = trained(Apply(lambda m, x: m.fc(x).squeeze(1), fc=nn.Linear(5, 1)))
+    return lrpfx.Explainer(model, draw(3, 5))
+
+
+INPUTS = {"classes": draw(3, 5), "maps": draw(3, 1, 2, 2), "values": draw(3, 5)}
+
+
+def first_class(out: Tensor) -> Tensor:
+    return out[:, 0]
+
+
+# -- the seed of every form -----------------------------------------------------------------------
+
+Seed = Callable[[Tensor], Tensor]  # model output -> the seed that a target stands for
+
+
+def at(*places: Any) -> Seed:
+    """One-hot times output: the output at the given places, zero elsewhere."""
+
+    def seed(out: Tensor) -> Tensor:
+        hot = torch.zeros_like(out)
+        for place in places:
+            hot[place] = out[place]
+        return hot
+
+    return seed
+
+
+def softmax_seed(out: Tensor) -> Tensor:
+    """Gradient of the second softmax output times output, from the formula."""
+    p = out.softmax(1)
+    return out * p[:, 1:2] * (torch.eye(4)[1] - p)
+
+
+PER_SAMPLE = at((0, 3), (1, 0), (2, 3))
+ALL = slice(None)
+FORMS: list[tuple[str, str, Any, Seed]] = [
+    # name, model, target, seed
+    ("int", "classes", 3, at((ALL, 3))),
+    ("numpy int", "classes", np.int64(3), at((ALL, 3))),
+    ("tensor without dimensions", "classes", torch.tensor(3), at((ALL, 3))),
+    ("list", "classes", [3, 0, 3], PER_SAMPLE),
+    ("range", "classes", range(1, 4), at((0, 1), (1, 2), (2, 3))),
+    ("int64", "classes", torch.tensor([3, 0, 3]), PER_SAMPLE),
+    ("int32", "classes", torch.tensor([3, 0, 3], dtype=torch.int32), PER_SAMPLE),
+    # As an index, uint8 would be a mask.
+    ("uint8", "classes", torch.tensor([3, 0, 3], dtype=torch.uint8), PER_SAMPLE),
+    ("numpy array", "classes", np.array([3, 0, 3]), PER_SAMPLE),
+    # A tuple is an index into each sample, so (3,) is class 3 and not a sequence of classes.
+    ("tuple of one", "classes", (3,), at((ALL, 3))),
+    ("tuple of a numpy int", "classes", (np.int64(3),), at((ALL, 3))),
+    ("tuple with a slice", "classes", (slice(1, 3),), at((ALL, slice(1, 3)))),
+    ("tuple with a list", "classes", ([0, 3],), at((ALL, 0), (ALL, 3))),
+    ("empty tuple", "classes", (), at(...)),
+    ("callable", "classes", first_class, at((ALL, 0))),
+    ("lambda", "classes", lambda out: out[:, 3], at((ALL, 3))),
+    ("partial", "classes", functools.partial(torch.select, dim=1, index=3), at((ALL, 3))),
+    ("sum over the batch", "classes", lambda out: out[:, 3].sum(), at((ALL, 3))),
+    (
+        "difference",
+        "classes",
+        lambda out: out[:, 3] - 2 * out[:, 0],
+        lambda out: at((ALL, 3))(out) - 2 * at((ALL, 0))(out),
+    ),
+    ("nonlinear", "classes", lambda out: out.softmax(1)[:, 1], softmax_seed),
+    ("channel of a map", "maps", 3, at((ALL, 3))),
+    ("channel per sample", "maps", [3, 0, 3], PER_SAMPLE),
+    ("pixel of a map", "maps", (3, 0, 1), at((ALL, 3, 0, 1))),
+    ("last row of a map", "maps", (3, 1), at((ALL, 3, 1))),
+    ("pixel of all channels", "maps", (ALL, 0, 1), at((ALL, ALL, 0, 1))),
+    ("mean of a map", "maps", lambda out: out[:, 3].mean((1, 2)), lambda o: at((ALL, 3))(o) / 4),
+    ("one value", "values", None, at(...)),
+    ("callable of one value", "values", lambda out: out, at(...)),
+]
+
+
+@pytest.mark.parametrize(
+    ("which", "target", "seed"), [pytest.param(*form, id=name) for name, *form in FORMS]
+)
+def test_seed(which: str, target: Any, seed: Seed, request: pytest.FixtureRequest) -> None:
+    explainer = request.getfixturevalue(which)
+    explanation = explainer(INPUTS[which], target)
+    expected = seed(explanation.output)
+    torch.testing.assert_close(explanation.seed, expected)
+    # ... and relevance starts from just that seed.
+    given_seed = explainer(INPUTS[which], expected)
+    torch.testing.assert_close(explanation.relevance, given_seed.relevance)
+    assert explanation.relevance.abs().sum() > 0
+    started = explanation.report.started
+    assert started == pytest.approx(expected.sum().item(), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("which", ["classes", "maps"])
+def test_none_is_the_largest_output_of_each_sample(
+    which: str, request: pytest.FixtureRequest
+) -> None:
+    explanation = request.getfixturevalue(which)(INPUTS[which])
+    out = explanation.output
+    largest = out == out.flatten(1).amax(1).reshape(-1, *[1] * (out.ndim - 1))
+    assert largest.sum() == len(out)  # no ties in this example
+    torch.testing.assert_close(explanation.seed, out * largest)
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        pytest.param(2, [2, 2, 2], id="int"),
+        pytest.param([3, 0, 3], [3, 0, 3], id="list"),
+        pytest.param(torch.tensor([3, 0, 3]), [3, 0, 3], id="tensor"),
+        pytest.param((2,), None, id="tuple"),
+        pytest.param(first_class, None, id="callable"),
+        pytest.param(torch.ones(3, 4), None, id="seed"),
+    ],
+)
+def test_explained_class(classes: lrpfx.Explainer, target: Any, expected: list[int] | None) -> None:
+    found = classes(INPUTS["classes"], target).target
+    assert found is None if expected is None else found.tolist() == expected
+
+
+def test_explained_class_of_none_is_the_argmax(classes: lrpfx.Explainer) -> None:
+    explanation = classes(INPUTS["classes"])
+    assert torch.equal(explanation.target, explanation.output.argmax(1))
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        pytest.param(None, "argmax", id="none"),
+        pytest.param(2, "class 2", id="int"),
+        pytest.param([0, 1, 2], "class per sample", id="list"),
+        pytest.param((2,), "output[:, 2]", id="tuple"),
+        pytest.param(first_class, "first_class", id="callable"),
+        # A partial has no name of its own.
+        pytest.param(functools.partial(first_class), "partial", id="partial"),
+        pytest.param(torch.ones(3, 4), "given", id="seed"),
+    ],
+)
+def test_report_names_the_target(classes: lrpfx.Explainer, target: Any, said: str) -> None:
+    explanation = classes(INPUTS["classes"], target)
+    assert said in explanation.report.target
+    assert said in repr(explanation) and said in repr(explanation.report)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_given_seed_is_used_unchanged(classes: lrpfx.Explainer, dtype: torch.dtype) -> None:
+    """Also where it is negative, zero, or has nothing to do with the output."""
+    seed = torch.tensor([[1.0, -2, 0, 0.5], [0, 0, 0, 0], [-1, -1, -1, -1]], dtype=dtype)
+    explanation = classes(INPUTS["classes"], seed)
+    assert torch.equal(explanation.seed.to(dtype), seed)
+    assert explanation.seed.dtype == explanation.output.dtype
+    assert torch.equal(explanation.relevance[1], torch.zeros(5))  # no seed, no relevance
+    assert seed.grad is None and not seed.requires_grad
+
+
+@given(
+    first=st.lists(st.integers(-8, 8), min_size=12, max_size=12),
+    second=st.lists(st.integers(-8, 8), min_size=12, max_size=12),
+    factor=st.integers(-3, 3),
+)
+def test_relevance_is_linear_in_the_seed(
+    classes: lrpfx.Explainer, first: list[int], second: list[int], factor: int
+) -> None:
+    """Which no rule, and no target, may break: a rule shares relevance, whatever there is of it."""
+    a, b = (torch.tensor(s, dtype=torch.float32).reshape(3, 4) for s in (first, second))
+
+    def relevance(seed: Tensor) -> Tensor:
+        return classes(INPUTS["classes"], seed).relevance
+
+    together = relevance(a + factor * b)
+    apart = relevance(a) + factor * relevance(b)
+    scale = max(1.0, relevance(a).abs().max().item(), relevance(b).abs().max().item())
+    torch.testing.assert_close(together, apart, rtol=0, atol=1e-4 * scale)
+
+
+def test_samples_do_not_mix(classes: lrpfx.Explainer) -> None:
+    targets = [3, 0, 2]
+    together = classes(INPUTS["classes"], targets).relevance
+    for i, target in enumerate(targets):
+        alone = classes(INPUTS["classes"][i : i + 1], target).relevance
+        torch.testing.assert_close(together[i : i + 1], alone)
+
+
+# -- what is no target ----------------------------------------------------------------------------
+
+
+def raises(out: Tensor) -> Tensor:
+    raise KeyError("no such thing")
+
+
+WRONG: list[tuple[str, str, Any, str]] = [
+    # name, model, target, what the message must say
+    ("class too large", "classes", 4, r"\[4\].* 4 classes, 0 to 3"),
+    ("class negative", "classes", -1, r"\[-1\].*0 to 3"),
+    ("one class too large", "classes", [0, 7, 1], r"\[7\]"),
+    ("class beyond int64", "classes", 2**70, "."),
+    ("too few classes", "classes", [0, 1], r"\(2,\).* 3 samples"),
+    ("too many classes", "classes", torch.tensor([0, 1, 2, 3]), r"\(4,\).* 3 samples"),
+    ("no classes", "classes", [], "."),
+    ("column of classes", "classes", torch.tensor([[0], [1], [2]]), r"\(3, 1\).* 3 samples"),
+    ("ragged", "classes", [[0], [1, 2], []], r"\[\[0\]"),
+    ("str", "classes", "cat", "'cat'"),
+    ("list of str", "classes", ["cat", "dog", "cow"], "'cat'"),
+    ("float", "classes", 1.5, "1.5"),
+    ("list of floats", "classes", [0.0, 1.0, 2.0], "integers"),
+    # True counts as 1 almost everywhere in Python, and is never meant to.
+    ("bool", "classes", True, "True"),
+    ("bool tensor", "classes", torch.tensor([True, False, True]), "True"),
+    ("dict", "classes", {"class": 1}, "'class'"),
+    ("set", "classes", {1}, r"\{1\}"),
+    ("complex", "classes", 1j, "1j"),
+    ("classes on meta", "classes", torch.zeros(3, dtype=torch.long, device="meta"), "."),
+    ("index too large", "classes", (4,), r"\(4,\)"),
+    ("index negative", "classes", (-1,), r"\(-1,\)"),
+    ("numpy index negative", "classes", (np.int64(-1),), "-1"),
+    ("index too deep", "classes", (0, 0), r"\(0, 0\)"),
+    ("index of bool", "classes", (True,), "True"),
+    ("index of str", "classes", ("cat",), "'cat'"),
+    ("index of float", "classes", (1.0,), "1.0"),
+    # Nothing would be explained, and the map would be zero without a word.
+    ("index of nothing", "classes", (slice(7, 9),), r"slice\(7, 9"),
+    ("pixel outside", "maps", (0, 2, 0), r"\(0, 2, 0\)"),
+    ("channel outside", "maps", 4, r"0 to 3"),
+    ("seed of classes' shape", "classes", torch.zeros(3), r"\(3, 4\).*\(3,\)"),
+    ("seed transposed", "classes", torch.zeros(4, 3), r"\(3, 4\).*\(4, 3\)"),
+    ("seed for one sample", "classes", torch.zeros(1, 4), r"\(3, 4\).*\(1, 4\)"),
+    ("seed with NaN", "classes", torch.full((3, 4), torch.nan), "NaN"),
+    ("seed with infinity", "classes", torch.full((3, 4), torch.inf), "infinite"),
+    ("complex seed", "classes", torch.zeros(3, 4, dtype=torch.complex64), "complex"),
+    ("seed on meta", "classes", torch.zeros(3, 4, device="meta"), "meta"),
+    ("class of one value", "values", 0, r"\(3,\)"),
+    ("callable raises", "classes", raises, "raises.*KeyError.*no such thing"),
+    ("callable takes no output", "classes", lambda: None, "lambda.*TypeError"),
+    ("callable returns a number", "classes", lambda out: 1.0, r"\(3,\).*float"),
+    ("callable returns None", "classes", lambda out: None, "NoneType"),
+    ("callable returns all", "classes", lambda out: out, r"\(3,\).*\(3, 4\)"),
+    ("callable keeps the dimension", "classes", lambda out: out[:, :1], r"\(3,\).*\(3, 1\)"),
+    ("callable returns classes", "classes", lambda out: out.argmax(1), "does not depend"),
+    ("callable detaches", "classes", lambda out: out[:, 0].detach(), "does not depend"),
+    ("callable ignores", "classes", lambda out: torch.ones(3, requires_grad=True), "depend"),
+    ("callable divides by zero", "classes", lambda out: out[:, 0] / 0, "lambda.*(NaN|infinit)"),
+]
+
+
+@pytest.mark.parametrize(
+    ("which", "target", "said"), [pytest.param(*case, id=name) for name, *case in WRONG]
+)
+def test_says_what_is_wrong(
+    which: str, target: Any, said: str, request: pytest.FixtureRequest
+) -> None:
+    explainer = request.getfixturevalue(which)
+    with pytest.raises(errors.LrpError, match=f"(?s){said}") as caught:
+        explainer(INPUTS[which], target)
+    assert type(caught.value) is errors.TargetError, repr(caught.value)
+    check_form(caught.value)
+
+
+def test_keeps_the_cause() -> None:
+    """The traceback of the user's own callable is not lost."""
+    with pytest.raises(errors.TargetError) as caught:
+        lrpfx.explain(nn.Linear(5, 4), INPUTS["classes"], raises)
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+@pytest.mark.parametrize("target", [pytest.param(c[2], id=c[0]) for c in WRONG[::5]])
+def test_failing_leaves_the_model_alone(target: Any) -> None:
+    model, inputs = lived_in(nn.Linear(5, 4).eval()), INPUTS["classes"].clone()
+    with assert_untouched(model, inputs), pytest.raises(Exception):  # noqa: B017  (see above)
+        lrpfx.explain(model, inputs, target)
+
+
+@pytest.mark.parametrize(
+    ("forward", "target"),
+    [
+        # The first output is the model's weights, the second one is live.
+        pytest.param(lambda m, x: (m.fc.weight + 0, m.fc(x)), None, id="first-output"),
+        pytest.param(
+            lambda m, x: (m.fc.weight + 0, m.fc(x)), lambda out: out[0].sum(), id="callable"
+        ),
+    ],
+)
+def test_output_without_the_input(forward: Any, target: Any) -> None:
+    model = Apply(forward, fc=nn.Linear(5, 4))
+    with pytest.raises(errors.TargetError, match="does not depend") as caught:
+        lrpfx.explain(model, INPUTS["classes"], target)
+    check_form(caught.value)
+
+
+def test_infinite_output_of_another_class() -> None:
+    """Models mask classes by -inf; the others can be explained all the same."""
+    masked = torch.tensor([True, False, False, False])
+    model = trained(Apply(lambda m, x: m.fc(x).masked_fill(masked, -torch.inf), fc=nn.Linear(5, 4)))
+    plain = lrpfx.explain(model.fc, INPUTS["classes"], 2)
+    torch.testing.assert_close(
+        lrpfx.explain(model, INPUTS["classes"], 2).relevance, plain.relevance
+    )
