@@ -9,7 +9,7 @@ import logging
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -20,47 +20,21 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lrpfx.errors import CaptureError, InputError, TrainingModeError
+from lrpfx.inputs import (
+    Inputs,
+    Signature,
+    copies,
+    flatten_inputs,
+    form_of,
+    is_explained,
+    split_inputs,
+)
 from lrpfx.preserve import preserved
-
-Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
 #: Held while a model is traced: torch.export is not re-entrant, and puts fake tensors into the
 #: model's place of parameters for the time being.
 TRACING = threading.RLock()
 _TORCH = str(Path(torch.__file__).parent)
-
-
-@dataclasses.dataclass(frozen=True)
-class Signature:
-    """What the graph was captured for: the inputs' structure and each leaf's form.
-
-    Args:
-        spec: Tree structure of ``(args, kwargs)``.
-        leaves: Per leaf: for tensors (shape with None for the batch, dtype, device), else the
-            value itself, which is a constant of the graph.
-        paths: Per leaf, the name that messages use: "x", "inputs[1]", "inputs['mask']".
-        keywords: Keyword arguments in their captured order.
-        batch: Batch size, if the graph holds for that size only; None if for any.
-    """
-
-    spec: pytree.TreeSpec
-    leaves: tuple[Any, ...]
-    paths: tuple[str, ...]
-    keywords: tuple[str, ...]
-    batch: int | None
-
-
-@dataclasses.dataclass(frozen=True)
-class TensorForm:
-    """Shape (None where the batch stands), dtype and device of an input tensor."""
-
-    shape: tuple[int | None, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    def __str__(self) -> str:
-        dims = ", ".join("N" if size is None else str(size) for size in self.shape)
-        return f"{str(self.dtype).removeprefix('torch.')}[{dims}] on {self.device}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,36 +70,6 @@ class Captured:
         return rebuilt
 
 
-def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments from what the user gave as ``inputs``."""
-    if isinstance(inputs, Tensor):
-        return (inputs,), {}
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    if isinstance(inputs, (tuple, list)):
-        return tuple(inputs), {}
-    raise InputError(
-        f"inputs must be a tensor, a tuple or a dict, not {type(inputs).__name__}.",
-        fix="give model(x) as x, model(x, y) as (x, y), model(a=x) as {'a': x}.",
-    )
-
-
-def flatten_inputs(inputs: Inputs) -> tuple[list[Any], pytree.TreeSpec, tuple[str, ...]]:
-    """Leaves of ``inputs``, their tree, and a name for each leaf."""
-    args, kwargs = split_inputs(inputs)
-    keyed, spec = pytree.tree_flatten_with_path((args, kwargs))
-    # The first two keys of a path say "args or kwargs" and which; users know them as inputs[...].
-    paths = tuple("inputs" + pytree.keystr(path[1:]) for path, _ in keyed)
-    if isinstance(inputs, Tensor):
-        paths = ("the input",)
-    return [leaf for _, leaf in keyed], spec, paths
-
-
-def is_explained(leaf: Any) -> bool:
-    """Floating tensors are explained; everything else is a constant."""
-    return isinstance(leaf, Tensor) and leaf.is_floating_point()
-
-
 def capture(model: nn.Module, inputs: Inputs) -> Captured:
     """Capture ``model`` as a graph that computes what ``model(inputs)`` computes.
 
@@ -146,11 +90,11 @@ def capture(model: nn.Module, inputs: Inputs) -> Captured:
         raise InputError(
             "there is nothing to explain: no input is a tensor.",
             where=[
-                f"{path}: {_form(leaf, None)}" for path, leaf in zip(paths, leaves, strict=True)
+                f"{path}: {form_of(leaf, None)}" for path, leaf in zip(paths, leaves, strict=True)
             ],
             fix="give at least one floating tensor, or token ids that feed an embedding.",
         )
-    detached = _copies(leaves)
+    detached = copies(leaves)
     sized = [leaf for leaf in detached if isinstance(leaf, Tensor) and leaf.ndim > 0]
     sized.sort(key=lambda leaf: not is_explained(leaf))  # floating inputs tell before token ids
     batch = sized[0].shape[0] if sized else None
@@ -163,7 +107,7 @@ def capture(model: nn.Module, inputs: Inputs) -> Captured:
     with preserved(model):
         program, why_static = _export(traced or model, detached, spec, batch)
     dynamic = batch is not None and not why_static
-    forms = tuple(_form(leaf, batch if dynamic else None) for leaf in detached)
+    forms = tuple(form_of(leaf, batch if dynamic else None) for leaf in detached)
     keywords = tuple(split_inputs(inputs)[1])
     return Captured(
         program=program,
@@ -182,10 +126,10 @@ def check_faithful(captured: Captured, module: fx.GraphModule, inputs: Inputs) -
     leaves, spec, _ = flatten_inputs(inputs)
     model = captured.model
     with preserved(model), torch.no_grad():
-        _run_model(model, _copies(leaves), spec)
+        _run_model(model, copies(leaves), spec)
         # The second run: what changes from call to call is no function of the inputs.
-        expected = tensors_in(_run_model(model, _copies(leaves), spec))
-        args, kwargs = pytree.tree_unflatten(_copies(leaves), spec)
+        expected = tensors_in(_run_model(model, copies(leaves), spec))
+        args, kwargs = pytree.tree_unflatten(copies(leaves), spec)
         got = tensors_in(captured.rebuild(module(*args, **kwargs)))
     worst = max(
         (_difference(e, g) for e, g in zip(expected, got, strict=True)),
@@ -246,21 +190,6 @@ def tensors_in(output: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
-def _copies(leaves: Sequence[Any]) -> list[Any]:
-    """Detached copies: a model may write into its inputs, and the user's are not to change."""
-    with torch.inference_mode(False):
-        return [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-
-
-def _form(leaf: Any, batch: int | None) -> Any:
-    if not isinstance(leaf, Tensor):
-        return leaf
-    shape: tuple[int | None, ...] = tuple(leaf.shape)
-    if batch is not None and shape and shape[0] == batch:
-        shape = (None, *shape[1:])
-    return TensorForm(shape, leaf.dtype, leaf.device)
-
-
 def _run_model(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> Any:
     args, kwargs = pytree.tree_unflatten(list(leaves), spec)
     try:
@@ -281,7 +210,7 @@ def _run_model(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -
         raise InputError(
             f"the model itself fails on these inputs: {type(error).__name__}: {_first_line(error)}",
             where=_user_frames(error)
-            + [f"inputs: {', '.join(str(_form(leaf, None)) for leaf in leaves)}"],
+            + [f"inputs: {', '.join(str(form_of(leaf, None)) for leaf in leaves)}"],
             fix="check that model(...) runs on them: shapes, dtypes and devices.",
         ) from error
 
@@ -364,7 +293,7 @@ def _export_once(
     model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec, batched: set[int]
 ) -> ExportedProgram:
     # Fresh copies: the tracer marks the dimensions of the tensors it is given as dynamic.
-    args, kwargs = pytree.tree_unflatten(_copies(leaves), spec)
+    args, kwargs = pytree.tree_unflatten(copies(leaves), spec)
     dynamic = None
     if batched:
         dims = [{0: torch.export.Dim.DYNAMIC} if i in batched else None for i in range(len(leaves))]

@@ -12,17 +12,9 @@ from torch.utils import _pytree as pytree
 
 from lrpfx.assign import assign
 from lrpfx.canonize import canonize
-from lrpfx.capture import (
-    TRACING,
-    Captured,
-    Inputs,
-    TensorForm,
-    capture,
-    check_faithful,
-    flatten_inputs,
-)
+from lrpfx.capture import TRACING, Captured, capture, check_faithful
 from lrpfx.composites import RulesLike
-from lrpfx.errors import CaptureError, InputError, NonFiniteError, SelectorError, TargetError
+from lrpfx.errors import CaptureError, NonFiniteError, SelectorError, TargetError
 from lrpfx.explanation import Explanation, LayerCalls, LayerRelevance
 from lrpfx.graph import (
     Record,
@@ -32,6 +24,7 @@ from lrpfx.graph import (
     record,
     used_nodes,
 )
+from lrpfx.inputs import Inputs, check_inputs
 from lrpfx.ledger import Booking, Ledger
 from lrpfx.report import Report, make_report, with_ledger
 from lrpfx.rewrite import instrument, rewrite
@@ -166,7 +159,7 @@ class Explainer:
     def _explain(
         self, inputs: Inputs, target: Target, layers: Sequence[str], create_graph: bool
     ) -> Explanation:
-        leaves = self._check_inputs(inputs)
+        leaves = check_inputs(self._captured.signature, inputs)
         with TRACING:
             self._refresh()
         paths = (layers,) if isinstance(layers, str) else tuple(layers or ())
@@ -242,56 +235,6 @@ class Explainer:
     def _rebuild(self, leaves: Sequence[Any]) -> Any:
         spec = self._module.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
         return self._captured.rebuild(pytree.tree_unflatten(list(leaves), spec))
-
-    def _check_inputs(self, inputs: Inputs) -> list[Any]:
-        """The flat inputs; raise InputError unless they are what the graph was captured for."""
-        signature = self._captured.signature
-        if isinstance(inputs, Mapping) and set(inputs) == set(signature.keywords):
-            inputs = {key: inputs[key] for key in signature.keywords}
-        leaves, spec, paths = flatten_inputs(inputs)
-        if spec != signature.spec:
-            raise InputError(
-                "the inputs are structured otherwise than those the model was captured with.",
-                where=[f"captured: {', '.join(signature.paths)}", f"given: {', '.join(paths)}"],
-                fix="make an Explainer for this structure.",
-            )
-        bad = []
-        sizes = {
-            leaf.shape[0]
-            for leaf, form in zip(leaves, signature.leaves, strict=True)
-            if isinstance(leaf, Tensor)
-            and isinstance(form, TensorForm)
-            and leaf.ndim
-            and form.shape[:1] == (None,)
-        }
-        for leaf, form, path in zip(leaves, signature.leaves, paths, strict=True):
-            if not isinstance(form, TensorForm):
-                if isinstance(leaf, Tensor) or leaf != form:
-                    bad.append(f"{path}: {leaf!r}, captured with the constant {form!r}")
-            elif not isinstance(leaf, Tensor) or not _has_form(leaf, form):
-                bad.append(f"{path}: {_describe(leaf)}, captured with {form}")
-        if bad:
-            raise InputError(
-                "the inputs do not fit what the model was captured with.",
-                where=bad,
-                fix="convert them, or make an Explainer for inputs of this form.",
-            )
-        if len(sizes) > 1 or 0 in sizes:
-            raise InputError(
-                f"the inputs have batch sizes {sorted(sizes)}.", fix="give one size, at least 1."
-            )
-        infinite = [
-            f"{path}: {int((~leaf.isfinite()).sum())} of {leaf.numel()} entries"
-            for leaf, path in zip(leaves, paths, strict=True)
-            if isinstance(leaf, Tensor)
-            and leaf.is_floating_point()
-            and not bool(leaf.isfinite().all())
-        ]
-        if infinite:
-            raise NonFiniteError(
-                "the inputs have NaN or infinite entries.", where=infinite, fix="clean them first."
-            )
-        return leaves
 
     def _refuse_seed(self, seed: Seed, clean: Sequence[Any], leaves: Sequence[Any]) -> None:
         """Raise the error of a seed that is not finite, by the fault of model or target."""
@@ -442,19 +385,6 @@ def _kept(leaf: Any, create_graph: bool) -> Any:
         return leaf
     leaf = leaf.clone() if leaf.is_inference() else leaf
     return leaf if create_graph else leaf.detach()
-
-
-def _has_form(leaf: Tensor, form: TensorForm) -> bool:
-    same_shape = len(leaf.shape) == len(form.shape) and all(
-        size is None or size == given for size, given in zip(form.shape, leaf.shape, strict=True)
-    )
-    return same_shape and leaf.dtype == form.dtype and leaf.device == form.device
-
-
-def _describe(leaf: Any) -> str:
-    if not isinstance(leaf, Tensor):
-        return repr(leaf)
-    return str(TensorForm(tuple(leaf.shape), leaf.dtype, leaf.device))
 
 
 def _state_forms(model: nn.Module) -> dict[str, tuple[Any, ...]]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import lrpfx
-from lrpfx import canonize
+from lrpfx import canonize, functionalize
 from lrpfx.capture import capture
 from lrpfx.graph import used_nodes, verify
 
@@ -72,14 +72,14 @@ class Everything(nn.Module):
 def test_every_pass_keeps_what_the_graph_computes() -> None:
     model, x = randomized(Everything()), torch.randn(3, 2, 6, 6, dtype=torch.float64)
     expected = model(x)
-    module = canonize.functionalize(capture(model, x).program)
+    module = functionalize.functionalize(capture(model, x).program)
     for step in (None, *canonize.PASSES):
         module = module if step is None else step(module)
         verify(module.graph)
         module.recompile()
         torch.testing.assert_close(module(x), expected, rtol=1e-12, atol=1e-12)
     assert not any(n.target is aten.batch_norm.default for n in module.graph.nodes)
-    writes = [n for n in module.graph.nodes if canonize._writes(n)]
+    writes = [n for n in module.graph.nodes if functionalize.writes(n)]
     assert writes == []
 
 
@@ -134,7 +134,7 @@ def test_in_place_ops_become_functional(fn: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(3, 4, 6, dtype=torch.float64)
     given = x.clone()
     module = canonical(Plain(fn), x)
-    assert not any(canonize._writes(n) for n in module.graph.nodes)
+    assert not any(functionalize.writes(n) for n in module.graph.nodes)
     torch.testing.assert_close(module(x), fn(given.clone()))
     assert torch.equal(x, given), "the user's input was written to"
 

@@ -27,6 +27,7 @@ from lrpfx.rules.base import (
     check_number,
     check_stabilizer,
     divide,
+    sum_all,
 )
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ class AffineRule(Rule):
                 shares.append(tuple(a * b for a, b in zip(part, c, strict=True)))
             booked.append((gated, d, s, f.spread(term.bias)))
         relevance = tuple(_sum(share) for share in zip(*shares, strict=True))
-        return Flow(relevance, lambda: _absorbed(R, booked))
+        return Flow(relevance, lambda: _absorbed(R, booked, call.op.kind == "shift"))
 
     @property
     def _stabilizer(self) -> StabilizerLike:
@@ -168,26 +169,31 @@ def _denominator(parts: Sequence[tuple[Signal, AffineMap]], bias: Tensor | None)
 
 
 def _absorbed(
-    R: Tensor, booked: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]]
+    R: Tensor, booked: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]], masked: bool
 ) -> Absorbed:
     """What stays here: the bias's summand, the stabilizer's, and outputs with nothing to share by.
 
     With gate * R = s * st(d) and d = sum_i W_i x_i + b, the inputs get s * (d - b) in sum; the
     rest is b * s and (st(d) - d) * s = gate * R - d * s. "dead" collects the outputs whose
-    denominator is zero or whose gates are all closed.
+    denominator is zero or whose gates are all closed. ``masked`` says that d may be -infinity, as
+    a masked attention score is, which gets and keeps nothing.
     """
     zero = R.new_zeros((), dtype=torch.float64)
-    absorbed = {"bias": zero, "stabilizer": zero, "dead": R.detach().sum(dtype=torch.float64)}
+    absorbed = {"bias": zero, "stabilizer": zero, "dead": zero}
     for gated, d, s, bias in booked:
         gated, d, s = gated.detach(), d.detach(), s.detach()
-        finite = d.isfinite()  # a masked attention score is -infinity: it gets and keeps nothing
-        rest = torch.where(finite, gated - s * d, 0.0)
-        dead = (rest * (d == 0)).sum(dtype=torch.float64)
-        absorbed["stabilizer"] = absorbed["stabilizer"] + rest.sum(dtype=torch.float64) - dead
-        absorbed["dead"] = absorbed["dead"] - gated.sum(dtype=torch.float64) + dead
+        rest = gated - s * d
+        rest = rest.nan_to_num(0.0) if masked else rest
+        dead = sum_all([rest * (d == 0)])
+        absorbed["stabilizer"] = absorbed["stabilizer"] + sum_all([rest]) - dead
+        absorbed["dead"] = absorbed["dead"] + dead
         if bias is not None:
-            share = torch.where(finite, s * bias.detach(), 0.0)
-            absorbed["bias"] = absorbed["bias"] + share.sum(dtype=torch.float64)
+            share = s * bias.detach()
+            share = share.nan_to_num(0.0) if masked else share
+            absorbed["bias"] = absorbed["bias"] + sum_all([share])
+    if len(booked) > 1 or booked[0][0] is not R:
+        closed = sum_all([R]) - sum_all([gated for gated, _, _, _ in booked])
+        absorbed["dead"] = absorbed["dead"] + closed
     return absorbed
 
 

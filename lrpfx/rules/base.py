@@ -186,8 +186,15 @@ class Stop(Rule):
 
 
 def sum_all(tensors: Sequence[Tensor]) -> Tensor:
-    """Sum of all entries of all tensors, a float64 scalar."""
-    totals = [t.detach().sum(dtype=torch.float64) for t in tensors]
+    """Sum of all entries of all tensors, a float64 scalar.
+
+    Summed in the tensors' own precision (float32 for halves): PyTorch's sums are pairwise, and
+    summing float32 in float64 takes thirty times as long on a CPU.
+    """
+    halves = (torch.float16, torch.bfloat16)
+    totals = [
+        t.detach().sum(dtype=torch.float32 if t.dtype in halves else None).double() for t in tensors
+    ]
     return torch.stack(totals).sum() if totals else torch.zeros((), dtype=torch.float64)
 
 

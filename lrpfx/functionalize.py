@@ -1,0 +1,166 @@
+"""In-place ops, and regions of no_grad and autocast -> plain functional ops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+from lrpfx.capture import tracing
+from lrpfx.errors import CaptureError
+from lrpfx.graph import nodes_in, source_line
+
+aten = torch.ops.aten
+
+
+def functionalize(program: ExportedProgram) -> fx.GraphModule:
+    """``y = relu_(x)`` -> ``y = relu(x)``; writes into views -> functional scatters.
+
+    Renaming is exact where nothing reads the written storage later except through the in-place
+    op's own result. Where something does, PyTorch's functionalisation rewrites the whole graph,
+    at the cost of a second trace.
+    """
+    module = _unlifted(program)
+    regions = any(_is_region(node, "autocast") for node in module.graph.nodes)
+    if not regions and all(_is_private(node) for node in module.graph.nodes if writes(node)):
+        for node in [n for n in module.graph.nodes if writes(n)]:
+            _rename(node)
+        return module
+    with tracing():
+        module = _unlifted(program.run_decompositions({}))
+    for node in reversed([n for n in module.graph.nodes if writes(n)]):
+        if nodes_in(node.args)[0].op not in ("placeholder", "get_attr") or node.users:
+            raise CaptureError(
+                f"{node.target} writes into memory that other ops read, and could not be undone.",
+                where=[source_line(node)],
+                fix="write it without the in-place op.",
+            )
+        # What is left are write-backs to the user's inputs and buffers, which stay as they are.
+        module.graph.erase_node(node)
+    return module
+
+
+def _unlifted(program: ExportedProgram) -> fx.GraphModule:
+    module = program.module(check_guards=False)
+    assert isinstance(module, fx.GraphModule)
+    return module
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether the op changes memory that it is given."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _functional(node: fx.Node) -> Any:
+    """``relu_.default`` -> ``relu.default``; None if there is no such op."""
+    namespace, name = node.target._schema.name.split("::")  # type: ignore[union-attr]
+    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
+    return getattr(packet, node.target._overloadname, None)  # type: ignore[union-attr]
+
+
+def _is_private(node: fx.Node) -> bool:
+    """Whether the written memory is read later through the node's own result only.
+
+    The fake tensors of a trace share storage exactly where the real ones do.
+    """
+    written = nodes_in(node.args)[0]
+    storage = _storage(written)
+    if storage is None or _functional(node) is None:
+        return False
+    before = True
+    for other in node.graph.nodes:
+        if other is node:
+            before = False
+        elif before and _storage(other) == storage:
+            if any(user is not node and node < user for user in other.users):
+                return False
+    return True
+
+
+def _storage(node: fx.Node) -> int | None:
+    value = node.meta.get("val")
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+
+
+def _rename(node: fx.Node) -> None:
+    value: Tensor = node.meta["val"]
+    with node.graph.inserting_before(node):
+        new = insert(node, _functional(node), node.args, node.kwargs)
+        if new.meta["val"].dtype != value.dtype:  # in-place ops keep their dtype
+            new = insert(node, aten.to.dtype, (new, value.dtype))
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+
+
+def insert(
+    like: fx.Node, target: Any, args: Sequence[Any], kwargs: dict[str, Any] | None = None
+) -> fx.Node:
+    """A call at the graph's insert point, with the provenance of ``like`` and its own value."""
+    new = like.graph.call_function(target, tuple(args), dict(kwargs or {}))
+    keep = ("nn_module_stack", "stack_trace", "torch_fn")
+    new.meta = {key: like.meta[key] for key in keep if key in like.meta}
+    values = fx.node.map_arg((new.args, new.kwargs), lambda n: n.meta["val"])
+    mode = next(
+        (
+            v.fake_mode
+            for n in nodes_in((new.args, new.kwargs))
+            if hasattr(v := n.meta["val"], "fake_mode")
+        ),
+        None,
+    )
+    assert mode is not None and isinstance(values, tuple)
+    with mode, torch.no_grad():
+        new.meta["val"] = target(*values[0], **values[1])
+    return new
+
+
+def _is_region(node: fx.Node, word: str = "") -> bool:
+    """Whether the node calls a subgraph, as ``torch.no_grad`` and ``torch.autocast`` make them."""
+    name = getattr(node.target, "__name__", "")
+    return node.op == "call_function" and name.startswith("wrap_with_") and word in name
+
+
+def inline_no_grad(module: fx.GraphModule) -> fx.GraphModule:
+    """``y = region(False, body, x)`` -> the body's nodes, with ``y`` detached."""
+    for node in [n for n in module.graph.nodes if _is_region(n, "set_grad_enabled")]:
+        enabled, body, *inputs = node.args
+        assert isinstance(body, fx.Node) and isinstance(body.target, str)
+        inner = module.get_submodule(body.target)
+        assert isinstance(inner, fx.GraphModule)
+        names = [n for n in inner.graph.nodes if n.op == "placeholder"]
+        copied: dict[fx.Node, Any] = dict(zip(names, inputs, strict=True))
+        for n in inner.graph.nodes:
+            if n.op == "get_attr":
+                raise CaptureError(
+                    "a no_grad region holds constants of its own, which lrpfx cannot inline.",
+                    where=[source_line(node)],
+                    fix="compute the constant before the region.",
+                )
+        with module.graph.inserting_before(node):
+            results = module.graph.graph_copy(inner.graph, copied)
+            if not enabled:
+                results = fx.node.map_arg(results, lambda n: insert(n, aten.detach.default, (n,)))
+        assert isinstance(results, (tuple, list))
+        for user in list(node.users):
+            user.replace_all_uses_with(results[user.args[1]])
+            module.graph.erase_node(user)
+        module.graph.erase_node(node)
+        if not body.users:
+            module.graph.erase_node(body)
+    return module
+
+
+def copies_to_casts(module: fx.GraphModule) -> fx.GraphModule:
+    """``copy(a, b)`` -> ``b`` in the shape and dtype of ``a``, which is all that ``a`` gives it."""
+    for node in [n for n in module.graph.nodes if n.target is aten.copy.default]:
+        into, source = node.args[:2]
+        with module.graph.inserting_before(node):
+            new = insert(node, aten.expand_as.default, (source, into))
+            if new.meta["val"].dtype != node.meta["val"].dtype:
+                new = insert(node, aten.to.dtype, (new, node.meta["val"].dtype))
+        node.replace_all_uses_with(new)
+        module.graph.erase_node(node)
+    return module

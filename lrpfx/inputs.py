@@ -1,0 +1,164 @@
+"""The user's inputs: their structure, their forms, and whether they fit a captured graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lrpfx.errors import InputError, NonFiniteError
+
+Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class TensorForm:
+    """Shape (None where the batch stands), dtype and device of an input tensor."""
+
+    shape: tuple[int | None, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def __str__(self) -> str:
+        dims = ", ".join("N" if size is None else str(size) for size in self.shape)
+        return f"{str(self.dtype).removeprefix('torch.')}[{dims}] on {self.device}"
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What the graph was captured for: the inputs' structure and each leaf's form.
+
+    Args:
+        spec: Tree structure of ``(args, kwargs)``.
+        leaves: Per leaf: for tensors (shape with None for the batch, dtype, device), else the
+            value itself, which is a constant of the graph.
+        paths: Per leaf, the name that messages use: "x", "inputs[1]", "inputs['mask']".
+        keywords: Keyword arguments in their captured order.
+        batch: Batch size, if the graph holds for that size only; None if for any.
+    """
+
+    spec: pytree.TreeSpec
+    leaves: tuple[Any, ...]
+    paths: tuple[str, ...]
+    keywords: tuple[str, ...]
+    batch: int | None
+
+
+def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments from what the user gave as ``inputs``."""
+    if isinstance(inputs, Tensor):
+        return (inputs,), {}
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, (tuple, list)):
+        return tuple(inputs), {}
+    raise InputError(
+        f"inputs must be a tensor, a tuple or a dict, not {type(inputs).__name__}.",
+        fix="give model(x) as x, model(x, y) as (x, y), model(a=x) as {'a': x}.",
+    )
+
+
+def flatten_inputs(inputs: Inputs) -> tuple[list[Any], pytree.TreeSpec, tuple[str, ...]]:
+    """Leaves of ``inputs``, their tree, and a name for each leaf."""
+    args, kwargs = split_inputs(inputs)
+    keyed, spec = pytree.tree_flatten_with_path((args, kwargs))
+    # The first two keys of a path say "args or kwargs" and which; users know them as inputs[...].
+    paths = tuple("inputs" + pytree.keystr(path[1:]) for path, _ in keyed)
+    if isinstance(inputs, Tensor):
+        paths = ("the input",)
+    return [leaf for _, leaf in keyed], spec, paths
+
+
+def is_explained(leaf: Any) -> bool:
+    """Floating tensors are explained; everything else is a constant."""
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def form_of(leaf: Any, batch: int | None) -> Any:
+    """What a signature remembers of a leaf; ``batch`` is the size that counts as dynamic."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    shape: tuple[int | None, ...] = tuple(leaf.shape)
+    if batch is not None and shape and shape[0] == batch:
+        shape = (None, *shape[1:])
+    return TensorForm(shape, leaf.dtype, leaf.device)
+
+
+def copies(leaves: Sequence[Any]) -> list[Any]:
+    """Detached copies: a model may write into its inputs, and the user's are not to change."""
+    with torch.inference_mode(False):
+        return [leaf.detach().clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+
+def check_inputs(signature: Signature, inputs: Inputs) -> list[Any]:
+    """The flat inputs, if they are what the graph was captured for.
+
+    Raises:
+        InputError: Another structure, shape, dtype, device, constant or batch size.
+        NonFiniteError: NaN or infinity.
+    """
+    if isinstance(inputs, Mapping) and set(inputs) == set(signature.keywords):
+        inputs = {key: inputs[key] for key in signature.keywords}
+    leaves, spec, paths = flatten_inputs(inputs)
+    if spec != signature.spec:
+        raise InputError(
+            "the inputs are structured otherwise than those the model was captured with.",
+            where=[f"captured: {', '.join(signature.paths)}", f"given: {', '.join(paths)}"],
+            fix="make an Explainer for this structure.",
+        )
+    bad = []
+    sizes = {
+        leaf.shape[0]
+        for leaf, form in zip(leaves, signature.leaves, strict=True)
+        if isinstance(leaf, Tensor)
+        and isinstance(form, TensorForm)
+        and leaf.ndim
+        and form.shape[:1] == (None,)
+    }
+    for leaf, form, path in zip(leaves, signature.leaves, paths, strict=True):
+        if not isinstance(form, TensorForm):
+            if isinstance(leaf, Tensor) or leaf != form:
+                bad.append(f"{path}: {leaf!r}, captured with the constant {form!r}")
+        elif not isinstance(leaf, Tensor) or not _has_form(leaf, form):
+            bad.append(f"{path}: {_describe(leaf)}, captured with {form}")
+    if bad:
+        raise InputError(
+            "the inputs do not fit what the model was captured with.",
+            where=bad,
+            fix="convert them, or make an Explainer for inputs of this form.",
+        )
+    if len(sizes) > 1 or 0 in sizes:
+        raise InputError(
+            f"the inputs have batch sizes {sorted(sizes)}.", fix="give one size, at least 1."
+        )
+    _refuse_infinite(leaves, paths)
+    return leaves
+
+
+def _refuse_infinite(leaves: Sequence[Any], paths: Sequence[str]) -> None:
+    infinite = [
+        f"{path}: {int((~leaf.isfinite()).sum())} of {leaf.numel()} entries"
+        for leaf, path in zip(leaves, paths, strict=True)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point() and not bool(leaf.isfinite().all())
+    ]
+    if infinite:
+        raise NonFiniteError(
+            "the inputs have NaN or infinite entries.", where=infinite, fix="clean them first."
+        )
+
+
+def _has_form(leaf: Tensor, form: TensorForm) -> bool:
+    same_shape = len(leaf.shape) == len(form.shape) and all(
+        size is None or size == given for size, given in zip(form.shape, leaf.shape, strict=True)
+    )
+    return same_shape and leaf.dtype == form.dtype and leaf.device == form.device
+
+
+def _describe(leaf: Any) -> str:
+    if not isinstance(leaf, Tensor):
+        return repr(leaf)
+    return str(TensorForm(tuple(leaf.shape), leaf.dtype, leaf.device))
