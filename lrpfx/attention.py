@@ -48,7 +48,9 @@ def _attention(node: fx.Node) -> fx.Node:
         scores = op(aten.where.ScalarOther, mask, scores, float("-inf"))
     elif mask is not None:
         scores = op(aten.add.Tensor, scores, mask)
-    return op(aten.matmul.default, op(aten.softmax.int, scores, -1), v)
+    # The fused kernel gives a row that is masked whole zeros, a plain softmax gives it NaN.
+    softmax = aten.softmax.int if mask is None else aten._safe_softmax.default
+    return op(aten.matmul.default, op(softmax, scores, -1), v)
 
 
 _STATISTICS = {aten.var.correction, aten.var.dim, aten.var.default, aten.std.correction}

@@ -25,13 +25,17 @@ def whole_activations(module: fx.GraphModule) -> fx.GraphModule:
 
     Source: Achtibat et al. 2024 (AttnLRP, arXiv 2402.05602), Prop. 3.1 is about f as a whole.
     """
+    varying = _varying(module.graph)
     for node in list(module.graph.nodes):
-        found = _region(node) if node.target in (aten.mul.Tensor, aten.div.Tensor) else None
+        found = (
+            _region(node, varying) if node.target in (aten.mul.Tensor, aten.div.Tensor) else None
+        )
         if found is None:
             continue
         entry, region = found
         with module.graph.inserting_before(node):
             new = _call_composed(module, node, entry, region)
+        varying.add(new)
         node.replace_all_uses_with(new)
         for old in sorted(region, reverse=True):
             module.graph.erase_node(old)
@@ -43,33 +47,39 @@ def flat_products(module: fx.GraphModule) -> fx.GraphModule:
 
     Source: pairwise shares depend on the association, arXiv 2510.18810.
     """
+    varying = _varying(module.graph)
     for node in list(module.graph.nodes):
-        if not _is_product(node) or any(_is_product(user) for user in node.users):
+        if not _is_product(node, varying) or any(_is_product(user, varying) for user in node.users):
             continue
-        factors, inner = _factors(node)
+        factors, inner = _factors(node, varying)
         if not inner:
             continue
         with module.graph.inserting_before(node):
             new = module.graph.call_function(ops.product, (factors,))
         new.meta = dict(node.meta)
+        varying.add(new)
         node.replace_all_uses_with(new)
         for old in (node, *inner):
             module.graph.erase_node(old)
     return module
 
 
-def _is_product(node: fx.Node) -> bool:
-    return node.target is aten.mul.Tensor and len(_varying(node)) == 2
+def _is_product(node: fx.Node, varying: set[fx.Node]) -> bool:
+    return node.target is aten.mul.Tensor and len(_operands(node, varying)) == 2
 
 
-def _factors(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+def _factors(node: fx.Node, varying: set[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
     """Leaves of a tree of products, and the inner products, users before what they use."""
     leaves: list[fx.Node] = []
     inner: list[fx.Node] = []
     for factor in node.args:
         assert isinstance(factor, fx.Node)
-        if _is_product(factor) and len(factor.users) == 1 and node.args[0] is not node.args[1]:
-            below, deeper = _factors(factor)
+        if (
+            _is_product(factor, varying)
+            and len(factor.users) == 1
+            and node.args[0] is not node.args[1]
+        ):
+            below, deeper = _factors(factor, varying)
             leaves += below
             inner += [factor, *deeper]
         else:
@@ -77,35 +87,38 @@ def _factors(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
     return leaves, inner
 
 
-def _varying(node: fx.Node) -> list[fx.Node]:
-    """The inputs that are no parameters or constants, as often as they are used."""
-    found = []
-    for value in node.args:
-        if (
-            isinstance(value, fx.Node)
-            and value.op != "get_attr"
-            and isinstance(value.meta.get("val"), Tensor)
+def _varying(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes whose tensors depend on the graph's inputs, unlike parameters and constants."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if isinstance(node.meta.get("val"), Tensor) and (
+            node.op == "placeholder" or found.intersection(node.all_input_nodes)
         ):
-            found.append(value)
+            found.add(node)
     return found
 
 
-def _region(end: fx.Node) -> tuple[fx.Node, set[fx.Node]] | None:
+def _operands(node: fx.Node, varying: set[fx.Node]) -> list[fx.Node]:
+    """The varying inputs of a node, as often as they are used."""
+    return [n for n in node.args if isinstance(n, fx.Node) and n in varying]
+
+
+def _region(end: fx.Node, varying: set[fx.Node]) -> tuple[fx.Node, set[fx.Node]] | None:
     """The nearest region that ends in ``end`` and that one value enters, and that value."""
-    if len(_varying(end)) != 2:
+    if len(_operands(end, varying)) != 2:
         return None
     region = {end}
-    frontier = set(_varying(end))
+    frontier = set(_operands(end, varying))
     while len(frontier) > 1:
         node = max(frontier)
         if len(region) > _LONGEST or not _is_elementwise(node, end):
             return None
         region.add(node)
-        frontier = (frontier - {node}) | set(_varying(node))
+        frontier = (frontier - {node}) | set(_operands(node, varying))
     if not frontier:
         return None
     inside = all(user in region for node in region - {end} for user in node.users)
-    curved = len(set(_varying(end))) == 1 or any(_is_activation(node) for node in region)
+    curved = len(set(_operands(end, varying))) == 1 or any(_is_activation(node) for node in region)
     return (frontier.pop(), region) if inside and curved else None
 
 

@@ -313,16 +313,11 @@ class Explainer:
         layers: dict[str, LayerCalls],
         bookings: dict[str, Booking],
     ) -> Explanation:
-        by_input, embeddings = self._by_input(leaves, relevance)
-        args, kwargs = pytree.tree_unflatten(by_input, self._captured.signature.spec)
+        by_input, per_feature = self._by_input(leaves, relevance)
         arrived = [r for r in relevance if r is not None]
         seeds = [s for s in seed.seeds if s is not None]
         return Explanation(
-            relevance=args[0]
-            if isinstance(inputs, Tensor)
-            else {key: kwargs[key] for key in inputs}
-            if isinstance(inputs, Mapping)
-            else tuple(args),
+            relevance=self._structured(by_input, inputs),
             output=self._rebuild(clean),
             target=seed.classes,
             seed=seeds[0],
@@ -335,29 +330,40 @@ class Explainer:
                 reached=sum(r.detach().sum(dtype=torch.float64).item() for r in arrived),
             ),
             layers=layers,
-            embeddings=embeddings,
+            embeddings=self._structured(per_feature, inputs)
+            if any(r is not None for r in per_feature)
+            else None,
             inputs=inputs,
         )
 
+    def _structured(self, flat: Sequence[Tensor | None], inputs: Inputs) -> Any:
+        """One value per flat input, in the structure of the inputs as they were given."""
+        args, kwargs = pytree.tree_unflatten(list(flat), self._captured.signature.spec)
+        if isinstance(inputs, Tensor):
+            return args[0]
+        return {key: kwargs[key] for key in inputs} if isinstance(inputs, Mapping) else tuple(args)
+
     def _by_input(
         self, leaves: Sequence[Any], relevance: Sequence[Tensor | None]
-    ) -> tuple[list[Tensor | None], dict[str, Tensor]]:
-        """Relevance per flat input; that of token ids is their embedding's, summed over features.
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """Relevance per flat input, and for token ids that of their embedding per feature.
 
-        Also returned is the relevance per feature, by the input's name.
+        The relevance of token ids is their embedding's, summed over features.
         """
         index = {node: i for i, node in enumerate(self._placeholders)}
         found: list[Tensor | None] = [None] * len(leaves)
-        embeddings: dict[str, Tensor] = {}
+        per_feature: list[Tensor | None] = [None] * len(leaves)
         for (start, placeholder), r in zip(self._starts.items(), relevance, strict=True):
             i = index[placeholder]
-            leaf, path = leaves[i], self._captured.signature.paths[i]
             if start is placeholder:
-                found[i] = torch.zeros_like(leaf) if r is None else r
-            elif r is not None and r[..., 0].numel() == leaf.numel():
-                embeddings[path] = r + embeddings[path] if path in embeddings else r
-                found[i] = embeddings[path].sum(-1).reshape(leaf.shape)
-        return found, embeddings
+                found[i] = torch.zeros_like(leaves[i]) if r is None else r
+            elif r is not None and r[..., 0].numel() == leaves[i].numel():
+                before = per_feature[i]
+                per_feature[i] = r if before is None else before + r
+                found[i] = r.sum(-1).reshape(leaves[i].shape) + (
+                    0 if before is None else before.sum(-1).reshape(leaves[i].shape)
+                )
+        return found, per_feature
 
 
 class _FirstNonFinite(fx.Interpreter):

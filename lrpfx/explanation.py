@@ -64,7 +64,8 @@ class Explanation:
         absorbed: Relevance that did not reach the inputs, per sample, shape (N,); one total where
             the samples share an input.
         layers: Per requested module path, relevance and activation of its calls.
-        embeddings: For token ids, relevance per embedding feature (N, T, D), by the input's name.
+        embeddings: Structured like the inputs: for token ids their relevance per embedding feature
+            (N, T, D), else None; None as a whole if there are no token ids.
         report: Which rule each node got and why, and what became of the relevance.
         inputs: What was explained, for the picture.
     """
@@ -76,7 +77,7 @@ class Explanation:
     absorbed: Tensor
     report: Report
     layers: Mapping[str, LayerCalls] = field(default_factory=dict)
-    embeddings: Mapping[str, Tensor] = field(default_factory=dict)
+    embeddings: Any = None
     inputs: Any = None
 
     def plot(self, path: str | os.PathLike[str] | None = None, **options: Any) -> Figure:

@@ -441,7 +441,12 @@ _add([product], "product", "product", ["factors"], nonneg=inherited)
 _add([aten.matmul.default], "matmul", "matmul", [("self", "other")], nonneg=inherited)
 _add([aten.mm.default, aten.bmm.default], "matmul", "matmul", [("self", "mat2")], nonneg=inherited)
 _add([aten.einsum.default], "matmul", "matmul", ["tensors"], nonneg=inherited)
-_add([aten.softmax.int, aten._softmax.default], "softmax", "softmax", nonneg=always)
+_add(
+    [aten.softmax.int, aten._softmax.default, aten._safe_softmax.default],
+    "softmax",
+    "softmax",
+    nonneg=always,
+)
 
 # -- activations ----------------------------------------------------------------------------------
 

@@ -344,6 +344,23 @@ def test_token_relevance_is_that_of_the_embedding_summed_over_features() -> None
     e = lrpfx.explain(model, {"ids": ids, "mask": mask}, 1, rules=composites.EpsilonAll(1e-12))
     per_feature = model.embed(ids) * mask[..., None] * model.head.weight[1]
     torch.testing.assert_close(e.relevance["ids"], per_feature.sum(-1).detach())
-    torch.testing.assert_close(e.embeddings["inputs['ids']"], per_feature.detach())
+    torch.testing.assert_close(e.embeddings["ids"], per_feature.detach())
     assert e.relevance["mask"] is None
     torch.testing.assert_close(e.relevance["ids"].sum(1), e.output[:, 1])
+
+
+def test_a_row_that_is_masked_whole_is_zero() -> None:
+    """As left padding gives: the fused kernel returns zeros there, and no relevance flows."""
+    mask = torch.ones(2, 1, 3, 3, dtype=torch.bool).tril()
+    mask[1, ..., 0] = False
+    x = torch.randn(2, 1, 3, 4, dtype=torch.float64)
+
+    class Masked(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(x, x, x, attn_mask=mask).sum((1, 2))
+
+    for rules in ("attnlrp", "cplrp"):
+        e = lrpfx.explain(Masked(), (x, mask), 1, rules=rules)
+        torch.testing.assert_close(e.output, Masked()(x, mask))
+        assert e.relevance[0][1, 0, 0].abs().max() == 0
+        assert abs(e.report.unaccounted) < 1e-9

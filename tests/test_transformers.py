@@ -299,7 +299,7 @@ def test_parity_with_modified_gradients(
     assert error(relevance_of(got), expected) < 1e-6
     of_ids = explained(family, implementation, "attnlrp, epsilon 1e-12")
     assert error(relevance_of(of_ids), relevance_of(got).sum(-1)) < 1e-6
-    assert error(of_ids.embeddings["inputs['input_ids']"], relevance_of(got)) < 1e-6
+    assert error(of_ids.embeddings["input_ids"], relevance_of(got)) < 1e-6
 
 
 @pytest.mark.parametrize("family", WRITTEN_OUT)
