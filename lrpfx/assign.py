@@ -39,7 +39,11 @@ class Plan:
 
 
 def assign(
-    records: Sequence[Record], rules: RulesLike, model: nn.Module, *, strict: bool = True
+    records: Sequence[Record],
+    rules: RulesLike,
+    model: nn.Module,
+    *,
+    kinds: set[str] | None = None,
 ) -> Plan:
     """Give every record the rule of the first entry that matches it and fits it.
 
@@ -47,19 +51,20 @@ def assign(
         records: All live nodes.
         rules: See ``lrpfx.explain``.
         model: The model, for selectors that are module classes.
-        strict: Whether entries of the user's own must match something.
+        kinds: Op kinds of the whole graph, where nodes have been stopped since: the default is
+            picked by these, and entries need not match what is left.
 
     Raises:
         SelectorError: An entry of the user's own matches nothing, or a name is unknown.
         RuleError: A rule is laid on ops named outright that it does not fit.
     """
-    layers, reading = resolve(rules, {r.kind for r in records})
+    layers, reading = resolve(rules, kinds or {r.kind for r in records})
     chosen: dict[str, Assignment] = {}
     for composite in layers:
         for selector, rule in composite.entries:
             matched = [r for r in records if _matches(selector, r, model)]
             reasons = {r.name: rule.fits(r.op) for r in matched}
-            if composite.strict and strict:
+            if composite.strict and kinds is None:
                 _check(selector, rule, matched, reasons, records, model)
             for r in matched:
                 if not reasons[r.name] and r.name not in chosen:

@@ -432,7 +432,7 @@ def resolve(rules: RulesLike, kinds: set[str]) -> tuple[tuple[Composite, ...], s
         RuleError: ``rules`` is nothing that can be read as rules.
     """
     default: Composite
-    if "softmax" in kinds:
+    if {"softmax", "matmul"} <= kinds:
         default, reason = AttnLRP(), "the graph has attention"
     elif "conv" in kinds:
         default, reason = EpsilonPlus(), "the graph has convolutions"

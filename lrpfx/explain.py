@@ -111,11 +111,12 @@ class Explainer:
         stopped = [a.record for a in self._plan.assignments.values() if isinstance(a.rule, Stop)]
         if stopped:
             held = {r.name for r in stopped}
+            kinds = {a.record.kind for a in self._plan.assignments.values()}
             self._live = annotate(graph, self._starts, self._captured.prefix, held)
             self._check_live()
-            self._plan = assign(self._records(), rules, model, strict=False)
-            kinds = ", ".join(sorted({r.kind for r in stopped}))
-            notes.append(f"{len(stopped)} nodes count as constants by rule Stop: {kinds}")
+            self._plan = assign(self._records(), rules, model, kinds=kinds)
+            which = ", ".join(sorted({r.kind for r in stopped}))
+            notes.append(f"{len(stopped)} nodes count as constants by rule Stop: {which}")
         self._forms = _state_forms(model)
         self._public = rewrite(self._module, self._plan.assignments, self._live)
         self._instrumented: dict[tuple[str, ...], tuple[fx.GraphModule, dict[str, int]]] = {}

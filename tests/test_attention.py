@@ -364,3 +364,22 @@ def test_a_row_that_is_masked_whole_is_zero() -> None:
         torch.testing.assert_close(e.output, Masked()(x, mask))
         assert e.relevance[0][1, 0, 0].abs().max() == 0
         assert abs(e.report.unaccounted) < 1e-9
+
+
+def test_stopping_attention_by_hand_keeps_the_default_for_the_rest() -> None:
+    """The default is picked by the whole graph, not by what is left after the stop."""
+
+    class Patches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Conv2d(1, 4, 2, stride=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = self.embed(x).flatten(2).transpose(1, 2)
+            return by_hand(tokens, tokens, tokens).mean(1)
+
+    model, x = Patches(), torch.randn(2, 1, 6, 6)
+    stopped = lrpfx.explain(model, x, 1, rules=[("softmax", lrpfx.Stop())])
+    assert {row.rule for row in stopped.report.rows if row.kind == "conv"} == {"Epsilon"}
+    cp = lrpfx.explain(model, x, 1, rules="cplrp")
+    torch.testing.assert_close(stopped.relevance, cp.relevance)
