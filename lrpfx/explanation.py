@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from lrpfx.capture import tensors_in
 from lrpfx.errors import InputError, SelectorError
 from lrpfx.report import Report, Row
+from lrpfx.text import Tokenizer, TokenText, token_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -108,6 +109,33 @@ class Explanation:
         relevance, image = drawn[0]
         options.setdefault("titles", self._titles(len(relevance)))
         return heatmap(relevance.detach(), images=image.detach(), path=path, **options)
+
+    def show_tokens(self, tokenizer: Tokenizer | Callable[[int], str] | Sequence[str]) -> TokenText:
+        """The explained tokens on a red and blue scale: HTML in a notebook, else coloured text.
+
+        Args:
+            tokenizer: Something with ``convert_ids_to_tokens``, a function from an id to its token,
+                or a vocabulary indexed by id.
+
+        Raises:
+            InputError: Not exactly one input holds token ids that are explained.
+        """
+        pairs = zip(
+            pytree.tree_leaves(self.relevance), pytree.tree_leaves(self.inputs), strict=True
+        )
+        explained = [
+            (r, x)
+            for r, x in pairs
+            if isinstance(r, Tensor) and isinstance(x, Tensor) and not x.is_floating_point()
+        ]
+        if len(explained) != 1 or explained[0][1].ndim != 2:
+            raise InputError(
+                f"show_tokens() shows one input of token ids (N, T), and this explanation has "
+                f"{[tuple(x.shape) for _, x in explained]}.",
+                fix="pair them with lrpfx.text.token_text(ids, relevance, tokenizer).",
+            )
+        relevance, ids = explained[0]
+        return token_text(ids, relevance, tokenizer)
 
     def _titles(self, n: int) -> list[str] | None:
         started = self.seed.detach()
