@@ -107,7 +107,7 @@ def _matches(selector: Selector, r: Record, model: nn.Module) -> bool:
         return any(isinstance(model.get_submodule(path), selector) for path in calls)
     try:
         return bool(selector(r))
-    except Exception as error:
+    except Exception as error:  # the predicate is the user's code, and may raise anything
         raise SelectorError(
             f"predicate {describe(selector)} fails: {type(error).__name__}: {error}",
             where=[str(r)],
