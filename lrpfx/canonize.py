@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from lrpfx.attention import hold_statistics, open_attention
+from lrpfx.attention import open_attention
 from lrpfx.compose import flat_products, whole_activations
 from lrpfx.errors import CaptureError, TrainingModeError
 from lrpfx.fold import fold_batch_norm
 from lrpfx.functionalize import copies_to_casts, functionalize, inline_no_grad, insert
 from lrpfx.graph import bound_arguments, module_calls, nodes_in, source_line, used_nodes, verify
+from lrpfx.hold import hold_divisors, hold_statistics
 
 aten = torch.ops.aten
 
@@ -173,6 +174,7 @@ PASSES: tuple[Pass, ...] = (
     open_attention,
     hold_statistics,
     whole_activations,
+    hold_divisors,
     flat_products,
     views_to_reshapes,
     fold_batch_norm,

@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from lrpfx.errors import CaptureError, InputError, TrainingModeError
+from lrpfx.graph import letters_of
 from lrpfx.inputs import (
     Inputs,
     Signature,
@@ -70,12 +71,13 @@ class Captured:
         return rebuilt
 
 
-def capture(model: nn.Module, inputs: Inputs) -> Captured:
+def capture(model: nn.Module, inputs: Inputs, dynamic: Sequence[int] = ()) -> Captured:
     """Capture ``model`` as a graph that computes what ``model(inputs)`` computes.
 
     Args:
         model: Any module that torch.export can trace; it is not modified.
         inputs: Example inputs; tensors of the batch's leading size get a dynamic batch dimension.
+        dynamic: Further dimensions that may vary, of every tensor that has them.
 
     Returns:
         The captured graph; its outputs have been compared with the model's own.
@@ -90,7 +92,7 @@ def capture(model: nn.Module, inputs: Inputs) -> Captured:
         raise InputError(
             "there is nothing to explain: no input is a tensor.",
             where=[
-                f"{path}: {form_of(leaf, None)}" for path, leaf in zip(paths, leaves, strict=True)
+                f"{path}: {form_of(leaf, {})}" for path, leaf in zip(paths, leaves, strict=True)
             ],
             fix="give at least one floating tensor, or token ids that feed an embedding.",
         )
@@ -105,17 +107,28 @@ def capture(model: nn.Module, inputs: Inputs) -> Captured:
         output = _run_model(model, detached, spec)
     traced = _AsDict(model, output) if _is_plain_dataclass(output) else None
     with preserved(model):
-        program, why_static = _export(traced or model, detached, spec, batch)
-    dynamic = batch is not None and not why_static
-    forms = tuple(form_of(leaf, batch if dynamic else None) for leaf in detached)
+        program, why_static = _export(traced or model, detached, spec, batch, dynamic)
+    forms = _forms(program, detached)
     keywords = tuple(split_inputs(inputs)[1])
     return Captured(
         program=program,
         model=model,
-        signature=Signature(spec, forms, paths, keywords, None if dynamic else batch),
+        signature=Signature(spec, forms, paths, keywords, batch if why_static else None),
         output_type=type(output) if traced else None,
         why_static=why_static,
     )
+
+
+def _forms(program: ExportedProgram, leaves: Sequence[Any]) -> tuple[Any, ...]:
+    """The leaves' forms, with the letters of the sizes that the graph left open."""
+    letters = letters_of(program.graph)
+    placeholders = [n for n in program.graph.nodes if n.op == "placeholder"][-len(leaves) :]
+    forms = []
+    for leaf, node in zip(leaves, placeholders, strict=True):
+        shape = node.meta["val"].shape if isinstance(leaf, Tensor) else ()
+        open_dims = {d: letters[str(s)] for d, s in enumerate(shape) if not isinstance(s, int)}
+        forms.append(form_of(leaf, open_dims))
+    return tuple(forms)
 
 
 def check_faithful(captured: Captured, module: fx.GraphModule, inputs: Inputs) -> None:
@@ -131,11 +144,10 @@ def check_faithful(captured: Captured, module: fx.GraphModule, inputs: Inputs) -
         expected = tensors_in(_run_model(model, copies(leaves), spec))
         args, kwargs = pytree.tree_unflatten(copies(leaves), spec)
         got = tensors_in(captured.rebuild(module(*args, **kwargs)))
-    worst = max(
-        (_difference(e, g) for e, g in zip(expected, got, strict=True)),
-        default=0.0,
-    )
-    if len(expected) != len(got) or not worst <= 1.0:
+    same = len(expected) == len(got)
+    pairs = zip(expected, got, strict=True) if same else ()
+    worst = max((_difference(e, g) for e, g in pairs), default=0.0 if same else float("inf"))
+    if not worst <= 1.0:
         raise CaptureError(
             "the captured graph does not compute what the model computes "
             f"(difference {worst:.1e} times the tolerance).",
@@ -210,7 +222,7 @@ def _run_model(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -
         raise InputError(
             f"the model itself fails on these inputs: {type(error).__name__}: {_first_line(error)}",
             where=_user_frames(error)
-            + [f"inputs: {', '.join(str(form_of(leaf, None)) for leaf in leaves)}"],
+            + [f"inputs: {', '.join(str(form_of(leaf, {})) for leaf in leaves)}"],
             fix="check that model(...) runs on them: shapes, dtypes and devices.",
         ) from error
 
@@ -254,7 +266,11 @@ def _refuse_untraceable(model: nn.Module) -> None:
 
 
 def _export(
-    model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec, batch: int | None
+    model: nn.Module,
+    leaves: Sequence[Any],
+    spec: pytree.TreeSpec,
+    batch: int | None,
+    dynamic: Sequence[int],
 ) -> tuple[ExportedProgram, str]:
     """The exported model, and why its batch size is fixed ("" if it is not)."""
     why = "no explained input has a batch dimension"
@@ -262,11 +278,11 @@ def _export(
         if not batched:
             break
         try:
-            return _export_once(model, _widened(leaves, batched), spec, batched), ""
+            return _export_once(model, _widened(leaves, batched), spec, batched, dynamic), ""
         except Exception as error:  # whatever the tracer raises: the next attempt may do
             why = _first_line(error)
     try:
-        return _export_once(model, list(leaves), spec, set()), why
+        return _export_once(model, list(leaves), spec, set(), dynamic), why
     except Exception as error:
         raise _capture_error(model, error) from error
 
@@ -290,19 +306,31 @@ def _widened(leaves: Sequence[Any], batched: set[int]) -> list[Any]:
 
 
 def _export_once(
-    model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec, batched: set[int]
+    model: nn.Module,
+    leaves: Sequence[Any],
+    spec: pytree.TreeSpec,
+    batched: set[int],
+    further: Sequence[int],
 ) -> ExportedProgram:
     # Fresh copies: the tracer marks the dimensions of the tensors it is given as dynamic.
     args, kwargs = pytree.tree_unflatten(copies(leaves), spec)
     dynamic = None
-    if batched:
-        dims = [{0: torch.export.Dim.DYNAMIC} if i in batched else None for i in range(len(leaves))]
+    dims = [_open_dims(leaf, i in batched, further) for i, leaf in enumerate(leaves)]
+    if any(dims):
         shapes_args, shapes_kwargs = pytree.tree_unflatten(dims, spec)
         # torch.export wants the shapes by parameter of forward(), *args and **kwargs gathered.
         bound = inspect.signature(model.forward).bind(*shapes_args, **shapes_kwargs)
         dynamic = dict(bound.arguments)
     with tracing():
         return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
+
+
+def _open_dims(leaf: Any, batched: bool, further: Sequence[int]) -> dict[int, Any] | None:
+    """What torch.export is told of a leaf's sizes; those it cannot leave open it fixes."""
+    if not isinstance(leaf, Tensor):
+        return None
+    dims: dict[int, Any] = {d: torch.export.Dim.AUTO for d in further if 0 < d < leaf.ndim}
+    return dims | ({0: torch.export.Dim.DYNAMIC} if batched else {})
 
 
 @contextmanager

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from lrpfx import ops
-from lrpfx.graph import op_name
+from lrpfx.graph import op_name, varying
 
 aten = torch.ops.aten
 
@@ -25,17 +27,17 @@ def whole_activations(module: fx.GraphModule) -> fx.GraphModule:
 
     Source: Achtibat et al. 2024 (AttnLRP, arXiv 2402.05602), Prop. 3.1 is about f as a whole.
     """
-    varying = _varying(module.graph)
+    changing = varying(module.graph)
     for node in list(module.graph.nodes):
         found = (
-            _region(node, varying) if node.target in (aten.mul.Tensor, aten.div.Tensor) else None
+            _region(node, changing) if node.target in (aten.mul.Tensor, aten.div.Tensor) else None
         )
         if found is None:
             continue
         entry, region = found
         with module.graph.inserting_before(node):
             new = _call_composed(module, node, entry, region)
-        varying.add(new)
+        changing.add(new)
         node.replace_all_uses_with(new)
         for old in sorted(region, reverse=True):
             module.graph.erase_node(old)
@@ -43,82 +45,73 @@ def whole_activations(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def flat_products(module: fx.GraphModule) -> fx.GraphModule:
-    """``mul(mul(a, b), c)`` -> ``product([a, b, c])``, so that no factor counts less than another.
+    """``mul(mul(a, b), c)`` -> ``product([[a, b], c])``, so that no factor need count less.
 
     Source: pairwise shares depend on the association, arXiv 2510.18810.
     """
-    varying = _varying(module.graph)
+    changing = varying(module.graph)
     for node in list(module.graph.nodes):
-        if not _is_product(node, varying) or any(_is_product(user, varying) for user in node.users):
+        if not _is_product(node, changing):
             continue
-        factors, inner = _factors(node, varying)
+        if any(_is_product(user, changing) for user in node.users):
+            continue
+        factors, inner = _factors(node, changing)
         if not inner:
             continue
         with module.graph.inserting_before(node):
             new = module.graph.call_function(ops.product, (factors,))
         new.meta = dict(node.meta)
-        varying.add(new)
+        changing.add(new)
         node.replace_all_uses_with(new)
         for old in (node, *inner):
             module.graph.erase_node(old)
     return module
 
 
-def _is_product(node: fx.Node, varying: set[fx.Node]) -> bool:
-    return node.target is aten.mul.Tensor and len(_operands(node, varying)) == 2
+def _is_product(node: fx.Node, changing: set[fx.Node]) -> bool:
+    return node.target is aten.mul.Tensor and len(_operands(node, changing)) == 2
 
 
-def _factors(node: fx.Node, varying: set[fx.Node]) -> tuple[list[fx.Node], list[fx.Node]]:
-    """Leaves of a tree of products, and the inner products, users before what they use."""
-    leaves: list[fx.Node] = []
+def _factors(node: fx.Node, changing: set[fx.Node]) -> tuple[list[Any], list[fx.Node]]:
+    """The tree of a product of products, and the inner products, users before what they use."""
+    tree: list[Any] = []
     inner: list[fx.Node] = []
     for factor in node.args:
         assert isinstance(factor, fx.Node)
         if (
-            _is_product(factor, varying)
+            _is_product(factor, changing)
             and len(factor.users) == 1
             and node.args[0] is not node.args[1]
         ):
-            below, deeper = _factors(factor, varying)
-            leaves += below
+            below, deeper = _factors(factor, changing)
+            tree.append(below)
             inner += [factor, *deeper]
         else:
-            leaves.append(factor)
-    return leaves, inner
+            tree.append(factor)
+    return tree, inner
 
 
-def _varying(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes whose tensors depend on the graph's inputs, unlike parameters and constants."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if isinstance(node.meta.get("val"), Tensor) and (
-            node.op == "placeholder" or found.intersection(node.all_input_nodes)
-        ):
-            found.add(node)
-    return found
-
-
-def _operands(node: fx.Node, varying: set[fx.Node]) -> list[fx.Node]:
+def _operands(node: fx.Node, changing: set[fx.Node]) -> list[fx.Node]:
     """The varying inputs of a node, as often as they are used."""
-    return [n for n in node.args if isinstance(n, fx.Node) and n in varying]
+    return [n for n in node.args if isinstance(n, fx.Node) and n in changing]
 
 
-def _region(end: fx.Node, varying: set[fx.Node]) -> tuple[fx.Node, set[fx.Node]] | None:
+def _region(end: fx.Node, changing: set[fx.Node]) -> tuple[fx.Node, set[fx.Node]] | None:
     """The nearest region that ends in ``end`` and that one value enters, and that value."""
-    if len(_operands(end, varying)) != 2:
+    if len(_operands(end, changing)) != 2:
         return None
     region = {end}
-    frontier = set(_operands(end, varying))
+    frontier = set(_operands(end, changing))
     while len(frontier) > 1:
         node = max(frontier)
         if len(region) > _LONGEST or not _is_elementwise(node, end):
             return None
         region.add(node)
-        frontier = (frontier - {node}) | set(_operands(node, varying))
+        frontier = (frontier - {node}) | set(_operands(node, changing))
     if not frontier:
         return None
     inside = all(user in region for node in region - {end} for user in node.users)
-    curved = len(set(_operands(end, varying))) == 1 or any(_is_activation(node) for node in region)
+    curved = len(set(_operands(end, changing))) == 1 or any(_is_activation(node) for node in region)
     return (frontier.pop(), region) if inside and curved else None
 
 

@@ -199,6 +199,23 @@ class CPLRP(_Named):
         super().__init__([*constant, *EpsilonAll(epsilon, zero_params).entries])
 
 
+class MambaLRP(_Named):
+    """MambaLRP: as AttnLRP, but what a selective scan is steered by is a constant.
+
+    The discretised A, B and C of a Mamba block are functions of the projection ``x_proj``, the
+    name it has in every implementation; the gate's product is shared evenly.
+
+    Args:
+        epsilon: Of every rule.
+        zero_params: See AffineRule.
+
+    Source: Rezaei Jafari et al. 2024 (MambaLRP, arXiv 2406.07592), sect. 4.
+    """
+
+    def __init__(self, epsilon: StabilizerLike = 1e-6, zero_params: ZeroParams = None) -> None:
+        super().__init__([("*.x_proj", Stop()), *EpsilonAll(epsilon, zero_params).entries])
+
+
 class EpsilonPlus(_Named):
     """ZPlus on convolutions, Epsilon on linear layers.
 
@@ -378,6 +395,7 @@ NAMED: dict[str, type[Composite]] = {
     "epsilon_all": EpsilonAll,
     "attnlrp": AttnLRP,
     "cplrp": CPLRP,
+    "mambalrp": MambaLRP,
     "epsilon_plus": EpsilonPlus,
     "epsilon_alpha2_beta1": EpsilonAlpha2Beta1,
     "epsilon_gamma_box": EpsilonGammaBox,

@@ -14,17 +14,27 @@ from lrpfx.assign import assign
 from lrpfx.canonize import canonize
 from lrpfx.capture import TRACING, Captured, capture, check_faithful
 from lrpfx.composites import RulesLike
-from lrpfx.errors import CaptureError, NonFiniteError, SelectorError, TargetError
+from lrpfx.errors import (
+    CaptureError,
+    InputError,
+    NonFiniteError,
+    SelectorError,
+    TargetError,
+)
 from lrpfx.explanation import Explanation, LayerCalls, LayerRelevance
 from lrpfx.graph import (
+    HELD,
     Record,
     annotate,
+    explained_leaves,
+    final_softmax,
     find_starts,
     output_leaves,
     record,
     used_nodes,
 )
-from lrpfx.inputs import Inputs, check_inputs
+from lrpfx.hold import DIVISOR
+from lrpfx.inputs import Inputs, check_inputs, flatten_inputs, varying_sizes
 from lrpfx.ledger import Booking, Ledger
 from lrpfx.report import Report, make_report, with_ledger
 from lrpfx.rewrite import instrument, rewrite
@@ -52,7 +62,8 @@ def explain(
         target: What to explain: None (argmax per sample), a class, one class per sample (sequence
             or integer tensor), a tuple (index into a sample's output), a callable
             ``output -> (N,)``, or a floating tensor shaped like the output, used unchanged as the
-            seed relevance. For the index forms the seed is one-hot times the output value.
+            seed relevance. For the index forms the seed is one-hot times the output value. A
+            softmax or log-softmax at the output is left out: the seed is laid on its logits.
         rules: A composite, its snake_case name, or a list of (selector, rule) laid over the
             default. A selector is an op kind ("conv"), a module class, a module-path glob
             ("layer4.*"), "*", or a predicate on the node's record. None picks by what the graph
@@ -88,17 +99,30 @@ class Explainer:
         model: See ``explain``.
         example_inputs: Inputs of the shapes to come (the batch size may differ).
         rules: See ``explain``.
+        dynamic: Further dimensions that may vary between calls, of every input tensor that has
+            them: (1,) for the number of tokens, (2, 3) for height and width. Those that the model
+            fixes by how it computes stay fixed. Other sizes are checked against the model when
+            they are first met.
 
     Raises:
         LrpError: As ``explain``, for everything that concerns model and rules.
     """
 
-    def __init__(self, model: nn.Module, example_inputs: Inputs, rules: RulesLike = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Inputs,
+        rules: RulesLike = None,
+        *,
+        dynamic: Sequence[int] = (),
+    ) -> None:
         with TRACING:  # meanwhile another thread's trace may hold fake tensors in the model
-            self._set_up(model, example_inputs, rules)
+            self._set_up(model, example_inputs, rules, dynamic)
 
-    def _set_up(self, model: nn.Module, example_inputs: Inputs, rules: RulesLike) -> None:
-        self._captured: Captured = capture(model, example_inputs)
+    def _set_up(
+        self, model: nn.Module, example_inputs: Inputs, rules: RulesLike, dynamic: Sequence[int]
+    ) -> None:
+        self._captured: Captured = capture(model, example_inputs, dynamic)
         self._module = canonize(self._captured.program)
         graph = self._module.graph
         self._placeholders = [n for n in graph.nodes if n.op == "placeholder"]
@@ -118,6 +142,7 @@ class Explainer:
             which = ", ".join(sorted({r.kind for r in stopped}))
             notes.append(f"{len(stopped)} nodes count as constants by rule Stop: {which}")
         self._forms = _state_forms(model)
+        self._met = {self._sizes(flatten_inputs(example_inputs)[0])}
         self._public = rewrite(self._module, self._plan.assignments, self._live)
         self._instrumented: dict[tuple[str, ...], tuple[fx.GraphModule, dict[str, int]]] = {}
         constants = sum(
@@ -126,6 +151,12 @@ class Explainer:
         if self._captured.why_static:
             size = self._captured.signature.batch
             notes.append(f"captured for a batch of {size} only: {self._captured.why_static}")
+        if any(final_softmax(leaf) for leaf in output_leaves(graph)):
+            notes.append("the softmax at the output is left out: explained are its logits")
+        if divisors := [
+            n for n in graph.nodes if n.meta.get(HELD) == DIVISOR and n.args[0] in self._live
+        ]:
+            notes.append(f"{len(divisors)} divisors of live tensors count as constants")
         self._report = make_report(self._plan, constants, notes)
         self._instrument(())
 
@@ -163,6 +194,7 @@ class Explainer:
         leaves = check_inputs(self._captured.signature, inputs)
         with TRACING:
             self._refresh()
+            self._check_sizes(inputs, leaves)
         paths = (layers,) if isinstance(layers, str) else tuple(layers or ())
         if not all(isinstance(path, str) for path in paths):
             raise SelectorError(
@@ -172,10 +204,10 @@ class Explainer:
         kept = [_kept(v, create_graph) for v in leaves]
         ledger = Ledger()
         with torch.set_grad_enabled(create_graph):
-            clean, phantoms, starts, taps = module(*kept, ledger)
-            seed = make_seed(clean, target, self._rebuild)
+            clean, explained, phantoms, starts, taps = module(*kept, ledger)
+            seed = make_seed(explained, target, self._finish)
             if not all(bool(s.isfinite().all()) for s in seed.seeds if s is not None):
-                self._refuse_seed(seed, clean, kept)
+                self._refuse_seed(seed, explained, kept)
             relevance, at_taps = self._pull(seed, phantoms, starts, taps, create_graph)
         bookings = ledger.bookings()
         self._check_relevance(relevance, bookings)
@@ -190,7 +222,7 @@ class Explainer:
 
     def _check_live(self) -> None:
         if not any(
-            isinstance(n, fx.Node) and n in self._live for n in output_leaves(self._module.graph)
+            isinstance(n, fx.Node) and n in self._live for n in explained_leaves(self._module.graph)
         ):
             raise CaptureError(
                 "no output of the model depends on the explained inputs.",
@@ -231,11 +263,38 @@ class Explainer:
                     owner, _, attribute = name.rpartition(".")
                     setattr(module.get_submodule(owner), attribute, current)
 
+    def _sizes(self, leaves: Sequence[Any]) -> frozenset[tuple[str, int]]:
+        """The sizes besides the batch that may vary, as these inputs have them."""
+        sizes = varying_sizes(self._captured.signature, leaves).items()
+        return frozenset((letter, max(values)) for letter, values in sizes if letter != "N")
+
+    def _check_sizes(self, inputs: Inputs, leaves: Sequence[Any]) -> None:
+        """Compare the graph with the model at sizes not met before: a guard may have been lost."""
+        if (sizes := self._sizes(leaves)) in self._met:
+            return
+        try:
+            check_faithful(self._captured, self._module, inputs)
+        except (CaptureError, RuntimeError, IndexError, ValueError) as error:
+            shown = ", ".join(f"{letter}={size}" for letter, size in sorted(sizes))
+            raise InputError(
+                f"the captured graph does not hold for {shown}.",
+                where=[str(error).splitlines()[0]],
+                fix="make an Explainer for inputs of this size.",
+            ) from error
+        self._met.add(sizes)
+
     # -- one explanation --------------------------------------------------------------------------
 
     def _rebuild(self, leaves: Sequence[Any]) -> Any:
         spec = self._module.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
         return self._captured.rebuild(pytree.tree_unflatten(list(leaves), spec))
+
+    def _finish(self, explained: Sequence[Any]) -> Any:
+        """The model's own output from the explained leaves: callables see probabilities."""
+        leaves = zip(output_leaves(self._module.graph), explained, strict=True)
+        return self._rebuild(
+            [n.target(v, *n.args[1:], **n.kwargs) if final_softmax(n) else v for n, v in leaves]
+        )
 
     def _refuse_seed(self, seed: Seed, clean: Sequence[Any], leaves: Sequence[Any]) -> None:
         """Raise the error of a seed that is not finite, by the fault of model or target."""

@@ -17,20 +17,23 @@ aten = torch.ops.aten
 
 
 def functionalize(program: ExportedProgram) -> fx.GraphModule:
-    """``y = relu_(x)`` -> ``y = relu(x)``; writes into views -> functional scatters.
+    """``y = relu_(x)`` -> ``y = relu(x)``; writes into views -> scatters; LSTMs -> their steps.
 
     Renaming is exact where nothing reads the written storage later except through the in-place
     op's own result. Where something does, PyTorch's functionalisation rewrites the whole graph,
     at the cost of a second trace.
     """
     module = _unlifted(program)
+    compound = {node.target for node in module.graph.nodes if node.target in _COMPOUND}
     regions = any(_is_region(node, "autocast") for node in module.graph.nodes)
-    if not regions and all(_is_private(node) for node in module.graph.nodes if writes(node)):
+    private = all(_is_private(node) for node in module.graph.nodes if writes(node))
+    if private and not regions and not compound:
         for node in [n for n in module.graph.nodes if writes(n)]:
             _rename(node)
         return module
     with tracing():
-        module = _unlifted(program.run_decompositions({}))
+        known = torch.export.default_decompositions()
+        module = _unlifted(program.run_decompositions({op: known[op] for op in compound}))
     for node in reversed([n for n in module.graph.nodes if writes(n)]):
         if nodes_in(node.args)[0].op not in ("placeholder", "get_attr") or node.users:
             raise CaptureError(
@@ -41,6 +44,15 @@ def functionalize(program: ExportedProgram) -> fx.GraphModule:
         # What is left are write-backs to the user's inputs and buffers, which stay as they are.
         module.graph.erase_node(node)
     return module
+
+
+#: Ops that PyTorch itself takes apart into ones that have rules; recurrent ones step by step.
+_COMPOUND = {aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input}
+_COMPOUND |= {aten.lstm_cell.default, aten.gru_cell.default}
+_COMPOUND |= {aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default}
+_COMPOUND |= {aten.baddbmm.default, aten.addbmm.default, aten.addcmul.default, aten.addcdiv.default}
+_COMPOUND |= {aten.lerp.Scalar, aten.lerp.Tensor, aten.glu.default}
+_COMPOUND |= {aten.cosine_similarity.default}
 
 
 def _unlifted(program: ExportedProgram) -> fx.GraphModule:

@@ -108,6 +108,23 @@ def output_leaves(graph: fx.Graph) -> list[Any]:
     return list(leaves)
 
 
+_FINAL = {torch.ops.aten.softmax.int, torch.ops.aten._softmax.default}
+_FINAL |= {torch.ops.aten.log_softmax.int, torch.ops.aten._log_softmax.default}
+
+
+def final_softmax(leaf: Any) -> bool:
+    """Whether an output is a softmax or log-softmax that nothing else uses."""
+    return isinstance(leaf, fx.Node) and leaf.target in _FINAL and len(leaf.users) == 1
+
+
+def explained_leaves(graph: fx.Graph) -> list[Any]:
+    """The leaves that relevance starts from: what the graph returns, softmaxes at the end undone.
+
+    Classes compete in a softmax: their logits are what the network computed about each.
+    """
+    return [leaf.args[0] if final_softmax(leaf) else leaf for leaf in output_leaves(graph)]
+
+
 def reachable(ends: Iterable[fx.Node]) -> set[fx.Node]:
     """The nodes that some of ``ends`` depends on, themselves and placeholders included."""
     reached: set[fx.Node] = set()
@@ -123,6 +140,17 @@ def reachable(ends: Iterable[fx.Node]) -> set[fx.Node]:
 def used_nodes(graph: fx.Graph) -> set[fx.Node]:
     """The nodes that some output depends on."""
     return reachable(nodes_in(output_leaves(graph)))
+
+
+def varying(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes whose tensors depend on the graph's inputs, unlike parameters and held ones."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        depends = node.op == "placeholder" or found.intersection(node.all_input_nodes)
+        if depends and isinstance(value, (Tensor, tuple, list)) and HELD not in node.meta:
+            found.add(node)
+    return found
 
 
 def is_floating(value: Any) -> bool:
@@ -168,11 +196,16 @@ def find_starts(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
             starts[node] = node
         elif node.target is torch.ops.aten.embedding.default:
             source = node.args[1]
-            while source.op == "call_function" and len(source.all_input_nodes) == 1:
-                source = source.all_input_nodes[0]
+            while source.op == "call_function" and len(tensors := _tensor_inputs(source)) == 1:
+                source = tensors[0]
             if source.op == "placeholder":
                 starts[node] = source
     return starts
+
+
+def _tensor_inputs(node: fx.Node) -> list[fx.Node]:
+    """The inputs of a node that are no sizes."""
+    return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
 
 
 def annotate(
@@ -195,6 +228,7 @@ def annotate(
     Raises:
         UnsupportedOpError: Listing all such nodes that the op table does not know.
     """
+    letters = letters_of(graph)
     known = _liveness(graph, starts, held)
     carrying = _carrying(graph, known)
     unknown = [node for node in graph.nodes if node in carrying and known[node] is _UNKNOWN]
@@ -202,7 +236,7 @@ def annotate(
         raise UnsupportedOpError(
             f"{len(unknown)} operation(s) that depend on the explained input have no relevance "
             "rule.",
-            where=[_describe_unknown(node, carrying, prefix) for node in unknown],
+            where=[_describe_unknown(node, carrying, prefix, letters) for node in unknown],
             fix="lrpfx.register_op(torch.ops.aten..., kind, family) tells lrpfx what such an op "
             "is; or explain a wrapper module that leaves it out.",
         )
@@ -217,7 +251,9 @@ def annotate(
         before = any(n in mixed for n in node.all_input_nodes)
         if isinstance(op, Op):
             node.meta[KEY] = replace(
-                _record(node, op, carrying, nonneg, prefix), first=not before, gate=node in gates
+                _record(node, op, carrying, nonneg, prefix, letters),
+                first=not before,
+                gate=node in gates,
             )
         elif node.args[0] in nonneg:  # getitem
             nonneg.add(node)
@@ -261,7 +297,7 @@ def _carrying(graph: fx.Graph, live: Container[fx.Node]) -> set[fx.Node]:
 
     What is only used detached is live, but no relevance ever comes to it.
     """
-    carrying = {node for node in nodes_in(output_leaves(graph)) if node in live}
+    carrying = {node for node in nodes_in(explained_leaves(graph)) if node in live}
     for node in reversed(graph.nodes):
         if node in carrying:
             carrying.update(n for n in node.all_input_nodes if n in live)
@@ -269,19 +305,23 @@ def _carrying(graph: fx.Graph, live: Container[fx.Node]) -> set[fx.Node]:
 
 
 def _gates(known: Mapping[fx.Node, Op | str], carrying: set[fx.Node]) -> set[fx.Node]:
-    """The activations that stand, moves aside, as the only one among a product's factors."""
+    """The activations that stand, moves aside, as the only one among a product's factors.
+
+    Of several it is the only sigmoid, as in an LSTM's ``sigmoid(i) * tanh(g)``.
+    """
     found = set()
     for node in carrying:
         op = known[node]
         if not isinstance(op, Op) or op.kind != "product":
             continue
-        ends = set()
+        ends: dict[fx.Node, str] = {}
         for factor in node.all_input_nodes:
             while isinstance(moved := known.get(factor), Op) and moved.family == "move":
                 factor = factor.all_input_nodes[0]
             if isinstance(moved, Op) and moved.family == "activation":
-                ends.add(factor)
-        found |= ends if len(ends) == 1 else set()
+                ends[factor] = moved.kind
+        sigmoids = [end for end, kind in ends.items() if "sigmoid" in kind]
+        found |= {end for end in ends if len(ends) == 1 or sigmoids == [end]}
     return found
 
 
@@ -291,6 +331,7 @@ def _record(
     carrying: set[fx.Node],
     nonneg: set[fx.Node],
     prefix: str,
+    letters: Mapping[str, str],
 ) -> Record:
     floating = [n for n in node.all_input_nodes if is_floating(n.meta.get("val"))]
     folded = node.meta.get("folded_calls", ())
@@ -301,7 +342,7 @@ def _record(
         modules=module_calls(node, prefix),
         folded=tuple(ModuleCall(c.path.removeprefix(prefix), c.call) for c in folded),
         source=source_line(node),
-        shape=_shape(node.meta["val"]),
+        shape=_shape(node.meta["val"], letters),
         dtype=_first_tensor(node.meta["val"]).dtype,
         first=False,
         gate=False,
@@ -367,9 +408,11 @@ def source_line(node: fx.Node) -> str:
     return f"{file}:{line}   {code.strip()}"
 
 
-def _describe_unknown(node: fx.Node, live: set[fx.Node], prefix: str) -> str:
+def _describe_unknown(
+    node: fx.Node, live: set[fx.Node], prefix: str, letters: Mapping[str, str]
+) -> str:
     calls, names = module_calls(node, prefix), _live_names(node, live)
-    shape = ", ".join(str(size) for size in _shape(node.meta.get("val")))
+    shape = ", ".join(str(size) for size in _shape(node.meta.get("val"), letters))
     which = f" with live {' and '.join(names)}" if len(names) > 1 else ""
     source = source_line(node)
     return f"{node.target}{which} at {calls[-1].path if calls else '(the model)'}, [{shape}]" + (
@@ -383,16 +426,33 @@ def _first_tensor(value: Any) -> Tensor:
     return next(_first_tensor(v) for v in value if is_floating(v))
 
 
-def _shape(value: Any) -> tuple[int | str, ...]:
+def _shape(value: Any, letters: Mapping[str, str]) -> tuple[int | str, ...]:
     if not is_floating(value):
         return ()
     sizes = _first_tensor(value).shape
-    return tuple(size if isinstance(size, int) else _symbol(size) for size in sizes)
+    return tuple(size if isinstance(size, int) else _symbol(size, letters) for size in sizes)
 
 
-def _symbol(size: torch.SymInt) -> str:
+def letters_of(graph: fx.Graph) -> dict[str, str]:
+    """Names for the sizes that may vary: "N" for the batch, then "T", "U" ... as inputs have them.
+
+    Args:
+        graph: With its symbolic sizes as the trace named them.
+    """
+    values = [n.meta.get("val") for n in graph.nodes if n.op == "placeholder"]
+    shapes = [value.shape for value in values if isinstance(value, Tensor)]
+    batch = [str(shape[0]) for shape in shapes if shape and not isinstance(shape[0], int)]
+    others = [str(size) for shape in shapes for size in shape[1:] if not isinstance(size, int)]
+    letters = dict.fromkeys(batch, "N")
+    names = iter("TUVWXYZ")
+    for symbol in dict.fromkeys(others):
+        letters.setdefault(symbol, next(names, symbol))
+    return letters
+
+
+def _symbol(size: torch.SymInt, letters: Mapping[str, str]) -> str:
     """The batch as "N", and what is folded into it as "4*N"."""
-    return re.sub(r"s\d+", "N", str(size))
+    return re.sub(r"s\d+", lambda found: letters.get(found.group(), found.group()), str(size))
 
 
 def verify(graph: fx.Graph) -> None:

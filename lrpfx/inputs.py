@@ -17,14 +17,14 @@ Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
 @dataclass(frozen=True)
 class TensorForm:
-    """Shape (None where the batch stands), dtype and device of an input tensor."""
+    """Shape (with a letter for a size that may vary), dtype and device of an input tensor."""
 
-    shape: tuple[int | None, ...]
+    shape: tuple[int | str, ...]
     dtype: torch.dtype
     device: torch.device
 
     def __str__(self) -> str:
-        dims = ", ".join("N" if size is None else str(size) for size in self.shape)
+        dims = ", ".join(map(str, self.shape))
         return f"{str(self.dtype).removeprefix('torch.')}[{dims}] on {self.device}"
 
 
@@ -34,8 +34,8 @@ class Signature:
 
     Args:
         spec: Tree structure of ``(args, kwargs)``.
-        leaves: Per leaf: for tensors (shape with None for the batch, dtype, device), else the
-            value itself, which is a constant of the graph.
+        leaves: Per leaf: a TensorForm, or for what is no tensor the value itself, which is a
+            constant of the graph.
         paths: Per leaf, the name that messages use: "x", "inputs[1]", "inputs['mask']".
         keywords: Keyword arguments in their captured order.
         batch: Batch size, if the graph holds for that size only; None if for any.
@@ -78,13 +78,11 @@ def is_explained(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
-def form_of(leaf: Any, batch: int | None) -> Any:
-    """What a signature remembers of a leaf; ``batch`` is the size that counts as dynamic."""
+def form_of(leaf: Any, letters: Mapping[int, str]) -> Any:
+    """What a signature remembers of a leaf; ``letters`` names its dimensions that may vary."""
     if not isinstance(leaf, Tensor):
         return leaf
-    shape: tuple[int | None, ...] = tuple(leaf.shape)
-    if batch is not None and shape and shape[0] == batch:
-        shape = (None, *shape[1:])
+    shape = tuple(letters.get(dim, size) for dim, size in enumerate(leaf.shape))
     return TensorForm(shape, leaf.dtype, leaf.device)
 
 
@@ -111,14 +109,6 @@ def check_inputs(signature: Signature, inputs: Inputs) -> list[Any]:
             fix="make an Explainer for this structure.",
         )
     bad = []
-    sizes = {
-        leaf.shape[0]
-        for leaf, form in zip(leaves, signature.leaves, strict=True)
-        if isinstance(leaf, Tensor)
-        and isinstance(form, TensorForm)
-        and leaf.ndim
-        and form.shape[:1] == (None,)
-    }
     for leaf, form, path in zip(leaves, signature.leaves, paths, strict=True):
         if not isinstance(form, TensorForm):
             if isinstance(leaf, Tensor) or leaf != form:
@@ -131,12 +121,25 @@ def check_inputs(signature: Signature, inputs: Inputs) -> list[Any]:
             where=bad,
             fix="convert them, or make an Explainer for inputs of this form.",
         )
-    if len(sizes) > 1 or 0 in sizes:
-        raise InputError(
-            f"the inputs have batch sizes {sorted(sizes)}.", fix="give one size, at least 1."
-        )
+    for letter, sizes in varying_sizes(signature, leaves).items():
+        if len(sizes) > 1 or 0 in sizes:
+            what = "batch sizes" if letter == "N" else f"sizes {letter}"
+            raise InputError(
+                f"the inputs have {what} {sorted(sizes)}.", fix="give one size, at least 1."
+            )
     _refuse_infinite(leaves, paths)
     return leaves
+
+
+def varying_sizes(signature: Signature, leaves: Sequence[Any]) -> dict[str, set[int]]:
+    """The sizes that stand for each letter of the signature."""
+    sizes: dict[str, set[int]] = {}
+    for leaf, form in zip(leaves, signature.leaves, strict=True):
+        if isinstance(form, TensorForm):
+            for size, letter in zip(leaf.shape, form.shape, strict=True):
+                if isinstance(letter, str):
+                    sizes.setdefault(letter, set()).add(size)
+    return sizes
 
 
 def _refuse_infinite(leaves: Sequence[Any], paths: Sequence[str]) -> None:
@@ -153,7 +156,8 @@ def _refuse_infinite(leaves: Sequence[Any], paths: Sequence[str]) -> None:
 
 def _has_form(leaf: Tensor, form: TensorForm) -> bool:
     same_shape = len(leaf.shape) == len(form.shape) and all(
-        size is None or size == given for size, given in zip(form.shape, leaf.shape, strict=True)
+        isinstance(size, str) or size == given
+        for size, given in zip(form.shape, leaf.shape, strict=True)
     )
     return same_shape and leaf.dtype == form.dtype and leaf.device == form.device
 

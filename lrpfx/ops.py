@@ -195,12 +195,16 @@ class Composed:
         return self
 
 
-def product(factors: Sequence[Tensor]) -> Tensor:
+#: The factors of a product as they were multiplied: ``(a * b) * c`` is ``[[a, b], c]``.
+Factors = Sequence[Any]
+
+
+def product(factors: Factors) -> Tensor:
     """The product of several tensors, broadcast against each other."""
-    value = factors[0]
-    for factor in factors[1:]:
-        value = value * factor
-    return value
+    first, *others = (f if isinstance(f, Tensor) else product(f) for f in factors)
+    for other in others:
+        first = first * other
+    return first
 
 
 def argument_names(target: Any) -> list[str]:
@@ -494,6 +498,7 @@ _ACTIVATIONS: dict[str, tuple[list[Any], Sign]] = {
     "pow": ([aten.pow.Tensor_Scalar], _power),
     "sin": ([aten.sin.default, aten.cos.default], never),
     "erf": ([aten.erf.default], inherited),
+    "reciprocal": ([aten.reciprocal.default, aten.rsqrt.default], inherited),
 }
 for _kind, (_targets, _sign) in _ACTIVATIONS.items():
     _add(_targets, _kind, "activation", nonneg=_sign)
@@ -516,6 +521,8 @@ _add(
     "select",
     nonneg=inherited,
 )
+_add([aten.topk.default], "topk", "select", nonneg=inherited)
+_add([aten.sort.default, aten.sort.stable], "sort", "select", nonneg=inherited)
 for _target in (aten.maximum.default, aten.minimum.default, aten.max.other, aten.min.other):
     _add([_target], "max", "select", ["self", "other", ("self", "other")])
 

@@ -19,7 +19,15 @@ import torch
 from torch import Tensor, fx
 
 from lrpfx.assign import Assignment
-from lrpfx.graph import is_floating, nodes_in, output_leaves, reachable, record, slot_nodes
+from lrpfx.graph import (
+    explained_leaves,
+    is_floating,
+    nodes_in,
+    output_leaves,
+    reachable,
+    record,
+    slot_nodes,
+)
 from lrpfx.ledger import Ledger
 from lrpfx.ops import Call, Site
 from lrpfx.rules import Gradient, Rule
@@ -169,14 +177,15 @@ def rewrite(
     own = {n: n for n in live if n.op == "placeholder"}
     clean, phantoms = _two_streams(module.graph, graph, plan, live, None, own)
 
-    def joined(node: fx.Node) -> fx.Node:
-        if node not in phantoms:
+    def joined(node: fx.Node, explained: fx.Node) -> fx.Node:
+        if explained not in phantoms:
             return clean[node]
         name = f"output_{node.name}"
         twin = Twin(name, None, None, arity=1, reads_input=False, reads_output=False)
-        return _beside(graph, twin, clean[node], [phantoms[node]], [], {})
+        return _beside(graph, twin, clean[node], [phantoms[explained]], [], {})
 
-    graph.output(tuple(fx.node.map_arg(output_leaves(module.graph), joined)))
+    pairs = zip(output_leaves(module.graph), explained_leaves(module.graph), strict=True)
+    graph.output(tuple(joined(n, e) if isinstance(n, fx.Node) else n for n, e in pairs))
     return _finish(module, graph)
 
 
@@ -190,9 +199,10 @@ def instrument(
     """The graph as ``explain`` runs it, with the two streams apart.
 
     Returns:
-        A GraphModule that takes the flat inputs and a ledger (or None), and returns four lists:
-        clean output leaves, their phantoms (None where no relevance can start), the phantoms of
-        the starts (None where no output depends on it), and (activation, phantom) per tap.
+        A GraphModule that takes the flat inputs and a ledger (or None), and returns five lists:
+        clean output leaves, the clean leaves that are explained (logits for probabilities), their
+        phantoms (None where no relevance can start), the phantoms of the starts (None where no
+        output depends on it), and (activation, phantom) per tap.
     """
     graph = fx.Graph()
     inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
@@ -202,11 +212,12 @@ def instrument(
         name += "_"
     ledger = graph.placeholder(name)
     clean, phantoms = _two_streams(module.graph, graph, plan, live, ledger, {}, copied, taps)
-    leaves = output_leaves(module.graph)
+    leaves, explained = output_leaves(module.graph), explained_leaves(module.graph)
     graph.output(
         (
             [clean[n] if isinstance(n, fx.Node) else n for n in leaves],
-            [phantoms.get(n) if isinstance(n, fx.Node) else None for n in leaves],
+            [clean[n] if isinstance(n, fx.Node) else n for n in explained],
+            [phantoms.get(n) if isinstance(n, fx.Node) else None for n in explained],
             [phantoms.get(n) for n in starts],
             [(clean[tap.activation], phantoms[tap.relevance]) for tap in taps],
         )

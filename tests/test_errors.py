@@ -380,9 +380,9 @@ class Spectrum(nn.Module):
         return torch.fft.rfft(x, n=4).abs()
 
 
-class Ranks(nn.Module):
+class Odds(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return x.sort(1).values
+        return x.cumprod(1)
 
 
 class Unsupported(nn.Module):
@@ -391,10 +391,10 @@ class Unsupported(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fc = nn.Linear(3, 3)
-        self.total, self.spectrum, self.ranks = Total(), Spectrum(), Ranks()
+        self.total, self.spectrum, self.odds = Total(), Spectrum(), Odds()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.ranks(self.fc(self.total(x))) + self.spectrum(self.fc(x))
+        return self.odds(self.fc(self.total(x))) + self.spectrum(self.fc(x))
 
 
 UNSUPPORTED = [
@@ -404,10 +404,10 @@ UNSUPPORTED = [
         Unsupported,
         says=(
             r"cumsum\S* at total\b",
-            r"sort\S* at ranks\b",
+            r"cumprod\S* at odds\b",
             r"rfft\S* at spectrum\b",
             LINE + r".*torch\.cumsum\(x, 1\)",
-            LINE + r".*x\.sort\(1\)",
+            LINE + r".*x\.cumprod\(1\)",
             LINE + r".*torch\.fft\.rfft\(x, n=4\)",
             "register_op",
         ),

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -25,8 +26,14 @@ if TYPE_CHECKING:
 class Uniform(Rule):
     """z = a * b: each of the n live factors gets R / n, summed over where it was broadcast.
 
+    Args:
+        pairwise: Halve R at each binary product instead, in the order in which the model
+            multiplies: in ``(a * b) * c`` c gets a half, a and b a quarter each.
+
     Source: Achtibat et al. 2024 (AttnLRP, arXiv 2402.05602), Prop. 3.3 (uniform rule).
     """
+
+    pairwise: bool = False
 
     reads_input: ClassVar[bool] = False
 
@@ -39,8 +46,18 @@ class Uniform(Rule):
     ) -> Flow:
         """R_i = R / n."""
         assert isinstance(R, Tensor)
-        share = R / len(x)
-        return Flow(tuple(share.sum_to_size(t.shape) for t in x))
+        shares = [1 / len(x)] * len(x)
+        if self.pairwise:
+            shares = _halved(list(call.site.arguments.values()), call.site.live)
+        return Flow(tuple((R * c).sum_to_size(t.shape) for c, t in zip(shares, x, strict=True)))
+
+
+def _halved(tree: Any, live: Sequence[int]) -> list[float]:
+    """The share of each live factor, an even part at each branching of the tree of products."""
+    if not isinstance(tree, (tuple, list)):
+        return [1.0] if getattr(tree, "index", None) in live else []
+    branches = [shares for branch in tree if (shares := _halved(branch, live))]
+    return [share / len(branches) for shares in branches for share in shares]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,166 @@
+"""Recurrent layers and what steers them: steps opened, gates, quotients, picked values."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lrpfx
+from lrpfx import composites
+
+EXACT = composites.EpsilonAll(epsilon=1e-9)
+
+
+class Steps(nn.Module):
+    """An LSTM as its equations, one time step after the other."""
+
+    def __init__(self, lstm: nn.LSTM, head: nn.Linear) -> None:
+        super().__init__()
+        self.lstm, self.head = lstm, head
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = c = torch.zeros(len(x), self.lstm.hidden_size, dtype=x.dtype)
+        for t in range(x.shape[1]):
+            above = F.linear(x[:, t], self.lstm.weight_ih_l0, self.lstm.bias_ih_l0)
+            state = F.linear(h, self.lstm.weight_hh_l0, self.lstm.bias_hh_l0)
+            i, f, g, o = (above + state).chunk(4, 1)
+            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+            h = torch.sigmoid(o) * torch.tanh(c)
+        return self.head(h)
+
+
+class Layer(nn.Module):
+    def __init__(self, lstm: nn.Module, head: nn.Linear) -> None:
+        super().__init__()
+        self.lstm, self.head = lstm, head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("rules", [EXACT, composites.CPLRP(epsilon=1e-9)], ids=["uniform", "stop"])
+def test_an_lstm_is_its_steps(rules: composites.Composite) -> None:
+    torch.manual_seed(0)
+    lstm, head = nn.LSTM(3, 4, batch_first=True).double(), nn.Linear(4, 2).double()
+    x = torch.randn(2, 3, 3, dtype=torch.float64)
+    whole, steps = (lrpfx.explain(m(lstm, head), x, 1, rules=rules) for m in (Layer, Steps))
+    torch.testing.assert_close(whole.relevance, steps.relevance, rtol=1e-5, atol=1e-6)
+
+
+def test_gates_as_constants_give_the_signal_everything() -> None:
+    """LRP-all of Arras et al. 2019, by hand: only c and g carry relevance through the cell."""
+    torch.manual_seed(0)
+    lstm, head = nn.LSTM(3, 4, batch_first=True).double(), nn.Linear(4, 2).double()
+    x = torch.randn(1, 1, 3, dtype=torch.float64)
+    e = lrpfx.explain(Layer(lstm, head), x, 1, rules=composites.CPLRP(epsilon=0.0))
+    z = (F.linear(x[0, 0], lstm.weight_ih_l0, lstm.bias_ih_l0) + lstm.bias_hh_l0).detach()
+    i, _, g, o = z.chunk(4)
+    h = torch.sigmoid(o) * torch.tanh(torch.sigmoid(i) * torch.tanh(g))
+    R_h = h * head.weight[1].detach()
+    expected = x[0, 0] * (lstm.weight_ih_l0.detach()[8:12].T @ (R_h / g))
+    torch.testing.assert_close(e.relevance[0, 0], expected)
+
+
+@pytest.mark.parametrize("kind", ["GRU", "RNN", "GRUCell", "LSTMCell", "RNNCell"])
+def test_recurrent_layers_are_opened(kind: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = getattr(nn, kind)(3, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.cell(x if kind.endswith("Cell") else x[None])[0]
+            return out if kind.endswith("Cell") else out[0]
+
+    torch.manual_seed(0)
+    model, x = Model().double(), torch.randn(5, 3, dtype=torch.float64)
+    if kind in ("GRUCell", "RNNCell"):  # these return a tensor, and [0] would pick a sample
+        model.forward = lambda x: model.cell(x)  # type: ignore[method-assign]
+    e = lrpfx.explain(model, x, 1, rules="epsilon_all")
+    torch.testing.assert_close(e.output, model(x))
+    assert e.relevance.abs().max() > 0
+    assert abs(e.report.unaccounted) < 1e-9
+
+
+class Function(nn.Module):
+    def __init__(self, fn: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, *x: Tensor) -> Tensor:
+        return self.fn(*x)
+
+
+def test_a_divisor_is_a_constant_and_the_report_says_so() -> None:
+    a, b = torch.randn(2, 3, dtype=torch.float64), torch.rand(2, 3, dtype=torch.float64) + 1
+    seed = torch.randn(2, 3, dtype=torch.float64)
+    e = lrpfx.explain(Function(lambda a, b: a / b), (a, b), seed, rules=EXACT)
+    torch.testing.assert_close(e.relevance[0], seed, rtol=1e-6, atol=1e-6)
+    assert e.relevance[1].abs().max() == 0
+    assert "1 divisors of live tensors count as constants" in str(e.report)
+
+
+def test_a_constant_over_a_live_tensor_is_an_activation() -> None:
+    b = torch.rand(2, 3, dtype=torch.float64) + 1
+    e = lrpfx.explain(Function(lambda b: 3 / b), b, 1, rules=EXACT)
+    assert [row.kind for row in e.report.rows] == ["reciprocal", "scale"]
+    torch.testing.assert_close(e.relevance[:, 1], 3 / b[:, 1], rtol=1e-6, atol=1e-6)
+
+
+def test_weights_over_their_own_sum_stay_live() -> None:
+    """The router of a mixture of experts: the k largest, brought to sum one."""
+
+    def routed(x: Tensor) -> Tensor:
+        best = x.softmax(1).topk(2).values
+        return best / best.sum(1, keepdim=True)
+
+    x = torch.randn(3, 4, dtype=torch.float64)
+    e = lrpfx.explain(Function(routed), x, 1, rules=EXACT)
+    assert [row.kind for row in e.report.rows] == ["softmax", "topk", "scale"]
+    y = x.softmax(1)
+    R = torch.zeros_like(x)
+    R[torch.arange(3), x.topk(2).indices[:, 1]] = e.output[:, 1]
+    torch.testing.assert_close(e.relevance, x * (R - y * R.sum(1, keepdim=True)))
+
+
+def test_sorted_values_take_their_relevance_back() -> None:
+    x = torch.randn(3, 4, dtype=torch.float64)
+    seed = torch.randn(3, 4, dtype=torch.float64)
+    e = lrpfx.explain(Function(lambda x: x.sort(1).values), x, seed, rules=EXACT)
+    torch.testing.assert_close(e.relevance, seed.gather(1, x.argsort(1).argsort(1)))
+
+
+@pytest.mark.parametrize(
+    ("fn", "shares"),
+    [
+        (lambda a, b, c: a * b * c, (1 / 4, 1 / 4, 1 / 2)),
+        (lambda a, b, c: a * (b * c), (1 / 2, 1 / 4, 1 / 4)),
+    ],
+)
+def test_pairwise_shares_follow_the_association(fn: Callable, shares: tuple[float, ...]) -> None:
+    abc = tuple(torch.randn(2, 3) for _ in range(3))
+    seed = torch.randn(2, 3)
+    rules = [("product", lrpfx.Uniform(pairwise=True))]
+    relevance = lrpfx.explain(Function(fn), abc, seed, rules=rules).relevance
+    for r, share in zip(relevance, shares, strict=True):
+        torch.testing.assert_close(r, seed * share)
+
+
+@pytest.mark.parametrize("last", [nn.Softmax(1), nn.LogSoftmax(-1)], ids=["softmax", "log"])
+def test_a_softmax_at_the_output_is_left_out(last: nn.Module) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)).double()
+    model, x = nn.Sequential(net, last), torch.randn(3, 4, dtype=torch.float64)
+    for target in (None, 1, [0, 1, 2]):
+        of_logits, of_all = (lrpfx.explain(m, x, target) for m in (net, model))
+        torch.testing.assert_close(of_all.relevance, of_logits.relevance)
+        torch.testing.assert_close(of_all.output, model(x))
+    assert "explained are its logits" in str(of_all.report)
+    # To a callable the softmax is a part of what it computes.
+    e = lrpfx.explain(model, x, lambda out: out[:, 1])
+    logits = net(x).detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(last(logits)[:, 1].sum(), logits)
+    seed = gradient * logits.detach()
+    torch.testing.assert_close(e.relevance, lrpfx.explain(net, x, seed).relevance)
