@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -68,8 +69,9 @@ class Row:
 
     @property
     def path(self) -> tuple[str, ...]:
-        """The parts of the module path."""
-        return tuple(self.module.split(".")) if self.module else ()
+        """The parts of the module path, whichever call it is."""
+        path = re.sub(r"@\d+$", "", self.module)
+        return tuple(path.split(".")) if path else ()
 
     @property
     def label(self) -> str:

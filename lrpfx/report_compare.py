@@ -116,7 +116,9 @@ class Comparison(Tabular):
             f"{sum(p.a is None for p in self.pairs)} only in B"
         )
         if self.threshold is None:
-            lines.append("note     relevance is not compared; explain with ledger=True")
+            lines.append(
+                "note     relevance is not compared: both must be explained, with ledger=True"
+            )
         if self.equal:
             return [*lines, "equal    nothing differs"]
         if self.first_rule:
