@@ -22,25 +22,33 @@ summary { cursor: pointer; padding: .15em 0; }
 summary small { color: #666; margin: 0 .6em; }
 table { border-collapse: collapse; margin: .2em 0 .2em 1.2em; }
 td, th { text-align: left; padding: .1em .7em .1em 0; white-space: nowrap; }
-th { color: #666; font-weight: normal; }
+th, .key { color: #666; font-weight: normal; }
 code { color: #555; font-size: 12px; }
+pre { white-space: pre-wrap; }
 .rule { padding: 0 .4em; border-radius: .3em; }
 .bar { display: inline-block; width: 80px; height: .7em; background: #eee; margin: 0 .4em; }
 .bar i { display: block; height: 100%; }
 .plus { background: #d6604d; } .minus { background: #4393c3; } .kept { background: #666; }
 """
 
+_LEGEND = (
+    '<p class="key">Bars: relevance that arrived, red for and blue against what is explained; then '
+    "in grey what was absorbed. Full is the largest relevance of any node.</p>"
+)
+
 
 def page(report: Report) -> str:
     """The whole page."""
     sizes = [abs(row.relevance_in or 0.0) for row in report.rows]
     tree = _Tree(readers(report.rows), max(filter(math.isfinite, sizes), default=0.0))
-    leaks = f"<h2>Leaks</h2>\n{report.leaks().table().html()}\n" if report.has_ledger else ""
-    lines = "<br>\n".join(html.escape(line) for line in report.summary())
+    leaks = legend = ""
+    if report.has_ledger:
+        leaks, legend = f"<h2>Leaks</h2>\n{report.leaks().table().html()}\n", f"{_LEGEND}\n"
+    lines = html.escape("\n".join(report.summary()))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f"<title>{html.escape(report.rules)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f"<h1>Relevance by module</h1>\n<p>{lines}</p>\n{leaks}<h2>Modules</h2>\n"
+        f"<h1>Relevance by module</h1>\n<pre>{lines}</pre>\n{leaks}<h2>Modules</h2>\n{legend}"
         f"{''.join(tree.below(report.rows, 1))}</body>\n</html>\n"
     )
 
@@ -56,7 +64,7 @@ class _Tree:
         """A module's own nodes, and the modules in it, in execution order."""
         for group in group_by_module(rows, depth, self.read_by):
             if len(group.path) < depth:
-                yield f"<table>{_HEAD}\n{''.join(map(self._row, group.rows))}</table>\n"
+                yield f"<table>\n{''.join(map(self._row, group.rows))}</table>\n"
             else:
                 opened = " open" if depth == 1 else ""
                 inner = "".join(self.below(group.rows, depth + 1))
@@ -66,7 +74,7 @@ class _Tree:
         flow = self._flow(group.relevance_in, group.absorbed)
         return (
             f"<summary><b>{html.escape(group.path[-1])}</b>"
-            f"<small>{len(group.rows)} nodes: {html.escape(group.rules)}</small>"
+            f"<small>{html.escape(group.rules)}</small>"
             f"{''.join(flow)}</summary>"
         )
 
@@ -81,7 +89,7 @@ class _Tree:
             html.escape("x".join(map(str, row.shape))),
             *self._flow(row.relevance_in, sum(row.absorbed.values()) if booked else None),
             html.escape(causes),
-            f"<code>{html.escape(row.source)}</code>",
+            f'<code title="{html.escape(row.source)}">{html.escape(row.place)}</code>',
         ]
         return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>\n"
 
@@ -97,7 +105,3 @@ class _Tree:
         return (
             f'<span class="bar"><i class="{kind}" style="width:{width}%"></i></span>{number(value)}'
         )
-
-
-_TITLES = ("node", "rule", "why", "shape", "R in", "absorbed", "by cause", "source")
-_HEAD = "<tr>" + "".join(f"<th>{title}</th>" for title in _TITLES) + "</tr>"
