@@ -239,7 +239,14 @@ def _restored(file: BinaryIO) -> Explanation:
 def _report_from(stored: dict[str, Any]) -> Report:
     ledger = stored["ledger"] or {}
     rows = tuple(
-        Row(**{**row, **{key: tuple(row[key]) for key in ("shape", "folded", "inputs")}})
+        Row(
+            **{
+                **row,
+                "shape": tuple(row["shape"]),
+                "folded": tuple(row["folded"]),
+                "inputs": tuple(row.get("inputs", ())),  # version 0.1.0 did not store them
+            }
+        )
         for row in stored["rows"]
     )
     return Report(

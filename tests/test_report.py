@@ -16,6 +16,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -502,6 +503,19 @@ def test_a_stored_report_tells_the_same(tmp_path: Path) -> None:
     assert made.compare(loaded, tolerance=0.0).equal
     assert repr(made.leaks()) == repr(loaded.leaks())
     assert made.to_html() == loaded.to_html() and made.to_dot() == loaded.to_dot()
+
+
+def test_a_file_of_the_first_version_is_read(tmp_path: Path) -> None:
+    explanation = explained()
+    explanation.save(tmp_path / "e.npz")
+    with np.load(tmp_path / "e.npz") as file:
+        arrays = {name: file[name] for name in file.files}
+    tree = json.loads(str(arrays["__tree__"]))
+    for row in tree["report"]["rows"]:
+        del row["inputs"]
+    np.savez(tmp_path / "old.npz", **{**arrays, "__tree__": np.array(json.dumps(tree))})
+    rows = Explanation.load(tmp_path / "old.npz").report.rows
+    assert rows == tuple(replace(row, inputs=()) for row in explanation.report.rows)
 
 
 def rounded(report: Report) -> Report:
