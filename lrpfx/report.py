@@ -258,7 +258,8 @@ class Report(Tabular):
         """Where rules and relevance part between this report and another.
 
         Nodes are the same if module path with call, op and shape agree, in their order. What is
-        left over is aligned without the shape, then without the module.
+        left over is aligned without the shape, then without the module, then by the last part of
+        the path without the shape: inside a wrapper, or in other widths, a node is still found.
 
         Args:
             other: Of the same model under other rules, or of another model.

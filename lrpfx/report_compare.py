@@ -28,6 +28,7 @@ _KEYS: tuple[Callable[[Row], Any], ...] = (
     lambda row: (row.module, row.op, row.shape),
     lambda row: (row.module, row.op),
     lambda row: (row.op, row.shape),
+    lambda row: (row.op, row.path[-1:]),
 )
 
 

@@ -174,7 +174,9 @@ def test_another_model_is_aligned_by_op_and_shape(plus: Report) -> None:
     assert found.equal and len(found.pairs) == len(plus.rows)
     net = Net()
     net.head[2] = nn.Linear(4, 5)
-    assert len(plus.compare(explained(model=fill(net)).report).pairs) == len(plus.rows)
+    wider = Apply(lambda m, x: m.inner(x), inner=fill(net))
+    for other in (net, wider):
+        assert len(plus.compare(explained(model=fill(other)).report).pairs) == len(plus.rows)
 
 
 def test_plans_are_compared_by_rules_alone(plus: Report, cut: Report) -> None:
