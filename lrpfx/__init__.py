@@ -9,6 +9,7 @@
 
 from lrpfx import composites, errors
 from lrpfx.affine import AffineMap
+from lrpfx.coverage import coverage
 from lrpfx.explain import Explainer, explain
 from lrpfx.explanation import Explanation
 from lrpfx.ops import register_op
@@ -60,6 +61,7 @@ __all__ = [
     "ZBox",
     "ZPlus",
     "composites",
+    "coverage",
     "errors",
     "explain",
     "register_op",

@@ -154,8 +154,8 @@ class Explainer:
             notes.append(f"captured for a batch of {size} only: {self._captured.why_static}")
         if any(final_softmax(leaf) for leaf in output_leaves(graph)):
             notes.append("the softmax at the output is left out: explained are its logits")
-        held = [n for n in graph.nodes if n.meta.get(HELD) == DIVISOR]
-        if divisors := [n for n in held if not reachable(n.args).isdisjoint(self._starts)]:
+        quotients = [n for n in graph.nodes if n.meta.get(HELD) == DIVISOR]
+        if divisors := [n for n in quotients if not reachable(n.args).isdisjoint(self._starts)]:
             notes.append(f"{len(divisors)} divisors of live tensors count as constants")
         self._report = make_report(self._plan, constants, notes)
         self._instrument(())

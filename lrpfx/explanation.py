@@ -200,7 +200,7 @@ class Explanation:
         return (
             f"Explanation(relevance {shapes}; target: {report.target}; rules: {report.rules}; "
             f"started {report.started:.6g}, reached the inputs {report.reached:.6g}, "
-            f"absorbed {sum(report.absorbed.values()):.6g})"
+            f"absorbed {self.absorbed.sum().item():.6g})"
         )
 
     def _repr_html_(self) -> str:
@@ -239,7 +239,14 @@ def _restored(file: BinaryIO) -> Explanation:
 def _report_from(stored: dict[str, Any]) -> Report:
     ledger = stored["ledger"] or {}
     rows = tuple(
-        Row(**{**row, "shape": tuple(row["shape"]), "folded": tuple(row["folded"])})
+        Row(
+            **{
+                **row,
+                "shape": tuple(row["shape"]),
+                "folded": tuple(row["folded"]),
+                "inputs": tuple(row.get("inputs", ())),  # version 0.1.0 did not store them
+            }
+        )
         for row in stored["rows"]
     )
     return Report(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import os
 import re
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +20,8 @@ from lrpfx.ops import Op, Site, Slot
 KEY = "lrpfx"
 #: Marks nodes that count as constants for relevance, though not for gradients; says why.
 HELD = "lrpfx_held"
-_TORCH_CODE = (str(Path(torch.__file__).parent), "torch/")
+#: With the slash: torchvision lies beside torch.
+_TORCH_CODE = (str(Path(torch.__file__).parent) + os.sep, "torch/")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)')
 
 
@@ -28,6 +31,10 @@ class ModuleCall:
 
     path: str
     call: int = 0
+
+    def __str__(self) -> str:
+        """The path, with "@k" for the k-th further call."""
+        return self.path + (f"@{self.call}" if self.call else "")
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class Record:
         modules: The calls it was made in, outermost first.
         folded: Module calls that were folded into this node (batch norm).
         source: "file:line   code" of the innermost line outside torch, "" if unknown.
+        inputs: Names of the nodes that its relevance goes to, see ``_live_inputs``.
         shape: Shape of the output, "N" for the batch; the first output's for several.
         dtype: Of the output.
         first: Whether the input reaches this node through no other conv or linear.
@@ -55,6 +63,7 @@ class Record:
     modules: tuple[ModuleCall, ...]
     folded: tuple[ModuleCall, ...]
     source: str
+    inputs: tuple[str, ...]
     shape: tuple[int | str, ...]
     dtype: torch.dtype
     first: bool
@@ -87,6 +96,42 @@ class Record:
         dtype = str(self.dtype).removeprefix("torch.")
         dims = ", ".join(str(size) for size in self.shape)
         return f"{self.module or '(the model)'}: {self.op_name}, {dtype}[{dims}]"
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """A node that relevance comes to, and whose op has no row in the op table.
+
+    Args:
+        name: The node's name in the graph.
+        target: The ATen overload.
+        live: Names of the arguments that depend on the input.
+        modules: As in ``Record``, like the fields that follow.
+        source: Line of the user's code.
+        inputs: Names of the nodes it reads.
+        shape: Shape of the output.
+    """
+
+    name: str
+    target: Any
+    live: tuple[str, ...]
+    modules: tuple[ModuleCall, ...]
+    source: str
+    inputs: tuple[str, ...]
+    shape: tuple[int | str, ...]
+
+    @property
+    def call(self) -> str:
+        """The overload, and its live arguments if there are several."""
+        which = f" with live {' and '.join(self.live)}" if len(self.live) > 1 else ""
+        return f"{self.target}{which}"
+
+    def __str__(self) -> str:
+        """Op, path, shape and source, as the error lists it."""
+        path = self.modules[-1].path if self.modules else "(the model)"
+        return f"{self.call} at {path}, [{', '.join(map(str, self.shape))}]" + (
+            f"\n         source: {self.source}" if self.source else ""
+        )
 
 
 def op_name(target: Any) -> str:
@@ -228,18 +273,39 @@ def annotate(
     Raises:
         UnsupportedOpError: Listing all such nodes that the op table does not know.
     """
-    letters = letters_of(graph)
-    known = _liveness(graph, starts, held)
-    carrying = _carrying(graph, known)
-    unknown = [node for node in graph.nodes if node in carrying and known[node] is _UNKNOWN]
+    carrying, unknown = annotate_known(graph, starts, prefix, held)
     if unknown:
         raise UnsupportedOpError(
             f"{len(unknown)} operation(s) that depend on the explained input have no relevance "
             "rule.",
-            where=[_describe_unknown(node, carrying, prefix, letters) for node in unknown],
-            fix="lrpfx.register_op(torch.ops.aten..., kind, family) tells lrpfx what such an op "
-            "is; or explain a wrapper module that leaves it out.",
+            where=[str(u) for u in unknown],
+            fix=REGISTER,
         )
+    return carrying
+
+
+#: What to do about an op that the table does not know.
+REGISTER = (
+    "lrpfx.register_op(torch.ops.aten..., kind, family) tells lrpfx what such an op is; or explain "
+    "a wrapper module that leaves it out."
+)
+
+
+def annotate_known(
+    graph: fx.Graph,
+    starts: Container[fx.Node],
+    prefix: str,
+    held: Container[str] = (),
+) -> tuple[set[fx.Node], list[Unknown]]:
+    """As ``annotate``, but return also what the op table does not know, in execution order."""
+    letters = letters_of(graph)
+    known = _liveness(graph, starts, held)
+    carrying = _carrying(graph, known)
+    unknown = [
+        _unknown(node, carrying, prefix, letters)
+        for node in graph.nodes
+        if node in carrying and known[node] is _UNKNOWN
+    ]
     gates = _gates(known, carrying)
     nonneg: set[fx.Node] = set()
     mixed: set[fx.Node] = set()  # what some conv or linear layer stands before
@@ -255,13 +321,13 @@ def annotate(
                 first=not before,
                 gate=node in gates,
             )
-        elif node.args[0] in nonneg:  # getitem
+        elif op is _PICK and node.args[0] in nonneg:
             nonneg.add(node)
         if (r := record(node)) is not None and r.nonneg:
             nonneg.add(node)
         if before or (r is not None and r.kind in ("conv", "linear")):
             mixed.add(node)
-    return carrying
+    return carrying, unknown
 
 
 _UNKNOWN = "not in the op table"
@@ -342,6 +408,7 @@ def _record(
         modules=module_calls(node, prefix),
         folded=tuple(ModuleCall(c.path.removeprefix(prefix), c.call) for c in folded),
         source=source_line(node),
+        inputs=_live_inputs(node, carrying),
         shape=_shape(node.meta["val"], letters),
         dtype=_first_tensor(node.meta["val"]).dtype,
         first=False,
@@ -349,6 +416,17 @@ def _record(
         nonneg=op.nonneg(bound_arguments(node), all(n in nonneg for n in floating)),
         site=_site(op, node, carrying, nonneg),
     )
+
+
+def _live_inputs(node: fx.Node, carrying: Container[fx.Node]) -> tuple[str, ...]:
+    """Names of the nodes that carry the node's relevance on; what getitem picks from, for that."""
+    names = []
+    for n in node.all_input_nodes:
+        while n in carrying and n.target is operator.getitem:
+            n = n.all_input_nodes[0]
+        if n in carrying:
+            names.append(n.name)
+    return tuple(dict.fromkeys(names))
 
 
 def _live_names(node: fx.Node, live: Container[fx.Node]) -> tuple[str, ...]:
@@ -408,15 +486,17 @@ def source_line(node: fx.Node) -> str:
     return f"{file}:{line}   {code.strip()}"
 
 
-def _describe_unknown(
-    node: fx.Node, live: set[fx.Node], prefix: str, letters: Mapping[str, str]
-) -> str:
-    calls, names = module_calls(node, prefix), _live_names(node, live)
-    shape = ", ".join(str(size) for size in _shape(node.meta.get("val"), letters))
-    which = f" with live {' and '.join(names)}" if len(names) > 1 else ""
-    source = source_line(node)
-    return f"{node.target}{which} at {calls[-1].path if calls else '(the model)'}, [{shape}]" + (
-        f"\n         source: {source}" if source else ""
+def _unknown(
+    node: fx.Node, carrying: set[fx.Node], prefix: str, letters: Mapping[str, str]
+) -> Unknown:
+    return Unknown(
+        name=node.name,
+        target=node.target,
+        live=_live_names(node, carrying),
+        modules=module_calls(node, prefix),
+        source=source_line(node),
+        inputs=_live_inputs(node, carrying),
+        shape=_shape(node.meta.get("val"), letters),
     )
 
 

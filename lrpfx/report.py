@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lrpfx.assign import Plan
+from lrpfx.errors import InputError
+from lrpfx.graph import REGISTER
 from lrpfx.ledger import Booking
+from lrpfx.report_compare import Comparison, compare
+from lrpfx.report_graph import to_dot, to_mermaid
+from lrpfx.report_html import page
+from lrpfx.report_leaks import Leaks, find_leaks
+from lrpfx.report_summary import Summary, summarize
+from lrpfx.report_text import Column, Table, Tabular, number
 
-WIDTH = 120
-#: Column titles, and the most characters a cell may take.
 _COLUMNS = (
-    ("module", 24),
-    ("op", 14),
-    ("rule", 13),
-    ("why", 16),
-    ("shape", 12),
-    ("R in", 9),
-    ("R out", 9),
-    ("absorbed", 9),
+    Column("module", 24),
+    Column("op", 14),
+    Column("rule", 13),
+    Column("why", 16),
+    Column("shape", 12),
+    Column("R in", 9, right=True),
+    Column("R out", 9, right=True),
+    Column("absorbed", 9, right=True),
 )
 
 
@@ -33,7 +41,7 @@ class Row:
         module: Dotted path of the module it belongs to, with "@k" for the k-th further call.
         op: ATen op without namespace.
         kind: What selectors call it.
-        rule: The rule with the parameters that differ from their defaults.
+        rule: The rule with the parameters that differ from their defaults, "" if there is none.
         why: The entry of the composite it comes from.
         shape: Shape of the output, "N" for the batch.
         folded: Modules folded into it.
@@ -42,6 +50,7 @@ class Row:
             explanation.
         relevance_out: Relevance handed on to its inputs.
         absorbed: What stayed, by cause.
+        inputs: Names of the nodes its relevance goes to: further rows, or where it is wanted for.
     """
 
     node: str
@@ -56,10 +65,29 @@ class Row:
     relevance_in: float | None = None
     relevance_out: float | None = None
     absorbed: dict[str, float] = field(default_factory=dict)
+    inputs: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> tuple[str, ...]:
+        """The parts of the module path, whichever call it is."""
+        path = re.sub(r"@\d+$", "", self.module)
+        return tuple(path.split(".")) if path else ()
+
+    @property
+    def label(self) -> str:
+        """The module path with what was folded into it."""
+        folded = "".join(f"+{path.rsplit('.', 1)[-1]}" for path in self.folded)
+        return (self.module or "(the model)") + folded
+
+    @property
+    def place(self) -> str:
+        """The source line without the file's folders."""
+        file, colon, code = self.source.partition(":")
+        return os.path.basename(file) + colon + code
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Tabular):
     """A table with one row per node that depends on the explained input.
 
     Args:
@@ -81,8 +109,47 @@ class Report:
     reached: float | None = None
 
     @property
+    def unsupported(self) -> tuple[Row, ...]:
+        """The nodes without a rule, which only ``lrpfx.coverage`` lets into a report."""
+        return tuple(row for row in self.rows if not row.rule)
+
+    @property
+    def ruled(self) -> float:
+        """The fraction of the rows that have a rule."""
+        return 1 - len(self.unsupported) / len(self.rows) if self.rows else 1.0
+
+    @property
+    def has_ledger(self) -> bool:
+        """Whether relevance was booked node by node."""
+        booked = any(row.relevance_in is not None for row in self.rows) or not self.rows
+        return self.started is not None and booked
+
+    def needs_ledger(self) -> float:
+        """The seed relevance, of a report that knows what became of it.
+
+        Raises:
+            InputError: Nothing was explained yet, or it was explained without a ledger.
+        """
+        if self.started is None:
+            raise InputError(
+                "this report is of a plan, without relevance.",
+                fix="take the report of an explanation: lrpfx.explain(...).report.",
+            )
+        if not self.has_ledger:
+            raise InputError(
+                "this explanation kept no ledger: what each node absorbed is not known.",
+                fix="explain with ledger=True.",
+            )
+        return self.started
+
+    @property
     def absorbed(self) -> dict[str, float]:
-        """What was absorbed on the way, by cause, summed over all nodes."""
+        """What was absorbed on the way, by cause, summed over all nodes.
+
+        Raises:
+            InputError: See ``needs_ledger``.
+        """
+        self.needs_ledger()
         total: dict[str, float] = {}
         for row in self.rows:
             for cause, value in row.absorbed.items():
@@ -91,8 +158,11 @@ class Report:
 
     @property
     def unaccounted(self) -> float | None:
-        """Seed relevance that neither reached the inputs nor was absorbed: round-off."""
-        if self.started is None or self.reached is None:
+        """Seed relevance that neither reached the inputs nor was absorbed: round-off.
+
+        None without a ledger.
+        """
+        if self.started is None or self.reached is None or not self.has_ledger:
             return None
         return self.started - self.reached - sum(self.absorbed.values())
 
@@ -104,7 +174,7 @@ class Report:
             "notes": list(self.notes),
             "coverage": {
                 "live_nodes": len(self.rows),
-                "ruled_nodes": len(self.rows),
+                "ruled_nodes": len(self.rows) - len(self.unsupported),
                 "constant_nodes": self.constant_nodes,
             },
             "ledger": None
@@ -112,7 +182,7 @@ class Report:
             else {
                 "started": self.started,
                 "reached": self.reached,
-                "absorbed": self.absorbed,
+                "absorbed": self.absorbed if self.has_ledger else None,
                 "unaccounted": self.unaccounted,
             },
             "rows": [
@@ -129,6 +199,7 @@ class Report:
                     "relevance_in": row.relevance_in,
                     "relevance_out": row.relevance_out,
                     "absorbed": dict(row.absorbed),
+                    "inputs": list(row.inputs),
                 }
                 for row in self.rows
             ],
@@ -136,53 +207,93 @@ class Report:
 
     def summary(self) -> list[str]:
         """The lines above the table."""
-        rules = sorted({row.rule for row in self.rows})
+        rules = {row.rule for row in self.rows if row.rule}
+        missing = self.unsupported
         lines = [
             f"rules    {self.rules}",
-            f"coverage {len(self.rows)} of {len(self.rows)} live nodes have a rule "
+            f"coverage {len(self.rows) - len(missing)} of {len(self.rows)} live nodes have a rule "
             f"({len(rules)} different); {self.constant_nodes} nodes are constant",
         ]
+        if missing:
+            lines.append(f"missing  {_counts(row.op for row in missing)}")
+            lines += [f"missing  {row.why} at {row.label}   {row.place}" for row in missing]
+            lines.append(f"fix      {REGISTER}")
+        if self.started is None:
+            lines.append(f"kinds    {_counts(row.kind for row in self.rows if row.rule)}")
         if self.target:
             lines.append(f"target   {self.target}")
         if self.started is not None and self.reached is not None:
-            worth = 1e-9 * max(abs(self.started), abs(self.reached))  # the rest is round-off
-            causes = ", ".join(
-                f"{cause} {value:.4g}"
-                for cause, value in self.absorbed.items()
-                if abs(value) > worth
-            )
-            lines.append(
-                f"ledger   started {self.started:.6g} = reached the inputs {self.reached:.6g} "
-                f"+ absorbed {sum(self.absorbed.values()):.6g}"
-                + (f" ({causes})" if causes else "")
-                + f"; unaccounted {self.unaccounted:.1e}"
-            )
+            lines.append(f"ledger   started {self.started:.6g}" + self._became(self.reached))
         lines += [f"note     {note}" for note in self.notes]
         return lines
 
-    def __repr__(self) -> str:
-        table = [_cells(row) for row in self.rows]
-        titles = [title for title, _ in _COLUMNS]
-        if self.started is None:
-            titles, table = titles[:5], [cells[:5] for cells in table]
-        widths = [
-            min(most, max([len(title), *(len(cells[i]) for cells in table)]))
-            for i, (title, (_, most)) in enumerate(zip(titles, _COLUMNS, strict=False))
-        ]
-        lines = [_wrap(line) for line in self.summary()]
-        lines.append(_line(titles, widths))
-        lines.append("  ".join("-" * width for width in widths))
-        lines += [_line(cells, widths) for cells in table]
-        return "\n".join(line.rstrip() for line in lines)
-
-    def _repr_html_(self) -> str:
-        head = "".join(f"<th>{html.escape(title)}</th>" for title, _ in _COLUMNS)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(row)) + "</tr>"
-            for row in self.rows
+    def _became(self, reached: float) -> str:
+        if self.started is None or not self.has_ledger:
+            return f", reached the inputs {reached:.6g}; not kept by node, explain with ledger=True"
+        worth = 1e-9 * max(abs(self.started), abs(reached))  # the rest is round-off
+        causes = ", ".join(
+            f"{cause} {value:.4g}" for cause, value in self.absorbed.items() if abs(value) > worth
         )
-        lines = "<br>".join(html.escape(line) for line in self.summary())
-        return f"<p>{lines}</p><table><tr>{head}</tr>{body}</table>"
+        return (
+            f" = reached the inputs {reached:.6g} + absorbed {sum(self.absorbed.values()):.6g}"
+            + (f" ({causes})" if causes else "")
+            + f"; unaccounted {self.unaccounted:.1e}"
+        )
+
+    def table(self) -> Table:
+        """One line per row, 120 characters wide; numbers where they are known."""
+        columns = _COLUMNS if self.has_ledger else _COLUMNS[:5]
+        cells = [_cells(row)[: len(columns)] for row in self.rows]
+        return Table(self.summary(), columns, cells, width=120)
+
+    def leaks(self, top: int | None = 5) -> Leaks:
+        """Where most relevance is absorbed, and by what cause; None for all such places.
+
+        Raises:
+            InputError: See ``needs_ledger``.
+        """
+        return find_leaks(self, top)
+
+    def compare(self, other: Report, *, tolerance: float = 1e-5, top: int = 20) -> Comparison:
+        """Where rules and relevance part between this report and another.
+
+        Nodes are the same if module path with call, op and shape agree, in their order. What is
+        left over is aligned without the shape, then without the module, then by the last part of
+        the path without the shape: inside a wrapper, or in other widths, a node is still found.
+
+        Args:
+            other: Of the same model under other rules, or of another model.
+            tolerance: What counts as equal relevance, relative to the largest of any node.
+            top: How many differing nodes are shown.
+        """
+        return compare(self, other, tolerance, top)
+
+    def summarize(self, depth: int = 1) -> Summary:
+        """The nodes by the first ``depth`` parts of their module path, in execution order."""
+        return summarize(self, depth)
+
+    def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
+        """One page without scripts or other files: a tree of modules, bars, source lines.
+
+        Args:
+            path: Where to write it, if anywhere.
+
+        Returns:
+            The page.
+        """
+        text = page(self)
+        if path is not None:
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+        return text
+
+    def to_dot(self) -> str:
+        """The graph for Graphviz, coloured by rule."""
+        return to_dot(self)
+
+    def to_mermaid(self) -> str:
+        """The graph for Mermaid, coloured by rule."""
+        return to_mermaid(self)
 
 
 def make_report(plan: Plan, constant_nodes: int, notes: Sequence[str]) -> Report:
@@ -190,11 +301,10 @@ def make_report(plan: Plan, constant_nodes: int, notes: Sequence[str]) -> Report
     rows = []
     for name, assignment in plan.assignments.items():
         r = assignment.record
-        call = r.modules[-1].call if r.modules else 0
         rows.append(
             Row(
                 node=name,
-                module=r.module + (f"@{call}" if call else ""),
+                module=str(r.modules[-1]) if r.modules else "",
                 op=r.op_name,
                 kind=r.kind,
                 rule=str(assignment.rule),
@@ -202,6 +312,7 @@ def make_report(plan: Plan, constant_nodes: int, notes: Sequence[str]) -> Report
                 shape=r.shape,
                 folded=tuple(dict.fromkeys(c.path for c in r.folded[-1:])),
                 source=r.source,
+                inputs=r.inputs,
             )
         )
     return Report(tuple(rows), plan.rules, constant_nodes, tuple(notes))
@@ -219,19 +330,17 @@ def with_ledger(
     """The report of one explanation: the plan's rows with what the ledger booked."""
     rows = []
     for row in report.rows:
-        booking = bookings.get(row.node)
-        values = {**row.__dict__}
-        if booking is not None:
-            values.update(
+        if booking := bookings.get(row.node):
+            row = replace(
+                row,
                 relevance_in=booking.received,
                 relevance_out=booking.passed,
                 absorbed={c: v for c, v in booking.absorbed.items() if v != 0},
             )
-        rows.append(Row(**values))
-    return Report(
+        rows.append(row)
+    return replace(
+        report,
         rows=tuple(rows),
-        rules=report.rules,
-        constant_nodes=report.constant_nodes,
         notes=(*report.notes, *notes),
         target=target,
         started=started,
@@ -239,48 +348,19 @@ def with_ledger(
     )
 
 
+def _counts(words: Iterable[str]) -> str:
+    return ", ".join(f"{word} {n}" for word, n in Counter(words).most_common())
+
+
 def _cells(row: Row) -> list[str]:
-    folded = "".join(f"+{path.rsplit('.', 1)[-1]}" for path in row.folded)
     composite, _, entry = row.why.partition(": ")
     return [
-        (row.module or "(the model)") + folded,
+        row.label,
         row.op,
-        row.rule,
+        row.rule or "no rule",
         entry or composite,
         "x".join(str(size) for size in row.shape),
-        _number(row.relevance_in),
-        _number(row.relevance_out),
-        _number(sum(row.absorbed.values()) if row.relevance_in is not None else None),
+        number(row.relevance_in),
+        number(row.relevance_out),
+        number(sum(row.absorbed.values()) if row.relevance_in is not None else None),
     ]
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    # Of a module path the end is the telling part, of a rule or a selector the beginning.
-    shown = [
-        _cut(cell, width, keep_end=i == 0)
-        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    ]
-    # Numbers are the last three columns of a full table; they line up on the right.
-    return "  ".join(
-        cell.rjust(width) if i >= 5 else cell.ljust(width)
-        for i, (cell, width) in enumerate(zip(shown, widths, strict=True))
-    )
-
-
-def _cut(text: str, width: int, keep_end: bool) -> str:
-    if len(text) <= width:
-        return text
-    return "…" + text[1 - width :] if keep_end else text[: width - 1] + "…"
-
-
-def _wrap(line: str) -> str:
-    if len(line) <= WIDTH:
-        return line
-    head, rest = line[:WIDTH], line[WIDTH:]
-    cut = head.rfind(" ")
-    cut = cut if cut > 9 else WIDTH
-    return head[:cut] + "\n" + _wrap(" " * 9 + (head[cut:] + rest).strip())

@@ -1,0 +1,65 @@
+"""coverage(): which nodes of a model have a rule, told before anything is explained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from lrpfx.assign import assign
+from lrpfx.canonize import canonize
+from lrpfx.capture import TRACING, capture
+from lrpfx.composites import RulesLike
+from lrpfx.errors import UnsupportedOpError
+from lrpfx.explain import Explainer
+from lrpfx.graph import Unknown, annotate_known, find_starts, op_name, record, used_nodes
+from lrpfx.inputs import Inputs
+from lrpfx.report import Report, Row, make_report
+
+
+def coverage(model: nn.Module, inputs: Inputs, rules: RulesLike = None) -> Report:
+    """Tell which rule each node would get, and which ops have none, without an explanation.
+
+    Args:
+        model: See ``explain``.
+        inputs: See ``explain``.
+        rules: See ``explain``.
+
+    Returns:
+        The report of an ``Explainer``. Ops that the op table does not know are no error here:
+        they are rows without a rule, listed by ``Report.unsupported`` and above the table.
+        ``Report.ruled`` is the fraction that has one.
+
+    Raises:
+        LrpError: As ``explain``, for everything else.
+    """
+    try:
+        return Explainer(model, inputs, rules).report
+    except UnsupportedOpError:
+        with TRACING:
+            return _partial(model, inputs, rules)
+
+
+def _partial(model: nn.Module, inputs: Inputs, rules: RulesLike) -> Report:
+    captured = capture(model, inputs)
+    graph = canonize(captured.program).graph
+    live, unknown = annotate_known(graph, find_starts(graph), captured.prefix)
+    plan = assign([r for n in graph.nodes if (r := record(n)) is not None], rules, model)
+    constants = sum(n.op == "call_function" and n not in live for n in used_nodes(graph))
+    report = make_report(plan, constants, ())
+    rows = {row.node: row for row in (*report.rows, *map(_row, unknown))}
+    return replace(report, rows=tuple(rows[n.name] for n in graph.nodes if n.name in rows))
+
+
+def _row(unknown: Unknown) -> Row:
+    return Row(
+        node=unknown.name,
+        module=str(unknown.modules[-1]) if unknown.modules else "",
+        op=op_name(unknown.target),
+        kind="",
+        rule="",
+        why=unknown.call,
+        shape=unknown.shape,
+        source=unknown.source,
+        inputs=unknown.inputs,
+    )
