@@ -361,6 +361,15 @@ _add(
 )
 _add([aten.upsample_bicubic2d.vec, aten._upsample_bicubic2d_aa.vec], "interpolate", "affine")
 _add([aten.col2im.default], "reduction", "affine", nonneg=inherited)
+_add([aten.grid_sampler.default], "interpolate", "affine", ["input"])
+for _target in (
+    aten.index_add.default,
+    aten.scatter_add.default,
+    aten._unsafe_index_put.default,  # index_put with accumulate
+):
+    _added = ("src", "source", "values")
+    _patterns = ["self", *_added, *(("self", name) for name in _added)]
+    _add([_target], "sum", "affine", _patterns, affine=maps.affine_op)
 
 
 def _nonneg_sum(args: dict[str, Any], inputs: bool) -> bool:
@@ -511,7 +520,7 @@ _add(
 )
 _add(
     [aten.amax.default, aten.amin.default, aten.max.dim, aten.min.dim]
-    + [aten.max.default, aten.min.default],
+    + [aten.max.default, aten.min.default, aten.topk.default],
     "max",
     "select",
     nonneg=inherited,
@@ -595,6 +604,12 @@ _add(
     ["self", "src", ("self", "src")],
 )
 _add([aten.index_put.default], "scatter", "move", ["self", "values", ("self", "values")])
+_add(
+    [aten.scatter.src, aten.index_copy.default],
+    "scatter",
+    "move",
+    ["self", "src", ("self", "src"), "source", ("self", "source")],
+)
 
 _add([aten.fill.Tensor], "scatter", "move", ["value", ("self", "value")])
 
