@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.export import ExportedProgram
 
 from lrpfx.capture import tracing
@@ -29,6 +30,7 @@ def functionalize(program: ExportedProgram) -> fx.GraphModule:
         for node in [n for n in module.graph.nodes if writes(n)]:
             _rename(node)
         return module
+    _detach_regions(program.graph_module)
     with tracing():
         module = _unlifted(program.run_decompositions({}))
     for node in reversed([n for n in module.graph.nodes if writes(n)]):
@@ -41,6 +43,21 @@ def functionalize(program: ExportedProgram) -> fx.GraphModule:
         # What is left are write-backs to the user's inputs and buffers, which stay as they are.
         module.graph.erase_node(node)
     return module
+
+
+def _detach_regions(module: fx.GraphModule) -> None:
+    """Detach what leaves a region of no_grad: PyTorch's functionalisation forgets its bounds."""
+    for node in module.graph.nodes:
+        if not _is_region(node, "set_grad_enabled") or node.args[0]:
+            continue
+        body = module.get_submodule(node.args[1].target)
+        assert isinstance(body, fx.GraphModule)
+        output = next(iter(reversed(body.graph.nodes)))
+        with body.graph.inserting_before(output):
+            output.args = fx.node.map_arg(
+                output.args, lambda n: insert(n, aten.detach.default, (n,))
+            )
+        body.recompile()
 
 
 def _unlifted(program: ExportedProgram) -> fx.GraphModule:
@@ -112,7 +129,7 @@ def insert(
         None,
     )
     assert mode is not None and isinstance(values, tuple)
-    with mode, torch.no_grad():
+    with mode, enable_python_dispatcher(), torch.no_grad():
         new.meta["val"] = target(*values[0], **values[1])
     return new
 

@@ -72,6 +72,8 @@ class _Writer:
         return self(aten.add.Tensor, a, b)
 
 
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
 Parts = Callable[..., "fx.Node | None"]
 
 
@@ -206,6 +208,18 @@ def _einsum(op: _Writer, equation: str, tensors: Any, path: Any) -> fx.Node | No
     return op(aten.permute.default, z, [order.index(c) for c in out])
 
 
+def _tensordot(op: _Writer, self: Any, other: Any, dims_self: Any, dims_other: Any) -> fx.Node:
+    """``einsum`` over the paired dimensions."""
+    a, b = self.meta["val"].ndim, other.meta["val"].ndim
+    first, second = list(_LETTERS[:a]), list(_LETTERS[a : a + b])
+    for i, j in zip(dims_self, dims_other, strict=True):
+        second[j] = first[i]
+    out = [c for c in first if c not in second] + [c for c in second if c not in first]
+    equation = f"{''.join(first)},{''.join(second)}->{''.join(out)}"
+    found = _einsum(op, equation, [self, other], None)
+    return op(aten.einsum.default, equation, [self, other]) if found is None else found
+
+
 def _embedding_bag(
     op: _Writer,
     weight: Any,
@@ -258,6 +272,7 @@ _PARTS: dict[Any, Parts] = {
     aten.cosine_similarity.default: _cosine,
     aten.index_put.default: _index_put,
     aten.einsum.default: _einsum,
+    aten.tensordot.default: _tensordot,
     aten.embedding_bag.padding_idx: _embedding_bag,
     aten.embedding_bag.default: _embedding_bag,
 }

@@ -198,8 +198,7 @@ def _last_axis_scaled(m: Any, x: Tensor) -> Tensor:
 
 def _half_rectified_in_place(m: Any, x: Tensor) -> Tensor:
     y = m.conv(x)
-    first, _ = y.chunk(2, dim=1)
-    first.relu_()
+    y[:, :2].relu_()
     return y
 
 
@@ -304,13 +303,13 @@ def _cut_beside_a_write(m: Any, x: Tensor) -> Tensor:
     y = m.conv(x)
     y[:, :2] += x[:, 2:]
     with torch.no_grad():
-        gate = torch.sigmoid(y)
+        gate = torch.sigmoid(m.one(x))
     return y * gate
 
 
 def _cut_beside_a_sum(m: Any, x: Tensor) -> Tensor:
     y = torch.cat([m.conv(x)[:, :2] + x[:, 2:], m.conv(x)[:, 2:]], 1)
-    return y * torch.sigmoid(y).detach()
+    return y * torch.sigmoid(m.one(x)).detach()
 
 
 def _autocast_off(m: Any, x: Tensor) -> Tensor:
@@ -426,7 +425,7 @@ IMAGES: dict[str, tuple[Any, ...]] = {
         lambda m, x: torch.cat([m.conv(x)[:, :2] + x[:, 2:], m.conv(x)[:, 2:]], 1),
     ),
     "mul_ through a view": (_scaled_through_a_view, _last_axis_scaled),
-    "relu_ on a chunk": (_half_rectified_in_place, _half_rectified),
+    "relu_ on a slice": (_half_rectified_in_place, _half_rectified),
     "value kept before relu_": (
         _kept_then_written_over,
         lambda m, x: m.conv(x) * 0.5 + F.relu(m.conv(x)),
@@ -444,8 +443,8 @@ IMAGES: dict[str, tuple[Any, ...]] = {
         lambda m, x: torch.cat([m.conv(x)[:, :1] + x.sum(1, keepdim=True), m.conv(x)[:, 1:]], 1),
     ),
     "scatter into zeros": (
-        lambda m, x: torch.zeros_like(x).scatter(3, (x.argmax(3, keepdim=True)), x),
-        lambda m, x: x[..., :1] * F.one_hot(x.argmax(3), 6),
+        lambda m, x: torch.zeros_like(x).scatter(3, x.argsort(3), x),
+        lambda m, x: torch.zeros_like(x).add(x.gather(3, x.argsort(3).argsort(3))),
     ),
     "index_add_": (
         lambda m, x: m.conv(x).index_add_(1, torch.tensor([0, 2]), x[:, 1:3]),
@@ -469,8 +468,8 @@ IMAGES: dict[str, tuple[Any, ...]] = {
         lambda m, x: F.relu(m.conv(F.relu(x))),
     ),
     "batch norm before the convolution": (
-        lambda m, x: m.one(m.bn(x)),
-        lambda m, x: m.fused_ahead(x),
+        lambda m, x: m.one(m.bn(F.relu(x))),
+        lambda m, x: m.fused_ahead(F.relu(x)),
     ),
     "batch norm registered elsewhere": (
         lambda m, x: m.bn2(m.conv(F.relu(m.bn(m.two(x))))),
