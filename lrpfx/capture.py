@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import io
+import keyword
 import logging
-import re
 import threading
 import traceback
 import warnings
@@ -179,9 +179,9 @@ def _is_dataclass(output: Any) -> bool:
 def _to_dicts(output: Any) -> Any:
     """The output with each dataclass as a dict of its fields."""
     return pytree.tree_map(
-        lambda leaf: {k: _to_dicts(v) for k, v in _fields(leaf).items()}
-        if _is_dataclass(leaf)
-        else leaf,
+        lambda leaf: (
+            {k: _to_dicts(v) for k, v in _fields(leaf).items()} if _is_dataclass(leaf) else leaf
+        ),
         output,
     )
 
@@ -241,8 +241,8 @@ def _state(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
 
 
-def _named(model: nn.Module) -> list[tuple[str, Any]]:
-    return [*model.named_modules(), *_state(model)]
+def _breaks_code(path: str) -> bool:
+    return bool(set(path) & set("\"'\\\n\r")) or any(map(keyword.iskeyword, path.split(".")))
 
 
 def _refuse_untraceable(model: nn.Module) -> None:
@@ -266,12 +266,12 @@ def _refuse_untraceable(model: nn.Module) -> None:
             where=empty[:5],
             fix="load the weights onto a real device first.",
         )
-    odd = [repr(n) for n, _ in _named(model) if re.search(r"[\"'\\\\\x00-\x1f]", n)]
+    odd = [repr(name) for name, _ in _state(model) if _breaks_code(name)]
     if odd:
         raise CaptureError(
-            "names with quotes, backslashes or line breaks cannot stand in a graph's code.",
+            "parameters have names that cannot stand in code, and a graph is code.",
             where=odd[:5],
-            fix="name the modules and parameters otherwise.",
+            fix="use no quotes, backslashes, line breaks and Python keywords.",
         )
     bad = {
         f"{name or '(the model)'} ({type(module).__name__})": module

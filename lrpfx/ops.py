@@ -368,6 +368,7 @@ for _target in (
     aten._unsafe_index_put.default,  # index_put with accumulate
 ):
     _added = ("src", "source", "values")
+    _patterns: list[str | tuple[str, ...]]
     _patterns = ["self", *_added, *(("self", name) for name in _added)]
     _add([_target], "sum", "affine", _patterns, affine=maps.affine_op)
 

@@ -172,6 +172,17 @@ def _index_put(
     return op(aten._unsafe_index_put.default, self, indices, values, True)
 
 
+def _scatter(op: _Writer, self: Any, dim: int, index: Any, src: Any, **rest: Any) -> fx.Node | None:
+    """Cuts ``src`` to what ``index`` reads of it, which PyTorch's own derivative fails to do."""
+    cut = src
+    for d, (size, read) in enumerate(
+        zip(src.meta["val"].shape, index.meta["val"].shape, strict=True)
+    ):
+        if isinstance(size, int) and isinstance(read, int) and size != read:
+            cut = op(aten.slice.Tensor, cut, d, 0, read)
+    return None if cut is src else op(op.node.target, self, dim, index, cut)
+
+
 def _einsum(op: _Writer, equation: str, tensors: Any, path: Any) -> fx.Node | None:
     """A linear layer, if one of two operands is a constant; else left whole."""
     sides = equation.replace(" ", "").split("->")
@@ -271,6 +282,8 @@ _PARTS: dict[Any, Parts] = {
     aten.bilinear.default: _bilinear,
     aten.cosine_similarity.default: _cosine,
     aten.index_put.default: _index_put,
+    aten.scatter.src: _scatter,
+    aten.scatter_add.default: _scatter,
     aten.einsum.default: _einsum,
     aten.tensordot.default: _tensordot,
     aten.embedding_bag.padding_idx: _embedding_bag,

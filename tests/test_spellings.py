@@ -125,13 +125,32 @@ def close(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool((a - b).abs().max() <= TOLERANCE * b.abs().max())
 
 
+class Spy:
+    """Gives members to a function and remembers which it has asked for."""
+
+    def __init__(self, members: dict[str, Any]) -> None:
+        self._members, self.used = {"training": False, **members}, set[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        self.used.add(name)
+        return self._members[name]
+
+
 def between(fn: Forward, stem: nn.Module, shape: tuple[int, ...], **members: Any) -> nn.Module:
-    """fn between a layer and a linear head, so that dead activations get no relevance."""
-    model = Apply(lambda m, x: m.head(fn(m, m.stem(x)).flatten(1)), stem=stem, **members)
+    """fn between a layer and a linear head, so that dead activations get no relevance.
+
+    Only the members that fn uses are in the model: the others would be traced, too.
+    """
+    spy = Spy(members)
     with torch.no_grad():
-        size = fn(model, stem(normal(2, *shape))).flatten(1).shape[1]
-    model.head = drawn(nn.Linear(size, 3), seed=4)
-    return model
+        size = fn(spy, stem(normal(2, *shape))).flatten(1).shape[1]
+    used = {name: members[name] for name in members if name in spy.used}
+    return Apply(
+        lambda m, x: m.head(fn(m, m.stem(x)).flatten(1)),
+        stem=stem,
+        head=drawn(nn.Linear(size, 3), seed=4),
+        **used,
+    )
 
 
 # -- images: between a convolution and a linear head ----------------------------------------------
@@ -337,7 +356,10 @@ IMAGES: dict[str, tuple[Any, ...]] = {
     "times a mask": (lambda m, x: x * (x > 0), lambda m, x: F.relu(x)),
     "masked_fill": (lambda m, x: x.masked_fill(x < 0, 0.0), lambda m, x: F.relu(x)),
     "masked_fill_": (lambda m, x: x.masked_fill_(x < 0, 0.0), lambda m, x: F.relu(x)),
-    "indexed by a mask": (lambda m, x: x.index_put((x < 0,), x.new_zeros(())), lambda m, x: F.relu(x)),
+    "indexed by a mask": (
+        lambda m, x: x.index_put((x < 0,), x.new_zeros(())),
+        lambda m, x: F.relu(x),
+    ),
     "threshold": (lambda m, x: F.threshold(x, 0.0, 0.0), lambda m, x: F.relu(x)),
     "leaky with slope 0": (lambda m, x: F.leaky_relu(x, 0.0), lambda m, x: F.relu(x)),
     "(x + |x|) / 2": (lambda m, x: (x + x.abs()) / 2, lambda m, x: F.relu(x)),
@@ -432,7 +454,8 @@ IMAGES: dict[str, tuple[Any, ...]] = {
     ),
     "index_put with accumulate": (
         lambda m, x: m.conv(x).index_put_(
-            (slice(None), torch.tensor([0, 0])) and (torch.arange(2)[:, None], torch.tensor([0, 0])),
+            (slice(None), torch.tensor([0, 0]))
+            and (torch.arange(2)[:, None], torch.tensor([0, 0])),
             x[:, :2],
             accumulate=True,
         ),
@@ -442,16 +465,17 @@ IMAGES: dict[str, tuple[Any, ...]] = {
         lambda m, x: m.conv(x).scatter_add(1, torch.zeros_like(x, dtype=torch.long), x),
         lambda m, x: torch.cat([m.conv(x)[:, :1] + x.sum(1, keepdim=True), m.conv(x)[:, 1:]], 1),
     ),
+    "scatter of less than is given": (
+        lambda m, x: torch.zeros_like(x).scatter(1, torch.tensor([2]).expand(2, 1, 6, 6), x),
+        lambda m, x: F.pad(x[:, :1], (0, 0, 0, 0, 2, 1)),
+    ),
     "scatter into zeros": (
         lambda m, x: torch.zeros_like(x).scatter(3, x.argsort(3), x),
         lambda m, x: torch.zeros_like(x).add(x.gather(3, x.argsort(3).argsort(3))),
     ),
     "index_add_": (
         lambda m, x: m.conv(x).index_add_(1, torch.tensor([0, 2]), x[:, 1:3]),
-        lambda m, x: (
-            m.conv(x)
-            + torch.stack([x[:, 1], 0 * x[:, 0], x[:, 2], 0 * x[:, 0]], 1)
-        ),
+        lambda m, x: m.conv(x) + torch.stack([x[:, 1], 0 * x[:, 0], x[:, 2], 0 * x[:, 0]], 1),
     ),
     # order, reuse, folding
     "layer used twice": (
@@ -491,10 +515,7 @@ IMAGES: dict[str, tuple[Any, ...]] = {
     ),
     "one batch norm for two convolutions": (
         lambda m, x: m.bn(m.conv(x)) + m.bn(m.two(x)),
-        lambda m, x: (
-            m.fused(x)
-            + m.fused_two(x)
-        ),
+        lambda m, x: m.fused(x) + m.fused_two(x),
     ),
     "dense block": (_dense, _dense_plain),
     "u-net": (_unet, _unet_plain),
@@ -793,8 +814,7 @@ ROWS: dict[str, tuple[Any, ...]] = {
         lambda m, x: F.linear(
             x,
             m.fc.weight * (m.bn.weight / (m.bn.running_var + m.bn.eps).sqrt())[:, None],
-            (m.fc.bias - m.bn.running_mean)
-            * (m.bn.weight / (m.bn.running_var + m.bn.eps).sqrt())
+            (m.fc.bias - m.bn.running_mean) * (m.bn.weight / (m.bn.running_var + m.bn.eps).sqrt())
             + m.bn.bias,
         ),
     ),
@@ -856,3 +876,694 @@ ROWS: dict[str, tuple[Any, ...]] = {
 def test_rows(case: tuple[Any, ...]) -> None:
     spelled, plain, rules = (*case, FOR_ROWS)[:3]
     assert_same(row_model(spelled), row_model(plain), normal(3, 6), rules)
+
+
+# -- tokens: attention ----------------------------------------------------------------------------
+
+
+def token_model(fn: Forward) -> nn.Module:
+    layer = drawn(nn.TransformerEncoderLayer(8, 2, 6, batch_first=True), seed=11)
+    return between(
+        fn,
+        drawn(nn.Linear(4, 8), seed=5),
+        (5, 4),
+        q=drawn(nn.Linear(8, 8), seed=6),
+        k=drawn(nn.Linear(8, 8), seed=7),
+        v=drawn(nn.Linear(8, 8), seed=8),
+        out=drawn(nn.Linear(8, 8), seed=9),
+        mha=drawn(nn.MultiheadAttention(8, 2, batch_first=True), seed=10),
+        late=drawn(nn.MultiheadAttention(8, 2), seed=10),
+        layer=layer,
+        encoder=nn.TransformerEncoder(layer, 1).eval(),
+        pre=drawn(nn.TransformerEncoderLayer(8, 2, 6, norm_first=True, batch_first=True), seed=11),
+        heads=normal(2, 4, 3, seed=12),
+    )
+
+
+def heads(x: Tensor) -> Tensor:
+    """(N, T, 8) -> (N, 2, T, 4)."""
+    return x.view(*x.shape[:2], 2, 4).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of two heads, plainly: (N, T, 8) each."""
+    q, k, v = heads(q), heads(k), heads(v)
+    weights = torch.softmax((q @ k.transpose(-2, -1)) * 0.5, -1)
+    return (weights @ v).transpose(1, 2).reshape(q.shape[0], -1, 8)
+
+
+def _mha_plain(m: Any, x: Tensor) -> Tensor:
+    a = m.mha
+    q, k, v = F.linear(x, a.in_proj_weight, a.in_proj_bias).chunk(3, -1)
+    return F.linear(attend(q, k, v), a.out_proj.weight, a.out_proj.bias)
+
+
+def _rearranged(m: Any, x: Tensor) -> Tensor:
+    q, k, v = (rearrange(f(x), "n t (h d) -> n h t d", h=2) for f in (m.q, m.k, m.v))
+    y = F.scaled_dot_product_attention(q, k, v)
+    return rearrange(y, "n h t d -> n t (h d)")
+
+
+def _fused_projection(m: Any, x: Tensor) -> Tensor:
+    weight = torch.cat([m.q.weight, m.k.weight, m.v.weight])
+    bias = torch.cat([m.q.bias, m.k.bias, m.v.bias])
+    q, k, v = F.linear(x, weight, bias).view(*x.shape[:2], 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+    weights = (q @ k.mT).div(2).softmax(dim=-1)
+    return (weights @ v).permute(0, 2, 1, 3).flatten(2)
+
+
+def _one_head_at_a_time(m: Any, x: Tensor) -> Tensor:
+    parts = []
+    for q, k, v in zip(*(f(x).split(4, -1) for f in (m.q, m.k, m.v)), strict=True):
+        parts.append(torch.bmm(torch.bmm(q, k.transpose(1, 2)).mul_(0.5).softmax(-1), v))
+    return torch.cat(parts, -1)
+
+
+def _causal_by_masked_fill_(m: Any, x: Tensor) -> Tensor:
+    scores = m.q(x) @ m.k(x).mT / 8**0.5
+    scores.masked_fill_(torch.ones(5, 5).triu(1).bool(), float("-inf"))
+    return scores.softmax(-1) @ m.v(x)
+
+
+def _causal(m: Any, x: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(m.q(x), m.k(x), m.v(x), is_causal=True)
+
+
+def _encoder_plain(m: Any, x: Tensor) -> Tensor:
+    n = m.layer
+    a = n.self_attn
+    q, k, v = F.linear(x, a.in_proj_weight, a.in_proj_bias).chunk(3, -1)
+    x = n.norm1(x + a.out_proj(attend(q, k, v)))
+    return n.norm2(x + n.linear2(F.relu(n.linear1(x))))
+
+
+def _pre_norm_plain(m: Any, x: Tensor) -> Tensor:
+    n = m.pre
+    a = n.self_attn
+    q, k, v = F.linear(n.norm1(x), a.in_proj_weight, a.in_proj_bias).chunk(3, -1)
+    x = x + a.out_proj(attend(q, k, v))
+    return x + n.linear2(F.relu(n.linear1(n.norm2(x))))
+
+
+def _linear_attention(m: Any, x: Tensor) -> Tensor:
+    q, k = F.elu(m.q(x)) + 1, F.elu(m.k(x)) + 1
+    return torch.einsum("ntd,nde->nte", q, torch.einsum("nsd,nse->nde", k, m.v(x)))
+
+
+TOKENS: dict[str, tuple[Any, ...]] = {
+    "sdpa": (_rearranged, lambda m, x: attend(m.q(x), m.k(x), m.v(x))),
+    "fused projection": (_fused_projection, lambda m, x: attend(m.q(x), m.k(x), m.v(x))),
+    "one head at a time": (_one_head_at_a_time, lambda m, x: attend(m.q(x), m.k(x), m.v(x))),
+    "MultiheadAttention": (lambda m, x: m.mha(x, x, x)[0], _mha_plain),
+    "MultiheadAttention without weights": (
+        lambda m, x: m.mha(x, x, x, need_weights=False)[0],
+        _mha_plain,
+    ),
+    "MultiheadAttention, time first": (
+        lambda m, x: m.late(*[x.transpose(0, 1)] * 3)[0].transpose(0, 1),
+        lambda m, x: m.mha(x, x, x)[0],
+    ),
+    "MultiheadAttention by F": (
+        lambda m, x: F.multi_head_attention_forward(
+            *[x.transpose(0, 1)] * 3,
+            8,
+            2,
+            m.mha.in_proj_weight,
+            m.mha.in_proj_bias,
+            None,
+            None,
+            False,
+            0.0,
+            m.mha.out_proj.weight,
+            m.mha.out_proj.bias,
+            training=False,
+        )[0].transpose(0, 1),
+        _mha_plain,
+    ),
+    "causal by masked_fill_": (_causal_by_masked_fill_, _causal),
+    "TransformerEncoderLayer": (lambda m, x: m.layer(x), _encoder_plain),
+    "TransformerEncoderLayer, norm first": (lambda m, x: m.pre(x), _pre_norm_plain),
+    "TransformerEncoder": (lambda m, x: m.encoder(x), _encoder_plain),
+    "linear attention": (
+        _linear_attention,
+        lambda m, x: (1 + F.elu(m.q(x))) @ ((1 + F.elu(m.k(x))).mT @ m.v(x)),
+    ),
+    "projection per head by einsum": (
+        lambda m, x: torch.einsum("nthd,hde->nhte", x.view(-1, 5, 2, 4), m.heads),
+        lambda m, x: torch.stack(
+            [F.linear(x[..., 4 * h : 4 * h + 4], m.heads[h].T) for h in range(2)], 1
+        ),
+    ),
+    "linear layer by einsum with an ellipsis": (
+        lambda m, x: torch.einsum("nti,oi->nto", x, m.q.weight) + m.q.bias,
+        lambda m, x: x.matmul(m.q.weight.mT).add_(m.q.bias),
+    ),
+    "one by one convolution": (
+        lambda m, x: F.conv1d(x.transpose(1, 2), m.q.weight[..., None]).transpose(1, 2),
+        lambda m, x: F.linear(x, m.q.weight),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TOKENS.values(), ids=TOKENS)
+def test_tokens(case: tuple[Any, ...]) -> None:
+    spelled, plain, rules = (*case, FOR_TOKENS)[:3]
+    assert_same(token_model(spelled), token_model(plain), normal(2, 5, 4), rules)
+
+
+# -- whole models: registration, hooks, wrappers, inputs and outputs -------------------------------
+
+
+def layers() -> dict[str, Any]:
+    """Two convolutions and a head, the same at every call."""
+    return dict(
+        first=drawn(nn.Conv2d(2, 4, 3, padding=1), seed=5),
+        second=drawn(nn.Conv2d(4, 4, 3, padding=1), seed=6),
+        head=drawn(nn.Linear(4, 3), seed=7),
+    )
+
+
+def net(m: Any, x: Tensor) -> Tensor:
+    y = F.relu(m.first(x))
+    y = F.relu(m.second(y) + y)
+    return m.head(y.mean((2, 3)))
+
+
+def plain_net() -> nn.Module:
+    return Apply(net, **layers())
+
+
+def _registered_backwards() -> nn.Module:
+    return Apply(net, **dict(reversed(layers().items())))
+
+
+def _in_a_shuffled_list() -> nn.Module:
+    first, second, head = layers().values()
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = F.relu(m.all[2](x))
+        y = F.relu(m.all[1](y) + y)
+        return m.all[0](y.mean((2, 3)))
+
+    return Apply(forward, all=nn.ModuleList([head, second, first]))
+
+
+def _in_a_dict() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        order = sorted(m.all)  # first, head, second
+        y = m.all[order[0]](x).relu()
+        y = F.relu(m.all[order[2]](y) + y)
+        return m.all[order[1]](y.mean((2, 3)))
+
+    return Apply(forward, all=nn.ModuleDict(reversed(layers().items())))
+
+
+def _hidden_in_a_list() -> nn.Module:
+    """Not registered: no hook finds these, and neither does ``parameters()``."""
+    hidden = list(layers().values())
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = F.relu(hidden[0](x))
+        return hidden[2](F.relu(hidden[1](y) + y).mean((2, 3)))
+
+    return Apply(forward)
+
+
+def _hidden_in_an_attribute() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = F.relu(m.table["first"](x))
+        return m.table["head"](F.relu(m.table["second"](y) + y).mean((2, 3)))
+
+    return Apply(forward, table=layers())
+
+
+def _wrapped() -> nn.Module:
+    return Apply(lambda m, x: m.module(x), module=plain_net())
+
+
+def _with_idle_hooks() -> nn.Module:
+    model = plain_net()
+    for module in model.modules():
+        module.register_forward_hook(lambda m, args, output: None)
+        module.register_forward_pre_hook(lambda m, args: None)
+        module.register_full_backward_hook(lambda m, before, after: None)
+    return model
+
+
+def _scaled_by_a_hook() -> nn.Module:
+    model = plain_net()
+    model.first.register_forward_pre_hook(lambda m, args: (args[0] * 2 - 1,))
+    model.second.register_forward_hook(lambda m, args, output: output * 0.5)
+    return model
+
+
+def _scaled() -> nn.Module:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = F.relu(m.first(x * 2 - 1))
+        return m.head(F.relu(m.second(y) * 0.5 + y).mean((2, 3)))
+
+    return Apply(forward, **layers())
+
+
+def _compiled_inside() -> nn.Module:
+    parts = layers()
+    parts["first"] = torch.compile(parts["first"], backend="eager")
+    return Apply(net, **parts)
+
+
+def _odd_names() -> nn.Module:
+    model = nn.Module()
+    for name, layer in zip(("a-1", "1 x", "ü"), layers().values(), strict=True):
+        model.add_module(name, layer)
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        first, second, head = m.inner.children()
+        y = F.relu(first(x))
+        return head(F.relu(second(y) + y).mean((2, 3)))
+
+    return Apply(forward, inner=model)
+
+
+def _tied() -> nn.Module:
+    parts = layers()
+    parts["second"] = drawn(nn.Conv2d(4, 4, 3, padding=1), seed=6)
+    parts["other"] = nn.Conv2d(4, 4, 3, padding=1).double()
+    parts["other"].weight, parts["other"].bias = parts["second"].weight, parts["second"].bias
+    return Apply(lambda m, x: m.other(F.relu(m.second(F.relu(m.first(x))))), **parts)
+
+
+def _untied() -> nn.Module:
+    return Apply(lambda m, x: m.second(F.relu(m.second(F.relu(m.first(x))))), **layers())
+
+
+def _normed(norm: Callable[..., nn.Module]) -> tuple[nn.Module, nn.Module]:
+    """A network with a parametrized convolution, and one with the weight that comes out."""
+    torch.manual_seed(0)
+    parts = layers()
+    parts["second"] = norm(nn.Conv2d(4, 4, 3, padding=1).double()).eval()
+    parts["second"](normal(1, 4, 3, 3))  # the old weight_norm computes the weight in a hook
+    weight = parts["second"].weight.detach().clone()
+    bias = parts["second"].bias.detach().clone()
+    plain = nn.Conv2d(4, 4, 3, padding=1).double()
+    plain.weight, plain.bias = nn.Parameter(weight), nn.Parameter(bias)
+    return Apply(net, **parts), Apply(net, **{**layers(), "second": plain})
+
+
+Two = namedtuple("Two", ["logits", "features"])
+
+
+@dataclasses.dataclass
+class Inner:
+    logits: Tensor
+
+
+@dataclasses.dataclass
+class Outer:
+    inner: Inner
+    extra: list[Inner]
+
+
+def _returning(wrap: Callable[[Tensor], Any]) -> tuple[nn.Module, nn.Module]:
+    return Apply(lambda m, x: wrap(net(m, x)), **layers()), plain_net()
+
+
+MODELS: dict[str, Callable[[], tuple[nn.Module, nn.Module]]] = {
+    "registered backwards": lambda: (_registered_backwards(), plain_net()),
+    "shuffled ModuleList": lambda: (_in_a_shuffled_list(), plain_net()),
+    "ModuleDict": lambda: (_in_a_dict(), plain_net()),
+    "modules in a Python list": lambda: (_hidden_in_a_list(), plain_net()),
+    "modules in a Python dict": lambda: (_hidden_in_an_attribute(), plain_net()),
+    "wrapper": lambda: (_wrapped(), plain_net()),
+    "hooks that change nothing": lambda: (_with_idle_hooks(), plain_net()),
+    "hooks that change input and output": lambda: (_scaled_by_a_hook(), _scaled()),
+    "compiled submodule": lambda: (_compiled_inside(), plain_net()),
+    "names that are no identifiers": lambda: (_odd_names(), plain_net()),
+    "tied weights": lambda: (_tied(), _untied()),
+    "weight_norm": lambda: _normed(parametrizations.weight_norm),
+    "weight_norm, old": lambda: _normed(torch.nn.utils.weight_norm),
+    "spectral_norm": lambda: _normed(parametrizations.spectral_norm),
+    "spectral_norm, old": lambda: _normed(torch.nn.utils.spectral_norm),
+    "orthogonal": lambda: _normed(parametrizations.orthogonal),
+    "dict output": lambda: _returning(lambda y: {"logits": y, "loss": None}),
+    "tuple output": lambda: _returning(lambda y: (y, y.detach())),
+    "list output": lambda: _returning(lambda y: [y]),
+    "namedtuple output": lambda: _returning(lambda y: Two(y, [y.argmax(1)])),
+    "nested dataclass output": lambda: _returning(lambda y: Outer(Inner(y), [Inner(y + 1)])),
+    "dataclass in a dict": lambda: _returning(lambda y: {"out": Inner(y)}),
+    "model in double": lambda: (plain_net().double().eval().requires_grad_(False), plain_net()),
+}
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_models(make: Callable[[], tuple[nn.Module, nn.Module]]) -> None:
+    spelled, plain = make()
+    x = normal(2, 2, 5, 5)
+
+    def of(model: nn.Module, rules: str) -> tuple[Any, Tensor]:
+        e = lrpfx.explain(model, x, lambda o: logits(o)[:, 1] * 2, rules=RULES[rules])
+        return e.output, e.relevance
+
+    for rules in FOR_IMAGES:
+        (a, r), (b, expected) = of(spelled, rules), of(plain, rules)
+        assert type(a) is type(spelled(x))
+        assert close(logits(a), logits(b))
+        assert expected.abs().max() > 1e-3
+        assert close(r, expected), f"{rules}: {(r - expected).norm() / expected.norm():.1e}"
+
+
+def logits(output: Any) -> Tensor:
+    """The first tensor of an output that may be anything."""
+    while not isinstance(output, Tensor):
+        if isinstance(output, Outer):
+            output = output.inner
+        elif isinstance(output, Inner):
+            output = output.logits
+        else:
+            output = output[next(iter(output))] if isinstance(output, dict) else output[0]
+    return output.flatten(1)[:, :3]
+
+
+# -- several inputs -------------------------------------------------------------------------------
+
+
+def _siamese(m: Any, a: Tensor, b: Tensor) -> Tensor:
+    return m.head((m.body(a) - m.body(b)).flatten(1))
+
+
+def _siamese_plain(m: Any, a: Tensor, b: Tensor) -> Tensor:
+    one = F.relu(F.conv2d(a, m.body[0].weight, m.body[0].bias))
+    two = F.relu(F.conv2d(b, m.body[0].weight, m.body[0].bias))
+    return F.linear((one - two).flatten(1), m.head.weight, m.head.bias)
+
+
+def _siamese_in_one_batch(m: Any, a: Tensor, b: Tensor) -> Tensor:
+    one, two = m.body(torch.cat([a, b])).split(a.shape[0])
+    return m.head((one - two).flatten(1))
+
+
+INPUTS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "siamese": (_siamese, _siamese_plain),
+    "siamese in one batch": (_siamese_in_one_batch, _siamese_plain),
+    "*args": (lambda m, *args: _siamese(m, *args), _siamese_plain),
+    "two heads on one body": (
+        lambda m, a, b: torch.stack([m.head(m.body(t).flatten(1)) for t in (a, b)]).sum(0),
+        lambda m, a, b: m.head(m.body(a).flatten(1)) + m.head(m.body(b).flatten(1)),
+    ),
+}
+
+
+@pytest.mark.parametrize(("spelled", "plain"), INPUTS.values(), ids=INPUTS)
+def test_several_inputs(spelled: Callable[..., Tensor], plain: Callable[..., Tensor]) -> None:
+    members = dict(
+        body=nn.Sequential(drawn(nn.Conv2d(2, 3, 3)), nn.ReLU(inplace=True)),
+        head=drawn(nn.Linear(12, 3), seed=3),
+    )
+    inputs = (normal(2, 2, 4, 4), normal(2, 2, 4, 4, seed=8))
+    assert_same(Apply(spelled, **members), Apply(plain, **members), inputs, FOR_IMAGES)
+
+
+def test_embedding_bag_is_an_embedding_and_its_mean() -> None:
+    ids = torch.tensor([[1, 2, 2], [0, 4, 3]])
+    head = drawn(nn.Linear(4, 3))
+    for mode, reduce_bag in (("sum", torch.sum), ("mean", torch.mean), ("max", torch.amax)):
+        bag = drawn(nn.EmbeddingBag(6, 4, mode=mode))
+        spelled = Apply(lambda m, ids: m.head(F.relu(m.bag(ids))), bag=bag, head=head)
+        plain = Apply(
+            lambda m, ids, f=reduce_bag: m.head(F.relu(f(F.embedding(ids, m.bag.weight), 1))),
+            bag=bag,
+            head=head,
+        )
+        r, expected = (lrpfx.explain(m, ids, 1, rules=RULES["gamma"]) for m in (spelled, plain))
+        assert close(r.output, expected.output)
+        assert close(r.relevance, expected.relevance) and expected.relevance.abs().max() > 1e-3
+        assert close(r.embeddings, expected.embeddings)
+
+
+# -- no twin: an independent expectation ----------------------------------------------------------
+
+
+def test_a_piecewise_linear_net_without_biases_is_gradient_times_input() -> None:
+    """LRP-0: of whatever spelling; here a recurrent loop with writes into a buffer of states."""
+    w, u = normal(5, 3), normal(5, 5, seed=2)
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        states = x.new_zeros(x.shape[0], 5, 5)
+        h = states[:, 0]
+        for t in range(4):
+            h = F.relu(x[:, t] @ m.w.T + h @ m.u.T)
+            states[:, t + 1] = h
+        return states[:, 1:].amax(1) + states.mean(1)
+
+    x = normal(2, 4, 3)
+    model = Apply(forward, w=w, u=u)
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(leaf)[:, 2].sum(), leaf)
+    r = lrpfx.explain(model, x, 2, rules=RULES["epsilon_all"]).relevance
+    assert close(r, gradient * x)
+
+
+def test_autocast_in_forward_is_right_to_its_own_precision() -> None:
+    def cast(m: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = net(m, x)
+        return y.float()
+
+    parts = {name: layer.float() for name, layer in layers().items()}
+    x = normal(2, 2, 5, 5).float()
+    for rules in FOR_IMAGES:
+        a, b = (
+            lrpfx.explain(Apply(f, **parts), x, 1, rules=by_name(rules)).relevance
+            for f in (cast, net)
+        )
+        assert a.dtype == torch.float32
+        assert (a - b).norm() < 0.1 * b.norm()
+
+
+def by_name(rules: str) -> str:
+    """The composite with its usual stabilizer, which half precision needs."""
+    return "epsilon_alpha2_beta1_flat" if rules == "alpha_beta_flat" else rules
+
+
+def test_no_grad_around_a_transformer_changes_nothing() -> None:
+    """There eager PyTorch takes a fused fast path that no hook sees."""
+    layer = nn.TransformerEncoderLayer(8, 2, 6, batch_first=True)
+    model, x = drawn(nn.TransformerEncoder(layer, 2)), normal(2, 5, 8)
+    seed = normal(2, 5, 8, seed=3)
+    expected = lrpfx.explain(model, x, seed, rules=RULES["attnlrp"]).relevance
+    with torch.no_grad():
+        assert close(lrpfx.explain(model, x, seed, rules=RULES["attnlrp"]).relevance, expected)
+    with torch.inference_mode():
+        assert close(lrpfx.explain(model, x, seed, rules=RULES["attnlrp"]).relevance, expected)
+
+
+def test_two_forwards_before_one_backward() -> None:
+    x, y = normal(2, 2, 5, 5), normal(3, 2, 5, 5, seed=9)
+    explainer = lrpfx.Explainer(plain_net(), x, RULES["epsilon_plus"])
+    expected = [explainer(t, 1).relevance for t in (x, y)]
+    leaves = [t.clone().requires_grad_() for t in (x, y)]
+    outputs = [explainer.graph_module(leaf) for leaf in leaves]
+    sum((o[:, 1] * o[:, 1].detach()).sum() for o in outputs).backward()
+    for leaf, r in zip(leaves, expected, strict=True):
+        assert close(leaf.grad, r)
+
+
+def test_explanations_in_several_threads() -> None:
+    inputs = [normal(2, 2, 5, 5, seed=s) for s in range(8)]
+    explainer = lrpfx.Explainer(plain_net(), inputs[0], RULES["epsilon_plus"])
+    expected = [explainer(x, 1).relevance for x in inputs]
+    found: dict[int, Tensor] = {}
+
+    def work(i: int) -> None:
+        for _ in range(3):
+            found[i] = explainer(inputs[i], 1).relevance
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(close(found[i], r) for i, r in enumerate(expected))
+
+
+# -- refused, with the reason ---------------------------------------------------------------------
+
+
+def _named(name: str) -> nn.Module:
+    model = Apply(lambda m, x: next(m.children())(x))
+    model.add_module(name, nn.Linear(6, 3).double())
+    return model
+
+
+def _loop_by_value(m: Any, x: Tensor) -> Tensor:
+    while x.abs().max() > 1:
+        x = x / 2
+    return x
+
+
+REFUSED: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
+    "LSTM": (
+        lambda: Apply(lambda m, x: m.f(x[:, None])[0], f=nn.LSTM(6, 4).double()),
+        errors.UnsupportedOpError,
+        r"no relevance rule[\s\S]*lstm\.input at f\b",
+    ),
+    "GRU": (
+        lambda: Apply(lambda m, x: m.f(x[:, None])[0], f=nn.GRU(6, 4).double()),
+        errors.UnsupportedOpError,
+        r"no relevance rule[\s\S]*gru\.input at f\b",
+    ),
+    "RNN": (
+        lambda: Apply(lambda m, x: m.f(x[:, None])[0], f=nn.RNN(6, 4).double()),
+        errors.UnsupportedOpError,
+        r"no relevance rule[\s\S]*rnn_tanh\.input at f\b",
+    ),
+    "LSTM with dropout, in training": (
+        lambda: Apply(
+            lambda m, x: m.f(x[:, None])[0], f=nn.LSTM(6, 4, 2, dropout=0.5).double()
+        ).train(),
+        errors.TrainingModeError,
+        r"training mode[\s\S]*f: lstm is random",
+    ),
+    "FFT": (
+        lambda: Apply(lambda m, x: torch.fft.rfft(x).real),
+        errors.UnsupportedOpError,
+        r"no relevance rule[\s\S]*fft_rfft",
+    ),
+    "FFT mixing": (
+        lambda: Apply(lambda m, x: torch.fft.fft(torch.fft.fft(x, dim=-1), dim=0).real),
+        errors.UnsupportedOpError,
+        r"no relevance rule[\s\S]*fft_fft",
+    ),
+    "grid_sample at places that depend on the input": (
+        lambda: Apply(lambda m, x: F.grid_sample(x.view(-1, 1, 2, 3), x.view(-1, 3, 1, 2))),
+        errors.UnsupportedOpError,
+        "grid_sampler.default with live input and grid",
+    ),
+    "division by a live tensor": (
+        lambda: Apply(lambda m, x: x[:, :3] / (1 + x[:, 3:].exp())),
+        errors.UnsupportedOpError,
+        "div.Tensor with live self and other",
+    ),
+    "bags with offsets": (
+        lambda: Apply(
+            lambda m, x: m.bag((x[:, 0] > 0).long(), torch.tensor([0, 1])),
+            bag=nn.EmbeddingBag(2, 3).double(),
+        ),
+        errors.UnsupportedOpError,
+        "bags differ in size or have offsets",
+    ),
+    "a chunk written in place, which PyTorch refuses": (
+        lambda: Apply(lambda m, x: m.f(x).chunk(2, 1)[0].relu_(), f=nn.Linear(6, 4).double()),
+        errors.CaptureError,
+        "is a view and is being modified inplace",
+    ),
+    "a name with quotes": (
+        lambda: _named('the "first"'),
+        errors.CaptureError,
+        r'cannot stand in code[\s\S]*the "first"\.weight',
+    ),
+    "a name with a line break": (
+        lambda: _named("two\nlines"),
+        errors.CaptureError,
+        r"cannot stand in code[\s\S]*two\\nlines\.weight",
+    ),
+    "a name that is a keyword": (
+        lambda: _named("in"),
+        errors.CaptureError,
+        r"cannot stand in code[\s\S]*in\.weight",
+    ),
+    "a branch on values": (
+        lambda: Apply(lambda m, x: x * 2 if x.sum() > 0 else x),
+        errors.CaptureError,
+        "branches on values",
+    ),
+    "a loop until a value": (
+        lambda: Apply(_loop_by_value),
+        errors.CaptureError,
+        "branches on values",
+    ),
+    "everything detached": (
+        lambda: Apply(lambda m, x: x.detach() * 2),
+        errors.CaptureError,
+        "no output of the model depends on the explained inputs",
+    ),
+    "numpy in between": (
+        lambda: Apply(lambda m, x: torch.from_numpy(x.detach().numpy() * 2)),
+        errors.CaptureError,
+        "cannot trace",
+    ),
+    "scripted module": (
+        lambda: Apply(lambda m, x: m.f(x), f=torch.jit.script(nn.Linear(6, 3).double())),
+        errors.CaptureError,
+        "scripted",
+    ),
+    "random numbers": (
+        lambda: Apply(lambda m, x: x + torch.randn_like(x)),
+        errors.CaptureError,
+        "random numbers",
+    ),
+    "dropout in training": (
+        lambda: Apply(lambda m, x: F.dropout(x)),
+        errors.TrainingModeError,
+        "dropout is random",
+    ),
+    "cumsum": (
+        lambda: Apply(lambda m, x: x.cumsum(1)),
+        errors.UnsupportedOpError,
+        "aten.cumsum.default",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("make", "error", "words"), REFUSED.values(), ids=REFUSED)
+def test_refused(make: Callable[[], nn.Module], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        lrpfx.explain(make(), normal(2, 6), rules=RULES["epsilon_all"])
+
+
+# -- the table can fail ---------------------------------------------------------------------------
+
+WRONG: dict[str, tuple[Forward, Forward]] = {
+    # What tools that hook modules compute, as networks of the same output.
+    "a residual counted twice": (
+        lambda m, x: m.conv(x) + (2 * x - x.detach()),
+        lambda m, x: m.conv(x) + x,
+    ),
+    "a gate held constant": (
+        lambda m, x: m.conv(x) * torch.sigmoid(m.one(x)),
+        lambda m, x: m.conv(x) * torch.sigmoid(m.one(x)).detach(),
+    ),
+    "the first of two calls forgotten": (
+        lambda m, x: m.conv(x) + m.conv(F.relu(x)),
+        lambda m, x: m.conv(x).detach() + m.conv(F.relu(x)),
+    ),
+    "a bias in the wrong place": (
+        lambda m, x: F.conv2d(x, m.conv.weight, padding=1) + m.conv.bias[:, None, None],
+        lambda m, x: m.conv(x),
+    ),
+    "an average that is a maximum": (
+        lambda m, x: F.avg_pool2d(x, 2),
+        lambda m, x: F.max_pool2d(x, 2),
+    ),
+}
+
+
+@pytest.mark.parametrize(("wrong", "plain"), WRONG.values(), ids=WRONG)
+def test_a_wrong_twin_is_caught(wrong: Forward, plain: Forward) -> None:
+    with pytest.raises(AssertionError, match="relative error|different outputs"):
+        assert_same(image_model(wrong), image_model(plain), normal(2, 2, 6, 6), FOR_IMAGES)
+
+
+def test_relevance_off_by_a_thousandth_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = lrpfx.Epsilon.propagate
+
+    def wrong(self: Any, call: Any, x: Any, z: Any, R: Any) -> Any:
+        flow = right(self, call, x, z, R)
+        factor = 1.001 if "bias" in call.site.arguments else 1.0
+        return dataclasses.replace(flow, relevance=tuple(r * factor for r in flow.relevance))
+
+    spelled, plain = ROWS["x @ W"]
+    assert_same(row_model(spelled), row_model(plain), normal(3, 6), FOR_ROWS)
+    monkeypatch.setattr(lrpfx.Epsilon, "propagate", wrong)
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_same(row_model(spelled), row_model(plain), normal(3, 6), LAYERS_DIFFER)
