@@ -47,17 +47,19 @@ def functionalize(program: ExportedProgram) -> fx.GraphModule:
 
 def _detach_regions(module: fx.GraphModule) -> None:
     """Detach what leaves a region of no_grad: PyTorch's functionalisation forgets its bounds."""
-    for node in module.graph.nodes:
-        if not _is_region(node, "set_grad_enabled") or node.args[0]:
-            continue
-        body = module.get_submodule(node.args[1].target)
-        assert isinstance(body, fx.GraphModule)
-        output = next(iter(reversed(body.graph.nodes)))
-        with body.graph.inserting_before(output):
-            output.args = fx.node.map_arg(
-                output.args, lambda n: insert(n, aten.detach.default, (n,))
-            )
-        body.recompile()
+    bodies = [m for m in module.modules() if isinstance(m, fx.GraphModule)]
+    for outer in bodies:
+        for node in outer.graph.nodes:
+            if not _is_region(node, "set_grad_enabled") or node.args[0]:
+                continue
+            body = outer.get_submodule(node.args[1].target)
+            assert isinstance(body, fx.GraphModule)
+            output = next(iter(reversed(body.graph.nodes)))
+            with body.graph.inserting_before(output):
+                output.args = fx.node.map_arg(
+                    output.args, lambda n: insert(n, aten.detach.default, (n,))
+                )
+            body.recompile()
 
 
 def _unlifted(program: ExportedProgram) -> fx.GraphModule:
