@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable
 from typing import Any
 
@@ -72,7 +73,7 @@ class _Writer:
         return self(aten.add.Tensor, a, b)
 
 
-_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+_LETTERS = string.ascii_letters
 
 Parts = Callable[..., "fx.Node | None"]
 
@@ -183,17 +184,30 @@ def _scatter(op: _Writer, self: Any, dim: int, index: Any, src: Any, **rest: Any
     return None if cut is src else op(op.node.target, self, dim, index, cut)
 
 
+def _explicit(equation: str, ndims: list[int]) -> tuple[list[str], str]:
+    """Subscripts per operand and of the output, with letters for the one ellipsis; [] for more."""
+    inputs, arrow, out = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if sum("..." in term for term in terms) > 1:
+        return [], ""
+    hidden = max(n - len(t.replace("...", "")) for t, n in zip(terms, ndims, strict=True))
+    dots = "".join([c for c in _LETTERS if c not in equation][:hidden])
+    if not arrow:
+        once = sorted(c for c in set(inputs) - set(".,") if inputs.count(c) == 1)
+        out = ("..." if "..." in inputs else "") + "".join(once)
+    return [term.replace("...", dots) for term in terms], out.replace("...", dots)
+
+
 def _einsum(op: _Writer, equation: str, tensors: Any, path: Any) -> fx.Node | None:
     """A linear layer, if one of two operands is a constant; else left whole."""
-    sides = equation.replace(" ", "").split("->")
-    terms = sides[0].split(",")
-    if len(sides) != 2 or len(terms) != 2 or "." in equation:
+    terms, out = _explicit(equation, [t.meta["val"].ndim for t in tensors])
+    if len(terms) != 2:
         return None
     live = [_varies(t) for t in tensors]
     if sum(live) != 1 or any(len(set(t)) != len(t) for t in terms):
         return None
     i = live.index(True)
-    (a, w), (x, weight), out = (terms[i], terms[1 - i]), (tensors[i], tensors[1 - i]), sides[1]
+    (a, w), (x, weight) = (terms[i], terms[1 - i]), (tensors[i], tensors[1 - i])
     shared = [c for c in a if c in w and c in out]
     contracted = [c for c in a if c in w and c not in out]
     rows = [c for c in a if c not in w]

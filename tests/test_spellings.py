@@ -743,6 +743,10 @@ ROWS: dict[str, tuple[Any, ...]] = {
         lambda m, x: m.two(x),
     ),
     "einsum": (lambda m, x: torch.einsum("ni,oi->no", x, m.two.weight), lambda m, x: m.two(x)),
+    "einsum without an arrow": (
+        lambda m, x: torch.einsum("ni, oi", x, m.two.weight),
+        lambda m, x: m.two(x),
+    ),
     "tensordot": (
         lambda m, x: torch.tensordot(x, m.two.weight, dims=([1], [1])),
         lambda m, x: m.two(x),
@@ -1015,7 +1019,7 @@ TOKENS: dict[str, tuple[Any, ...]] = {
         ),
     ),
     "linear layer by einsum with an ellipsis": (
-        lambda m, x: torch.einsum("nti,oi->nto", x, m.q.weight) + m.q.bias,
+        lambda m, x: torch.einsum("...i,oi->...o", x, m.q.weight) + m.q.bias,
         lambda m, x: x.matmul(m.q.weight.mT).add_(m.q.bias),
     ),
     "one by one convolution": (
