@@ -655,6 +655,7 @@ def _half_grid(x: Tensor) -> Tensor:
     return F.affine_grid(theta, [x.shape[0], 4, 3, 3], align_corners=False)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # checkpoint
 @pytest.mark.parametrize("case", IMAGES.values(), ids=IMAGES)
 def test_images(case: tuple[Any, ...]) -> None:
     spelled, plain, rules = (*case, FOR_IMAGES)[:3]
@@ -1218,6 +1219,7 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, nn.Module]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore")  # the old weight_norm, and hooks on what is traced
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_models(make: Callable[[], tuple[nn.Module, nn.Module]]) -> None:
     spelled, plain = make()
