@@ -370,3 +370,14 @@ def _grouped(x: Tensor, groups: int, args: Arguments) -> AffineMap:
 def linear_op(args: Arguments, live: Live, run: Run) -> AffineMap:
     """Any op that is linear in its live inputs and has no weights: pooling, mean, interpolation."""
     return AffineMap(lambda x, weight, bias: run(*x))
+
+
+def affine_op(args: Arguments, live: Live, run: Run) -> AffineMap:
+    """Any op that is affine in its live inputs; its constant inputs make up the bias f(0)."""
+    bias = run(*(torch.zeros_like(args[name]) for name in live))
+
+    def forward(x: Signal, w: Any, b: Tensor | None) -> Tensor:
+        z = run(*x) - bias
+        return z if b is None else z + b
+
+    return AffineMap(forward, bias=bias)

@@ -19,6 +19,7 @@ from lrpfx.fold import fold_batch_norm
 from lrpfx.functionalize import copies_to_casts, functionalize, inline_no_grad, insert
 from lrpfx.graph import bound_arguments, module_calls, nodes_in, source_line, used_nodes, verify
 from lrpfx.hold import hold_divisors, hold_statistics
+from lrpfx.parts import one_name_each, open_parts
 
 aten = torch.ops.aten
 
@@ -32,6 +33,7 @@ def canonize(program: ExportedProgram) -> fx.GraphModule:
         TrainingModeError: The graph is random or mixes the batch.
         CaptureError: In-place ops that even PyTorch's own functionalisation leaves.
     """
+    refuse_training(program.graph_module)  # while recurrent layers still tell of their dropout
     module = functionalize(program)
     verify(module.graph)
     for canonical in PASSES:
@@ -51,6 +53,12 @@ _RANDOM = {
     aten.rrelu.default: 3,
     aten.scaled_dot_product_attention.default: 4,
 }
+#: Recurrent layers: random in training mode and with dropout; both follow the number of layers.
+_RECURRENT = {
+    getattr(getattr(aten, name), form)
+    for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")
+    for form in ("input", "data")
+}
 
 
 def refuse_training(module: fx.GraphModule) -> fx.GraphModule:
@@ -59,6 +67,8 @@ def refuse_training(module: fx.GraphModule) -> fx.GraphModule:
     for node in module.graph.nodes:
         arguments = tuple(bound_arguments(node).values()) if _is_aten(node) else ()
         if node.target in _RANDOM and arguments[_RANDOM[node.target]]:
+            bad.append((node, "is random"))
+        elif node.target in _RECURRENT and _has_dropout(node):
             bad.append((node, "is random"))
         elif node.target is aten.batch_norm.default and (arguments[5] or arguments[3] is None):
             bad.append((node, "uses the statistics of the batch"))
@@ -78,6 +88,11 @@ def refuse_training(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
+def _has_dropout(node: fx.Node) -> bool:
+    arguments = bound_arguments(node)
+    return bool(arguments["train"] and arguments["dropout"])
+
+
 def refuse_random(module: fx.GraphModule) -> fx.GraphModule:
     """Raise CaptureError if an output depends on random numbers.
 
@@ -89,6 +104,7 @@ def refuse_random(module: fx.GraphModule) -> fx.GraphModule:
         if _is_aten(node)
         and torch.Tag.nondeterministic_seeded in node.target.tags  # type: ignore[union-attr]
         and node.target not in _RANDOM
+        and node.target not in _RECURRENT
     ]
     if bad:
         raise CaptureError(
@@ -126,6 +142,7 @@ _IDENTITIES = {
     aten.contiguous.default,
     aten.clone.default,
     aten.alias.default,
+    aten.positive.default,
     aten.lift_fresh_copy.default,
 }
 _CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default}
@@ -171,6 +188,8 @@ PASSES: tuple[Pass, ...] = (
     copies_to_casts,
     drop_noops,
     refuse_random,
+    one_name_each,
+    open_parts,
     open_attention,
     hold_statistics,
     whole_activations,

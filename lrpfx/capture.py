@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import io
+import keyword
 import logging
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
@@ -46,29 +48,25 @@ class Captured:
         program: The graph, one node per ATen call.
         model: The model it was captured from.
         signature: What inputs it takes.
-        output_type: The dataclass the model returns and the graph has as a dict, if any.
+        output: What the model returns, if there are dataclasses in it that the graph has as
+            dicts; else None.
         why_static: Why the batch size is fixed, "" if it is not.
     """
 
     program: ExportedProgram
     model: nn.Module
     signature: Signature
-    output_type: type[Any] | None = None
+    output: Any = None
     why_static: str = ""
 
     @property
     def prefix(self) -> str:
         """What stands before every module path in the graph."""
-        return "model." if self.output_type is not None else ""
+        return "model." if self.output is not None else ""
 
     def rebuild(self, output: Any) -> Any:
         """The model's own output from the graph's."""
-        if self.output_type is None:
-            return output
-        rebuilt = object.__new__(self.output_type)
-        for name, value in output.items():  # not by __init__, which may compute some of the fields
-            object.__setattr__(rebuilt, name, value)
-        return rebuilt
+        return output if self.output is None else _from_dicts(self.output, output)
 
 
 def capture(model: nn.Module, inputs: Inputs, dynamic: Sequence[int] = ()) -> Captured:
@@ -105,7 +103,7 @@ def capture(model: nn.Module, inputs: Inputs, dynamic: Sequence[int] = ()) -> Ca
     # Each on its own: a cache that the run fills would be a constant of the trace.
     with preserved(model):
         output = _run_model(model, detached, spec)
-    traced = _AsDict(model, output) if _is_plain_dataclass(output) else None
+    traced = _AsDict(model) if any(map(_is_dataclass, pytree.tree_leaves(output))) else None
     with preserved(model):
         program, why_static = _export(traced or model, detached, spec, batch, dynamic)
     forms = _forms(program, detached)
@@ -114,7 +112,7 @@ def capture(model: nn.Module, inputs: Inputs, dynamic: Sequence[int] = ()) -> Ca
         program=program,
         model=model,
         signature=Signature(spec, forms, paths, keywords, batch if why_static else None),
-        output_type=type(output) if traced else None,
+        output=output if traced else None,
         why_static=why_static,
     )
 
@@ -174,32 +172,56 @@ def _difference(expected: Tensor, got: Tensor) -> float:
 
 
 class _AsDict(nn.Module):
-    """The model with its dataclass output as a dict, which torch.export can flatten."""
+    """The model with the dataclasses in its output as dicts, which torch.export can flatten."""
 
-    def __init__(self, model: nn.Module, output: Any) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        # A field that __init__ leaves alone has its default in the class, not in the instance.
-        own = getattr(output, "__dict__", None)
-        names = [f.name for f in dataclasses.fields(output)]
-        self.names = [name for name in names if own is None or name in own]
         self.training = model.training  # not train(), which would set the submodules too
 
-    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        out = self.model(*args, **kwargs)
-        return {name: getattr(out, name) for name in self.names}
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return _to_dicts(self.model(*args, **kwargs))
 
 
-def _is_plain_dataclass(output: Any) -> bool:
-    """A dataclass that no library has registered as a pytree."""
-    return dataclasses.is_dataclass(output) and pytree.tree_structure(output).is_leaf()
+def _is_dataclass(output: Any) -> bool:
+    """An instance of a dataclass; those that a library has registered are no leaves of a pytree."""
+    return dataclasses.is_dataclass(output) and not isinstance(output, type)
+
+
+def _to_dicts(output: Any) -> Any:
+    """The output with each dataclass as a dict of its fields."""
+    return pytree.tree_map(
+        lambda leaf: (
+            {k: _to_dicts(v) for k, v in _fields(leaf).items()} if _is_dataclass(leaf) else leaf
+        ),
+        output,
+    )
+
+
+def _fields(instance: Any) -> dict[str, Any]:
+    # A field that __init__ leaves alone has its default in the class, not in the instance.
+    own = getattr(instance, "__dict__", None)
+    names = [f.name for f in dataclasses.fields(instance)]
+    return {name: getattr(instance, name) for name in names if own is None or name in own}
+
+
+def _from_dicts(like: Any, output: Any) -> Any:
+    """The inverse of ``_to_dicts``, with the structure of ``like``."""
+    leaves, spec = pytree.tree_flatten(like)
+    found = []
+    for leaf, value in zip(leaves, spec.flatten_up_to(output), strict=True):
+        if _is_dataclass(leaf):
+            rebuilt = object.__new__(type(leaf))
+            for name, field in _fields(leaf).items():  # not by __init__, which may compute some
+                object.__setattr__(rebuilt, name, _from_dicts(field, value[name]))
+            value = rebuilt
+        found.append(value)
+    return pytree.tree_unflatten(found, spec)
 
 
 def tensors_in(output: Any) -> list[Tensor]:
     """All tensors of a model's output, of whatever type it is, in order."""
-    if _is_plain_dataclass(output):
-        output = [getattr(output, f.name) for f in dataclasses.fields(output)]
-    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in pytree.tree_leaves(_to_dicts(output)) if isinstance(leaf, Tensor)]
 
 
 def _run_model(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> Any:
@@ -231,6 +253,10 @@ def _state(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
 
 
+def _breaks_code(path: str) -> bool:
+    return bool(set(path) & set("\"'\\\n\r")) or any(map(keyword.iskeyword, path.split(".")))
+
+
 def _refuse_untraceable(model: nn.Module) -> None:
     """Raise CaptureError for modules that hide their computation from every tracer."""
     if not isinstance(model, nn.Module):
@@ -251,6 +277,13 @@ def _refuse_untraceable(model: nn.Module) -> None:
             "the model has parameters without values, on the meta device.",
             where=empty[:5],
             fix="load the weights onto a real device first.",
+        )
+    odd = [repr(name) for name, _ in _state(model) if _breaks_code(name)]
+    if odd:
+        raise CaptureError(
+            "parameters have names that cannot stand in code, and a graph is code.",
+            where=odd[:5],
+            fix="use no quotes, backslashes, line breaks and Python keywords.",
         )
     bad = {
         f"{name or '(the model)'} ({type(module).__name__})": module
@@ -333,6 +366,18 @@ def _open_dims(leaf: Any, batched: bool, further: Sequence[int]) -> dict[int, An
     return dims | ({0: torch.export.Dim.DYNAMIC} if batched else {})
 
 
+class _Unchecked:
+    """Stands for reentrant checkpointing while a model is traced.
+
+    That runs its function under no_grad, and leaves the rest of the trace under it.
+    """
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        """The function itself: what is kept for the backward pass does not concern a trace."""
+        return function(*args)
+
+
 @contextmanager
 def tracing() -> Iterator[None]:
     """One trace at a time, without the tracer's log: what goes wrong is raised as one error."""
@@ -343,6 +388,7 @@ def tracing() -> Iterator[None]:
         warnings.catch_warnings(),
         redirect_stdout(nowhere),
         redirect_stderr(nowhere),
+        mock.patch("torch.utils.checkpoint.CheckpointFunction", _Unchecked),
     ):
         warnings.simplefilter("ignore")
         level = logger.level

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.export import ExportedProgram
 
 from lrpfx.capture import tracing
@@ -31,6 +32,7 @@ def functionalize(program: ExportedProgram) -> fx.GraphModule:
         for node in [n for n in module.graph.nodes if writes(n)]:
             _rename(node)
         return module
+    _detach_regions(program.graph_module)
     with tracing():
         known = torch.export.default_decompositions()
         module = _unlifted(program.run_decompositions({op: known[op] for op in compound}))
@@ -50,9 +52,23 @@ def functionalize(program: ExportedProgram) -> fx.GraphModule:
 _COMPOUND = {aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input}
 _COMPOUND |= {aten.lstm_cell.default, aten.gru_cell.default}
 _COMPOUND |= {aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default}
-_COMPOUND |= {aten.baddbmm.default, aten.addbmm.default, aten.addcmul.default, aten.addcdiv.default}
-_COMPOUND |= {aten.lerp.Scalar, aten.lerp.Tensor, aten.glu.default}
-_COMPOUND |= {aten.cosine_similarity.default}
+
+
+def _detach_regions(module: fx.GraphModule) -> None:
+    """Detach what leaves a region of no_grad: PyTorch's functionalisation forgets its bounds."""
+    bodies = [m for m in module.modules() if isinstance(m, fx.GraphModule)]
+    for outer in bodies:
+        for node in outer.graph.nodes:
+            if not _is_region(node, "set_grad_enabled") or node.args[0]:
+                continue
+            body = outer.get_submodule(node.args[1].target)
+            assert isinstance(body, fx.GraphModule)
+            output = next(iter(reversed(body.graph.nodes)))
+            with body.graph.inserting_before(output):
+                output.args = fx.node.map_arg(
+                    output.args, lambda n: insert(n, aten.detach.default, (n,))
+                )
+            body.recompile()
 
 
 def _unlifted(program: ExportedProgram) -> fx.GraphModule:
@@ -124,7 +140,7 @@ def insert(
         None,
     )
     assert mode is not None and isinstance(values, tuple)
-    with mode, torch.no_grad():
+    with mode, enable_python_dispatcher(), torch.no_grad():
         new.meta["val"] = target(*values[0], **values[1])
     return new
 

@@ -365,6 +365,16 @@ _add(
 )
 _add([aten.upsample_bicubic2d.vec, aten._upsample_bicubic2d_aa.vec], "interpolate", "affine")
 _add([aten.col2im.default], "reduction", "affine", nonneg=inherited)
+_add([aten.grid_sampler.default], "interpolate", "affine", ["input"])
+for _target in (
+    aten.index_add.default,
+    aten.scatter_add.default,
+    aten._unsafe_index_put.default,  # index_put with accumulate
+):
+    _added = ("src", "source", "values")
+    _patterns: list[str | tuple[str, ...]]
+    _patterns = ["self", *_added, *(("self", name) for name in _added)]
+    _add([_target], "sum", "affine", _patterns, affine=maps.affine_op)
 
 
 def _nonneg_sum(args: dict[str, Any], inputs: bool) -> bool:
@@ -602,6 +612,12 @@ _add(
     ["self", "src", ("self", "src")],
 )
 _add([aten.index_put.default], "scatter", "move", ["self", "values", ("self", "values")])
+_add(
+    [aten.scatter.src, aten.index_copy.default],
+    "scatter",
+    "move",
+    ["self", "src", ("self", "src"), "source", ("self", "source")],
+)
 
 _add([aten.fill.Tensor], "scatter", "move", ["value", ("self", "value")])
 

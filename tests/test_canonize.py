@@ -146,6 +146,77 @@ def test_in_place_type_promotion_is_kept() -> None:
     assert module(x).dtype == torch.float16
 
 
+# Names and parts ---------------------------------------------------------------------------------
+
+CONSTANT = torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+MUL, ADD, MATMUL = aten.mul.Tensor, aten.add.Tensor, aten.matmul.default
+OPENED: dict[str, tuple[Callable[[Tensor], Tensor], list[object]]] = {
+    "multiply": (lambda x: torch.multiply(x, 2.0), [MUL]),
+    "true_divide": (lambda x: torch.true_divide(x, 2.0), [aten.div.Tensor]),
+    "clip": (lambda x: x.clip(0), [aten.clamp.default]),
+    "positive": (lambda x: +x * 2, [MUL]),
+    "glu": (F.glu, [aten.narrow.default, aten.narrow.default, aten.sigmoid.default, MUL]),
+    "lerp": (lambda x: torch.lerp(x, x.relu(), 0.3), [aten.relu.default, MUL, MUL, ADD]),
+    "addcmul": (lambda x: torch.addcmul(x, x, CONSTANT[0]), [MUL, ADD]),
+    "addcdiv": (
+        lambda x: torch.addcdiv(x, x, CONSTANT[0], value=2.0),
+        [aten.div.Tensor, MUL, ADD],
+    ),
+    "addmm": (lambda x: torch.addmm(x, x, CONSTANT, beta=2), [MUL, MATMUL, ADD]),
+    "addmm with a constant summand": (
+        lambda x: torch.addmm(CONSTANT[0], x, CONSTANT),
+        [aten.addmm.default],
+    ),
+    "outer": (lambda x: torch.outer(x[0], x[1]), [aten.unsqueeze.default, MUL]),
+    "index_put": (
+        lambda x: x.index_put((torch.tensor([0, 0]),), x[:2]),
+        [aten.slice.Tensor, aten.index_put.default],
+    ),
+    "index_put with accumulate": (
+        lambda x: x.index_put((torch.tensor([0, 0]),), x[:2], accumulate=True),
+        [aten.slice.Tensor, aten._unsafe_index_put.default],
+    ),
+    "einsum of live tensors": (
+        lambda x: torch.einsum("ni,ni->n", x, x.relu()),
+        [aten.relu.default, aten.einsum.default],
+    ),
+    "einsum of three": (
+        lambda x: torch.einsum("ni,ij,nj->n", x, CONSTANT, x),
+        [aten.einsum.default],
+    ),
+}
+
+
+@pytest.mark.parametrize(("fn", "parts"), OPENED.values(), ids=OPENED)
+def test_every_op_has_one_name_and_fused_arithmetic_is_opened(
+    fn: Callable[[Tensor], Tensor], parts: list[object]
+) -> None:
+    x = torch.randn(3, 6, dtype=torch.float64)
+    module = canonical(Plain(fn), x)
+    of_literals = (aten.lift_fresh_copy.default, aten.detach.default, aten.select.int)
+    assert [t for t in targets(module) if t not in of_literals] == parts
+    torch.testing.assert_close(module(x), fn(x), rtol=1e-12, atol=1e-12)
+
+
+EINSUMS = ["ni,io->no", "oi,ni->no", "ni,i->n", "i,ni->n", "ni,iop->pno", "ni,ni->n"]
+
+
+@pytest.mark.parametrize("equation", [*EINSUMS, "nab,abo->on", "nab,bao->no", "nab,aob->nao"])
+def test_an_einsum_with_a_constant_is_a_linear_layer(equation: str) -> None:
+    sizes = dict(n=3, i=4, o=5, p=2, a=2, b=3)
+    a, b = (
+        torch.randn([sizes[c] for c in term], dtype=torch.float64)
+        for term in equation.split("->")[0].split(",")
+    )
+    left = "n" in equation.split(",")[0]
+    x, w = (a, b) if left else (b, a)
+    model = Plain(lambda x: torch.einsum(equation, *((x, w) if left else (w, x))))
+    module = canonical(model, x)
+    assert aten.einsum.default not in targets(module)
+    torch.testing.assert_close(module(x), model(x), rtol=1e-12, atol=1e-12)
+    assert "linear" in {row.kind for row in lrpfx.Explainer(model, x, "epsilon_all").report.rows}
+
+
 # No-ops, detach, regions -------------------------------------------------------------------------
 
 
@@ -167,6 +238,16 @@ def test_relevance_ends_at_detach_and_no_grad() -> None:
 
     x, seed = torch.randn(3, 4).double(), torch.randn(3, 4).double()
     rules = lrpfx.composites.EpsilonAll(epsilon=1e-12)
+
+    def beside_a_write(x: Tensor) -> Tensor:
+        y = x * 1
+        y[:, :2] += 0 * y[:, 2:]  # PyTorch's functionalisation forgets where no_grad began
+        with torch.no_grad():
+            gate = torch.sigmoid(x.flip(0))
+        return y * gate
+
+    e = lrpfx.explain(Plain(beside_a_write), torch.randn(3, 4).double(), 0)
+    assert "product" not in {row.kind for row in e.report.rows}
     for fn in (detached, no_grad):
         e = lrpfx.explain(Plain(fn), x, seed, rules=rules)
         assert [row.kind for row in e.report.rows] == ["scale"]

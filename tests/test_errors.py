@@ -268,6 +268,13 @@ CAPTURE = [
     Case(
         "through numpy", errors.CaptureError, fc(through_numpy), x, (LINE + r"return m\.fc\(torch",)
     ),
+    Case(
+        "names that break code",
+        errors.CaptureError,
+        lambda: nn.Sequential(OrderedDict({"stem": nn.Linear(3, 3), "in": nn.Linear(3, 2)})).eval(),
+        says=(r"in\.weight", "keywords"),
+        unsaid="stem",
+    ),
     # The graph of these computes something else than the model.
     Case(
         "torch.rand",

@@ -195,6 +195,21 @@ LINEAR: dict[str, tuple[tuple[int, ...], Fn]] = {
     "max": (IMAGE, lambda x: x.max(1).values),
     "maximum": (IMAGE, lambda x: torch.maximum(x, x.flip(-1))),
     "relu": (IMAGE, lambda x: F.relu(x)),
+    "topk": (ROW, lambda x: x.topk(3, 1).values),
+    "scatter": (ROW, lambda x: torch.zeros_like(x).scatter(1, x.argsort(1), x)),
+    "index_copy": (IMAGE, lambda x: x.index_copy(1, torch.tensor([2]), x[:, :1] * 2)),
+    "index_add": (IMAGE, lambda x: x.index_add(1, torch.tensor([0, 0]), x[:, 2:], alpha=2)),
+    "scatter_add": (ROW, lambda x: x.scatter_add(1, torch.zeros_like(x).long(), x)),
+    "index_put with accumulate": (
+        ROW,
+        lambda x: x.index_put((torch.arange(2)[:, None], torch.tensor([0, 0])), x[:2, 1:3], True),
+    ),
+    "grid_sample": (
+        IMAGE,
+        lambda x: F.grid_sample(
+            x, kernel(1, 3, 2, 2).expand(x.shape[0], 3, 2, 2), align_corners=False
+        ),
+    ),
 }
 
 
@@ -278,6 +293,11 @@ SHIFTS: dict[str, tuple[Fn, float, float]] = {
     "sub with alpha": (lambda x: torch.sub(x, 2.0, alpha=3), 1.0, -6.0),
     "tensor - x": (lambda x: torch.ones(8).double() - x, -1.0, 1.0),
     "rsub": (lambda x: torch.rsub(x, 2.0, alpha=3), -3.0, 2.0),
+    "added to ones by index": (
+        lambda x: torch.ones_like(x).index_add(1, torch.arange(8), x),
+        1.0,
+        1.0,
+    ),
     "x += number": (lambda x: (x * 1.0).add_(2.0), 1.0, 2.0),
 }
 

@@ -478,7 +478,7 @@ def test_coverage_names_calls_and_live_arguments() -> None:
     found = lrpfx.coverage(Apply(forward, part=part, fc=nn.Linear(3, 3)), torch.ones(2, 3))
     assert [row.module for row in found.unsupported] == ["part", "", "part@1"]
     assert "with live self and other" in found.unsupported[1].why
-    assert "cumsum 2, div 1" in repr(found)
+    assert "cumsum 2, fmod 1" in repr(found)
 
 
 def test_coverage_still_refuses_what_has_another_fault() -> None:

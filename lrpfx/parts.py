@@ -1,0 +1,305 @@
+"""Ops that stand for several others, or that have two names -> the ops the table knows."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from lrpfx.errors import UnsupportedOpError
+from lrpfx.functionalize import insert
+from lrpfx.graph import bound_arguments, reachable, source_line
+
+aten = torch.ops.aten
+
+_ALIASES = {
+    aten.multiply.Tensor: aten.mul.Tensor,
+    aten.subtract.Tensor: aten.sub.Tensor,
+    aten.divide.Tensor: aten.div.Tensor,
+    aten.true_divide.Tensor: aten.div.Tensor,
+    aten.negative.default: aten.neg.default,
+    aten.absolute.default: aten.abs.default,
+    aten.clip.default: aten.clamp.default,
+    aten.concatenate.default: aten.cat.default,
+    aten.row_stack.default: aten.vstack.default,
+    aten.special_expit.default: aten.sigmoid.default,
+    aten.special_softmax.default: aten.softmax.int,
+    aten.linalg_matmul.default: aten.matmul.default,
+    aten.mv.default: aten.matmul.default,
+    aten.dot.default: aten.matmul.default,
+}
+
+
+def one_name_each(module: fx.GraphModule) -> fx.GraphModule:
+    """``multiply(a, b)`` -> ``mul(a, b)``: the names that PyTorch has twice."""
+    for node in module.graph.nodes:
+        node.target = _ALIASES.get(node.target, node.target)
+    return module
+
+
+def open_parts(module: fx.GraphModule) -> fx.GraphModule:
+    """``addcmul(a, b, c)`` -> ``a + b * c``, and so on: fused arithmetic has its parts' rules."""
+    for node in list(module.graph.nodes):
+        parts = _PARTS.get(node.target)
+        if parts is None:
+            continue
+        with module.graph.inserting_before(node):
+            new = parts(_Writer(node), **bound_arguments(node))
+        if new is not None:
+            node.replace_all_uses_with(new)
+            module.graph.erase_node(node)
+    return module
+
+
+class _Writer:
+    """Writes calls into the graph in the place of ``node``; a factor or summand of 1 or 0 falls."""
+
+    def __init__(self, node: fx.Node) -> None:
+        self.node = node
+
+    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return insert(self.node, target, args, kwargs)
+
+    def times(self, a: Any, number: Any) -> Any:
+        return a if isinstance(number, (int, float)) and number == 1 else self._mul(a, number)
+
+    def _mul(self, a: Any, b: Any) -> fx.Node:
+        return self(aten.mul.Tensor, a, b)
+
+    def sum(self, a: Any, b: Any) -> fx.Node:
+        return self(aten.add.Tensor, a, b)
+
+
+_LETTERS = string.ascii_letters
+
+Parts = Callable[..., "fx.Node | None"]
+
+
+def _varies(node: Any) -> bool:
+    """Whether the node depends on the graph's inputs."""
+    return isinstance(node, fx.Node) and any(n.op == "placeholder" for n in reachable([node]))
+
+
+def _glu(op: _Writer, self: fx.Node, dim: int) -> fx.Node:
+    size = self.meta["val"].shape[dim] // 2
+    value = op(aten.narrow.default, self, dim, 0, size)
+    gate = op(aten.narrow.default, self, dim, size, size)
+    return op(aten.mul.Tensor, value, op(aten.sigmoid.default, gate))
+
+
+def _lerp(op: _Writer, self: Any, end: Any, weight: Any) -> fx.Node:
+    """(1 - w) a + w b, in which each counts once, unlike a + w (b - a)."""
+    rest = op(aten.rsub.Scalar, weight, 1) if isinstance(weight, fx.Node) else 1 - weight
+    return op.sum(op(aten.mul.Tensor, self, rest), op(aten.mul.Tensor, end, weight))
+
+
+def _addcmul(op: _Writer, self: Any, tensor1: Any, tensor2: Any, value: Any) -> fx.Node:
+    return op.sum(self, op.times(op(aten.mul.Tensor, tensor1, tensor2), value))
+
+
+def _addcdiv(op: _Writer, self: Any, tensor1: Any, tensor2: Any, value: Any) -> fx.Node:
+    return op.sum(self, op.times(op(aten.div.Tensor, tensor1, tensor2), value))
+
+
+def _addmm(op: _Writer, self: Any, mat1: Any, mat2: Any, beta: Any, alpha: Any) -> fx.Node | None:
+    """Left whole where ``self`` is a constant: then it is the bias of a linear layer."""
+    if not _varies(self):
+        return None
+    return op.sum(op.times(self, beta), op.times(op(aten.matmul.default, mat1, mat2), alpha))
+
+
+def _baddbmm(
+    op: _Writer, self: Any, batch1: Any, batch2: Any, beta: Any, alpha: Any
+) -> fx.Node | None:
+    product = op.times(op(aten.matmul.default, batch1, batch2), alpha)
+    return op.sum(op.times(self, beta), product)
+
+
+def _addbmm(op: _Writer, self: Any, batch1: Any, batch2: Any, beta: Any, alpha: Any) -> fx.Node:
+    product = op(aten.sum.dim_IntList, op(aten.matmul.default, batch1, batch2), [0])
+    return op.sum(op.times(self, beta), op.times(product, alpha))
+
+
+def _addmv(op: _Writer, self: Any, mat: Any, vec: Any, beta: Any, alpha: Any) -> fx.Node:
+    return op.sum(op.times(self, beta), op.times(op(aten.matmul.default, mat, vec), alpha))
+
+
+def _outer(op: _Writer, self: Any, vec2: Any) -> fx.Node:
+    return op(aten.mul.Tensor, op(aten.unsqueeze.default, self, 1), vec2)
+
+
+def _inner(op: _Writer, self: Any, other: Any) -> fx.Node:
+    if other.meta["val"].ndim > 1:
+        other = op(aten.mT.default, other)
+    return op(aten.matmul.default, self, other)
+
+
+def _ravel(op: _Writer, self: Any) -> fx.Node:
+    return op(aten.reshape.default, self, [-1])
+
+
+def _bilinear(op: _Writer, input1: Any, input2: Any, weight: Any, bias: Any) -> fx.Node:
+    equation = "...i,oij,...j->...o"
+    product = op(aten.einsum.default, equation, [input1, weight, input2])
+    return product if bias is None else op.sum(product, bias)
+
+
+def _cosine(op: _Writer, x1: Any, x2: Any, dim: int, eps: float) -> fx.Node:
+    """The sum of a product of two normalised tensors; the norms are statistics."""
+    a, b = (
+        op(
+            aten.div.Tensor,
+            x,
+            op(
+                aten.clamp_min.default,
+                op(aten.linalg_vector_norm.default, x, 2, [dim], True),
+                eps,
+            ),
+        )
+        for x in (x1, x2)
+    )
+    return op(aten.sum.dim_IntList, op(aten.mul.Tensor, a, b), [dim])
+
+
+def _index_put(
+    op: _Writer, self: Any, indices: Any, values: Any, accumulate: bool
+) -> fx.Node | None:
+    """With ``accumulate`` a sum, which shares relevance; without, values that are moved."""
+    if not accumulate:
+        return None
+    return op(aten._unsafe_index_put.default, self, indices, values, True)
+
+
+def _scatter(op: _Writer, self: Any, dim: int, index: Any, src: Any, **rest: Any) -> fx.Node | None:
+    """Cuts ``src`` to what ``index`` reads of it, which PyTorch's own derivative fails to do."""
+    cut = src
+    for d, (size, read) in enumerate(
+        zip(src.meta["val"].shape, index.meta["val"].shape, strict=True)
+    ):
+        if isinstance(size, int) and isinstance(read, int) and size != read:
+            cut = op(aten.slice.Tensor, cut, d, 0, read)
+    return None if cut is src else op(op.node.target, self, dim, index, cut)
+
+
+def _explicit(equation: str, ndims: list[int]) -> tuple[list[str], str]:
+    """Subscripts per operand and of the output, with letters for the one ellipsis; [] for more."""
+    inputs, arrow, out = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if sum("..." in term for term in terms) > 1:
+        return [], ""
+    hidden = max(n - len(t.replace("...", "")) for t, n in zip(terms, ndims, strict=True))
+    dots = "".join([c for c in _LETTERS if c not in equation][:hidden])
+    if not arrow:
+        once = sorted(c for c in set(inputs) - set(".,") if inputs.count(c) == 1)
+        out = ("..." if "..." in inputs else "") + "".join(once)
+    return [term.replace("...", dots) for term in terms], out.replace("...", dots)
+
+
+def _einsum(op: _Writer, equation: str, tensors: Any, path: Any) -> fx.Node | None:
+    """A linear layer, if one of two operands is a constant; else left whole."""
+    terms, out = _explicit(equation, [t.meta["val"].ndim for t in tensors])
+    if len(terms) != 2:
+        return None
+    live = [_varies(t) for t in tensors]
+    if sum(live) != 1 or any(len(set(t)) != len(t) for t in terms):
+        return None
+    i = live.index(True)
+    (a, w), (x, weight) = (terms[i], terms[1 - i]), (tensors[i], tensors[1 - i])
+    shared = [c for c in a if c in w and c in out]
+    contracted = [c for c in a if c in w and c not in out]
+    rows = [c for c in a if c not in w]
+    columns = [c for c in w if c not in a]
+    if not contracted or set(rows + columns) - set(out):
+        return None
+    size = dict(zip(w, weight.meta["val"].shape, strict=True))
+    x = op(aten.permute.default, x, [a.index(c) for c in rows + shared + contracted])
+    weight = op(aten.permute.default, weight, [w.index(c) for c in shared + contracted + columns])
+    x = op(aten.flatten.using_ints, x, -len(contracted), -1)
+    k = [size[c] for c in shared]
+    weight = op(aten.reshape.default, weight, [*k, x.meta["val"].shape[-1], -1])
+    if shared:
+        x = op(aten.unsqueeze.default, x, -2)
+    z = op(aten.matmul.default, x, weight)
+    if shared:
+        z = op(aten.squeeze.dim, z, -2)
+    if columns:
+        z = op(aten.unflatten.int, z, -1, [size[c] for c in columns])
+    else:
+        z = op(aten.squeeze.dim, z, -1)
+    order = rows + shared + columns
+    return op(aten.permute.default, z, [order.index(c) for c in out])
+
+
+def _tensordot(op: _Writer, self: Any, other: Any, dims_self: Any, dims_other: Any) -> fx.Node:
+    """``einsum`` over the paired dimensions."""
+    a, b = self.meta["val"].ndim, other.meta["val"].ndim
+    first, second = list(_LETTERS[:a]), list(_LETTERS[a : a + b])
+    for i, j in zip(dims_self, dims_other, strict=True):
+        second[j] = first[i]
+    out = [c for c in first if c not in second] + [c for c in second if c not in first]
+    equation = f"{''.join(first)},{''.join(second)}->{''.join(out)}"
+    found = _einsum(op, equation, [self, other], None)
+    return op(aten.einsum.default, equation, [self, other]) if found is None else found
+
+
+def _embedding_bag(
+    op: _Writer,
+    weight: Any,
+    indices: Any,
+    offsets: Any,
+    mode: int,
+    per_sample_weights: Any,
+    padding_idx: Any,
+    **rest: Any,
+) -> None:
+    """Replaces the bags' first output by an embedding and its sum, mean or maximum over a bag."""
+    if not _varies(indices):
+        return None
+    step = offsets.args[2] if offsets.target is aten.arange.start_step else None
+    padded = padding_idx is not None and padding_idx >= 0
+    if not isinstance(step, int) or padded:
+        raise UnsupportedOpError(
+            "token ids enter an embedding bag whose bags "
+            + ("leave out a padding index." if padded else "differ in size or have offsets."),
+            where=[f"{op.node.target}   {source_line(op.node)}"],
+            fix="give ids of shape (N, T) without padding_idx, or use nn.Embedding and a sum.",
+        )
+    ids = op(aten.reshape.default, indices, [-1, step])
+    vectors = op(aten.embedding.default, weight, ids)
+    if per_sample_weights is not None:
+        shares = op(aten.reshape.default, per_sample_weights, [-1, step, 1])
+        vectors = op(aten.mul.Tensor, vectors, shares)
+    reduction = (aten.sum.dim_IntList, aten.mean.dim, aten.amax.default)[mode]
+    bags = op(reduction, vectors, [1])
+    for user in list(op.node.users):
+        if user.args[1] == 0:
+            user.replace_all_uses_with(bags)
+    return None
+
+
+_PARTS: dict[Any, Parts] = {
+    aten.glu.default: _glu,
+    aten.lerp.Scalar: _lerp,
+    aten.lerp.Tensor: _lerp,
+    aten.addcmul.default: _addcmul,
+    aten.addcdiv.default: _addcdiv,
+    aten.addmm.default: _addmm,
+    aten.baddbmm.default: _baddbmm,
+    aten.addbmm.default: _addbmm,
+    aten.addmv.default: _addmv,
+    aten.outer.default: _outer,
+    aten.inner.default: _inner,
+    aten.ravel.default: _ravel,
+    aten.bilinear.default: _bilinear,
+    aten.cosine_similarity.default: _cosine,
+    aten.index_put.default: _index_put,
+    aten.scatter.src: _scatter,
+    aten.scatter_add.default: _scatter,
+    aten.einsum.default: _einsum,
+    aten.tensordot.default: _tensordot,
+    aten.embedding_bag.padding_idx: _embedding_bag,
+    aten.embedding_bag.default: _embedding_bag,
+}
