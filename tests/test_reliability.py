@@ -176,7 +176,7 @@ def test_explainers_can_be_made_and_dropped() -> None:
     references: list[weakref.ref[Any]] = []
 
     def once() -> None:
-        model = nn.Sequential(nn.Linear(128, 2048), nn.ReLU(), nn.Linear(2048, 4)).eval()  # 1 MB
+        model = nn.Sequential(nn.Linear(128, 8192), nn.ReLU(), nn.Linear(8192, 4)).eval()  # 4 MB
         explainer = lrpfx.Explainer(model, x)
         explainer(x)
         references.extend([weakref.ref(model), weakref.ref(explainer.graph_module)])
@@ -188,7 +188,8 @@ def test_explainers_can_be_made_and_dropped() -> None:
         once()
     left, grown = alive()["tensors"] - before["tensors"], resident() - held
     assert left <= 0, f"{left} tensors left of 30 explainers"
-    assert grown < 15e6, f"{grown / 1e6:.1f} MB more after 30 explainers"
+    # torch.export by itself keeps a tenth of a megabyte of each trace.
+    assert grown < 40e6, f"{grown / 1e6:.1f} MB more after 30 explainers"
     assert not [r() for r in references if r() is not None]
 
 
@@ -407,7 +408,7 @@ def test_an_interrupt_at_any_time(name: str, monkeypatch: pytest.MonkeyPatch) ->
         lrpfx.explain(model, inputs)
         calls = fuse.touched
         assert calls > 300
-        points = 400 if NIGHTLY else 6
+        points = 400 if NIGHTLY else 5
         # Many calls are early and short; the later half of the points is the last few.
         for k in {*range(0, calls, 1 + calls // points), *range(calls - points, calls)}:
             fuse.k, fuse.touched = k, 0
@@ -678,9 +679,14 @@ def note(what: str) -> None:
     RAN.append(what)
 
 
+@functools.cache
+def explained() -> lrpfx.Explanation:
+    return lrpfx.explain(MODELS["two inputs"][0], row_pair(), 1, layers=["fc"])
+
+
 def saved(tmp_path: Path) -> tuple[Path, dict[str, np.ndarray]]:
     path = tmp_path / "explanation.npz"
-    lrpfx.explain(MODELS["two inputs"][0], row_pair(), 1, layers=["fc"]).save(path)
+    explained().save(path)
     with np.load(path) as stored:
         return path, dict(stored)
 
