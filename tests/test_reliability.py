@@ -328,9 +328,9 @@ def test_an_exception_in_any_nodes_backward(name: str, error: BaseException) -> 
         fuse.k, fuse.touched = k, 0
         with assert_process_untouched(model, inputs), pytest.raises(type(error), match="planted"):
             explainer(inputs, create_graph=k % 2 == 1)
-        fuse.k = -1
-        got = leaves_of(explainer(inputs, layers=["*"]))
-        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    fuse.k = -1
+    got = leaves_of(explainer(inputs, layers=["*"]))
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def leaves_of(explanation: lrpfx.Explanation) -> list[Tensor]:
