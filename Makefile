@@ -1,6 +1,8 @@
-# make demo    train a small network, explain it, write a picture
-# make test    what CI runs: lint, format, types, tests
-# make clean   remove the environment and everything generated
+# make demo      train a small network, explain it, write a picture
+# make examples  a vision transformer, a language model, a sentence encoder with its real weights
+# make test      what CI runs: lint, format, types, tests
+# make nightly   tests with more and new examples, then the models of three libraries (hours)
+# make clean     remove the environment and everything generated
 #
 # PYTHON names the interpreter (3.10 or newer) that the environment is made with. pip takes its
 # own settings from the environment as usual; the CPU build of torch, for instance, comes with
@@ -13,11 +15,17 @@ JOBS   ?= 2
 BIN     := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -c constraints.txt
 
-.PHONY: demo test check clean
+.PHONY: demo examples test check nightly clean
 
-demo: $(VENV)/.installed-examples
+demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/quickstart.py examples/out/quickstart.png
 	@echo "The picture is in examples/out/quickstart.png"
+
+# Small models are faster on one thread.
+examples: $(VENV)/.installed-examples
+	OMP_NUM_THREADS=1 $(BIN)/python examples/vit.py examples/out/vit.png
+	OMP_NUM_THREADS=1 $(BIN)/python examples/llm.py
+	$(BIN)/python examples/sentences.py
 
 # One thread per worker: pytest-xdist already fills the cores.
 test: $(VENV)/.installed-test
@@ -27,6 +35,13 @@ test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
 
 check: test
+
+# The coverage of every library is measured, also if that of another falls short.
+nightly: $(VENV)/.installed-test $(VENV)/.installed-nightly
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --hypothesis-profile nightly
+	failed=; for zoo in torchvision timm transformers; do \
+		$(BIN)/python -m benchmarks.coverage $$zoo || failed="$$failed $$zoo"; \
+	done; test -z "$$failed"
 
 # One stamp per extra; an installation is repeated only when the requirements have changed.
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python

@@ -67,12 +67,12 @@ def load() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x[train], x[test], y[train], y[test]
 
 
-def train(model: nn.Module, x: Tensor, y: Tensor) -> None:
+def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int = EPOCHS) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)
-    steps = EPOCHS * -(-len(x) // BATCH)
+    steps = epochs * -(-len(x) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
     model.train()
-    for _ in range(EPOCHS):
+    for _ in range(epochs):
         for batch in torch.randperm(len(x)).split(BATCH):
             optimizer.zero_grad()
             F.cross_entropy(model(x[batch]), y[batch]).backward()

@@ -102,7 +102,7 @@ def capture(model: nn.Module, inputs: Inputs, dynamic: Sequence[int] = ()) -> Ca
         raise InputError("the inputs hold no samples.", fix="give a batch of at least one.")
     # Each on its own: a cache that the run fills would be a constant of the trace.
     with preserved(model):
-        output = _run_model(model, detached, spec)
+        output = run_model(model, detached, spec)
     traced = _AsDict(model) if any(map(_is_dataclass, pytree.tree_leaves(output))) else None
     with preserved(model):
         program, why_static = _export(traced or model, detached, spec, batch, dynamic)
@@ -137,9 +137,9 @@ def check_faithful(captured: Captured, module: fx.GraphModule, inputs: Inputs) -
     leaves, spec, _ = flatten_inputs(inputs)
     model = captured.model
     with preserved(model), torch.no_grad():
-        _run_model(model, copies(leaves), spec)
+        run_model(model, copies(leaves), spec)
         # The second run: what changes from call to call is no function of the inputs.
-        expected = tensors_in(_run_model(model, copies(leaves), spec))
+        expected = tensors_in(run_model(model, copies(leaves), spec))
         args, kwargs = pytree.tree_unflatten(copies(leaves), spec)
         got = tensors_in(captured.rebuild(module(*args, **kwargs)))
     same = len(expected) == len(got)
@@ -224,7 +224,8 @@ def tensors_in(output: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(_to_dicts(output)) if isinstance(leaf, Tensor)]
 
 
-def _run_model(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> Any:
+def run_model(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> Any:
+    """What the model returns for the flat inputs; InputError if it fails on them."""
     args, kwargs = pytree.tree_unflatten(list(leaves), spec)
     try:
         with torch.no_grad():

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from lrpfx.assign import assign
 from lrpfx.canonize import canonize
-from lrpfx.capture import TRACING, Captured, capture, check_faithful
+from lrpfx.capture import TRACING, Captured, capture, check_faithful, run_model
 from lrpfx.composites import RulesLike
 from lrpfx.errors import (
     CaptureError,
@@ -35,8 +35,9 @@ from lrpfx.graph import (
     used_nodes,
 )
 from lrpfx.hold import DIVISOR
-from lrpfx.inputs import Inputs, check_inputs, flatten_inputs, varying_sizes
+from lrpfx.inputs import Inputs, check_inputs, copies, flatten_inputs, varying_sizes
 from lrpfx.ledger import Booking, Ledger
+from lrpfx.preserve import preserved
 from lrpfx.report import Report, make_report, with_ledger
 from lrpfx.rewrite import instrument, rewrite
 from lrpfx.rules import Stop
@@ -195,16 +196,15 @@ class Explainer:
         with TRACING:
             self._refresh()
             self._check_sizes(inputs, leaves)
-        paths = (layers,) if isinstance(layers, str) else tuple(layers or ())
-        if not all(isinstance(path, str) for path in paths):
-            raise SelectorError(
-                f"layers={layers!r} are no module paths.", fix='give strings such as "layer4.*".'
-            )
-        module, calls = self._instrument(paths)
+        module, calls = self._instrument(_paths(layers))
         kept = [_kept(v, create_graph) for v in leaves]
         ledger = Ledger()
         with torch.set_grad_enabled(create_graph):
-            clean, explained, phantoms, starts, taps = module(*kept, ledger)
+            try:
+                clean, explained, phantoms, starts, taps = module(*kept, ledger)
+            except (IndexError, ValueError, RuntimeError):  # token ids out of range, for instance
+                self._refuse_if_the_model_does(leaves)
+                raise
             seed = make_seed(explained, target, self._finish)
             if not all(bool(s.isfinite().all()) for s in seed.seeds if s is not None):
                 self._refuse_seed(seed, explained, kept)
@@ -295,6 +295,11 @@ class Explainer:
         return self._rebuild(
             [n.target(v, *n.args[1:], **n.kwargs) if final_softmax(n) else v for n, v in leaves]
         )
+
+    def _refuse_if_the_model_does(self, leaves: Sequence[Any]) -> None:
+        """Raise InputError if the model itself fails on these inputs."""
+        with TRACING, preserved(self._captured.model):
+            run_model(self._captured.model, copies(leaves), self._captured.signature.spec)
 
     def _refuse_seed(self, seed: Seed, clean: Sequence[Any], leaves: Sequence[Any]) -> None:
         """Raise the error of a seed that is not finite, by the fault of model or target."""
@@ -439,6 +444,19 @@ class _FirstNonFinite(fx.Interpreter):
             if not bool(value.isfinite().all()):
                 self.found = n
         return value
+
+
+def _paths(layers: Any) -> tuple[str, ...]:
+    """The module paths of ``layers``."""
+    try:
+        paths = (layers,) if isinstance(layers, str) else () if layers is None else tuple(layers)
+    except (TypeError, NotImplementedError):  # nothing that can be iterated over
+        paths = (layers,)
+    if not all(isinstance(path, str) for path in paths):
+        raise SelectorError(
+            f"layers={layers!r} are no module paths.", fix='give strings such as "layer4.*".'
+        )
+    return paths
 
 
 def _floating(value: Any) -> bool:

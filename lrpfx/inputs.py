@@ -159,10 +159,12 @@ def _has_form(leaf: Tensor, form: TensorForm) -> bool:
         isinstance(size, str) or size == given
         for size, given in zip(form.shape, leaf.shape, strict=True)
     )
-    return same_shape and leaf.dtype == form.dtype and leaf.device == form.device
+    same_kind = leaf.dtype == form.dtype and leaf.device == form.device
+    return same_shape and same_kind and leaf.layout == torch.strided
 
 
 def _describe(leaf: Any) -> str:
     if not isinstance(leaf, Tensor):
         return repr(leaf)
-    return str(TensorForm(tuple(leaf.shape), leaf.dtype, leaf.device))
+    form = str(TensorForm(tuple(leaf.shape), leaf.dtype, leaf.device))
+    return form if leaf.layout == torch.strided else f"{leaf.layout} {form}"

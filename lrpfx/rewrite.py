@@ -76,7 +76,7 @@ def begin(clean: Tensor) -> Tensor:
     return phantom(clean.detach()).requires_grad_()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # fx hashes it, and fields of rules need not be hashable
 class Twin:
     """The target of a twin node: a frozen callable that carries one node's rule.
 

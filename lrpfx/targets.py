@@ -68,7 +68,7 @@ def make_seed(
 
 def _from_output(output: Tensor, target: Any) -> tuple[Tensor, Tensor | None, str]:
     if isinstance(target, np.ndarray):
-        target = torch.from_numpy(target)
+        target = _from_numpy(target)
     if isinstance(target, Tensor) and target.is_floating_point():
         if target.shape != output.shape:
             raise TargetError(
@@ -90,6 +90,16 @@ def _from_output(output: Tensor, target: Any) -> tuple[Tensor, Tensor | None, st
     mask[torch.arange(len(classes), device=output.device), classes] = True
     text = f"class {int(classes[0])}" if len(set(classes.tolist())) == 1 else "class per sample"
     return _masked(output, mask), classes, f"{text}, one-hot times output"
+
+
+def _from_numpy(target: np.ndarray[Any, Any]) -> Tensor:
+    try:
+        return torch.from_numpy(target)
+    except (TypeError, ValueError) as error:  # strings, objects, negative strides
+        raise TargetError(
+            f"target {target!r} cannot be read as a tensor: {error}.",
+            fix="give an array of integers (one class per sample) or floats (the seed).",
+        ) from error
 
 
 def _masked(output: Tensor, mask: Tensor) -> Tensor:
@@ -119,7 +129,7 @@ def _at_index(output: Tensor, index: tuple[Any, ...]) -> tuple[Tensor, Tensor | 
         mask[(slice(None), *index)] = True
         if not bool(mask.any()):
             raise IndexError("it selects nothing")
-    except (IndexError, TypeError, ValueError) as error:
+    except (IndexError, TypeError, ValueError, RuntimeError) as error:
         raise TargetError(
             f"target {index!r} is no index into a sample's output {tuple(output.shape[1:])}: "
             f"{error}.",
@@ -180,7 +190,8 @@ def _from_callable(
     name = getattr(target, "__name__", type(target).__name__)
     with torch.enable_grad():
         try:
-            value = target(rebuild(inner))
+            # Copies: a target may write into the output, which is still read after it.
+            value = target(rebuild([t.clone() if isinstance(t, Tensor) else t for t in inner]))
         except Exception as error:
             raise TargetError(
                 f"target {name} fails on the model's output: {type(error).__name__}: {error}",

@@ -84,7 +84,7 @@ def divide(R: Tensor, z: Tensor, stabilizer: StabilizerLike) -> tuple[Tensor, Te
     nothing to share relevance by, so it is absorbed instead of becoming NaN.
     """
     if callable(stabilizer):
-        stable = stabilizer(z)
+        stable = _called(stabilizer, z)
     elif stabilizer > 0:
         # Not torch.sign: the sign of zero must count as +1.
         stable = torch.where(z >= 0, z + stabilizer, z - stabilizer)
@@ -93,6 +93,23 @@ def divide(R: Tensor, z: Tensor, stabilizer: StabilizerLike) -> tuple[Tensor, Te
         stable = z
     empty = stable == 0
     return (R / stable.masked_fill(empty, 1.0)).masked_fill(empty, 0.0), stable
+
+
+def _called(stabilizer: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """What the user's stabilizer makes of ``z``, if it is a tensor like it."""
+    name = getattr(stabilizer, "__name__", type(stabilizer).__name__)
+    fix = "a stabilizer takes a tensor and returns one of its shape, without zeros."
+    try:
+        stable = stabilizer(z)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # it is the user's, and may raise anything
+        what = f"stabilizer {name} fails: {type(error).__name__}: {error}"
+        raise RuleError(what, fix=fix) from error
+    if not isinstance(stable, Tensor) or stable.shape != z.shape:
+        form = tuple(stable.shape) if isinstance(stable, Tensor) else type(stable).__name__
+        raise RuleError(f"stabilizer {name} makes {form} of {tuple(z.shape)}.", fix=fix)
+    return stable
 
 
 @dataclass(frozen=True)
