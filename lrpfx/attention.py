@@ -1,29 +1,37 @@
-"""Fused attention -> its parts."""
+"""Fused attention -> its parts, and back where relevance is computed fast."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
+from lrpfx.assign import Assignment
 from lrpfx.functionalize import insert
 from lrpfx.graph import bound_arguments
+from lrpfx.rules import Bilinear, Epsilon, Gradient, Norm, Taylor
+from lrpfx.rules.base import Carry
 
 aten = torch.ops.aten
+SDPA = aten.scaled_dot_product_attention.default
+#: On the last of the parts: the call that they stand for.
+_FUSED = "lrpfx_fused"
 
 
 def open_attention(module: fx.GraphModule) -> fx.GraphModule:
     """``sdpa(q, k, v)`` -> ``softmax(scale * q k' + mask) v``, for rules of its parts.
 
-    The fused kernel has no second derivative, and its parts have different rules.
+    The fused kernel has no second derivative, and its parts have different rules. The call itself
+    stays in the graph, unused: ``find_fused`` may put it back.
     """
-    for node in [
-        n for n in module.graph.nodes if n.target is aten.scaled_dot_product_attention.default
-    ]:
+    for node in [n for n in module.graph.nodes if n.target is SDPA]:
         with module.graph.inserting_before(node):
-            node.replace_all_uses_with(_attention(node))
-        module.graph.erase_node(node)
+            whole = _attention(node)
+        node.replace_all_uses_with(whole)
+        whole.meta[_FUSED] = node
     return module
 
 
@@ -51,3 +59,99 @@ def _attention(node: fx.Node) -> fx.Node:
     # The fused kernel gives a row that is masked whole zeros, a plain softmax gives it NaN.
     softmax = aten.softmax.int if mask is None else aten._safe_softmax.default
     return op(aten.matmul.default, op(softmax, scores, -1), v)
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Parts of an attention that a fused kernel can stand for.
+
+    Args:
+        call: The call of the kernel.
+        live: The live ones of queries, keys and values.
+        shares: What each gets of the relevance, see ``rules.bilinear.Attended``.
+    """
+
+    call: fx.Node
+    live: tuple[fx.Node, ...]
+    shares: tuple[float, ...]
+
+
+def find_fused(
+    graph: fx.Graph,
+    plan: Mapping[str, Assignment],
+    live: Container[fx.Node],
+    carriers: Mapping[fx.Node, Carry],
+) -> dict[fx.Node, Fused]:
+    """The attentions whose parts, under their rules, amount to the kernel's own backward pass.
+
+    That is where no part divides by anything and all edges between them carry multipliers.
+    """
+    found = {}
+    for node in graph.nodes:
+        if node not in carriers or _FUSED not in node.meta:
+            continue
+        call = node.meta[_FUSED]
+        arguments = bound_arguments(call)
+        qkv = tuple(arguments[name] for name in ("query", "key", "value"))
+        inside = _between(node, {*qkv, arguments["attn_mask"]})
+        parts = [n for n in inside if n in live]
+        if not all(
+            _is_plain(n, plan, carriers) and (n is node or carriers[n].takes) for n in parts
+        ):
+            continue
+        ways = {n: len(plan[n.name].record.site.live) for n in parts}
+        scores = [n for n in parts if n is not node and plan[n.name].record.kind == "matmul"]
+        through = ways[node] * (ways[scores[0]] if scores else 1)
+        shares = (1 / through, 1 / through, 1 / ways[node])
+        of = [(n, share) for n, share in zip(qkv, shares, strict=True) if _enters(n, parts, live)]
+        found[node] = Fused(call, tuple(n for n, _ in of), tuple(share for _, share in of))
+    return found
+
+
+def _between(end: fx.Node, bounds: Container[Any]) -> set[fx.Node]:
+    """The nodes from ``bounds`` to ``end``, without the bounds themselves."""
+    inside, stack = set(), [end]
+    while stack:
+        node = stack.pop()
+        if node not in inside and node not in bounds:
+            inside.add(node)
+            stack.extend(node.all_input_nodes)
+    return inside
+
+
+def _is_plain(
+    node: fx.Node, plan: Mapping[str, Assignment], carriers: Mapping[fx.Node, Carry]
+) -> bool:
+    """Whether the node's multiplier is its Jacobian's, up to a number."""
+    if node not in carriers:
+        return False
+    rule, site = plan[node.name].rule, plan[node.name].record.site
+    if isinstance(rule, (Epsilon, Norm, Bilinear)):
+        return not rule.needs(site, True)[1]
+    return isinstance(rule, (Taylor, Gradient)) and rule.carries(site, True)
+
+
+def _enters(node: fx.Node, parts: Sequence[fx.Node], live: Container[fx.Node]) -> bool:
+    return node in live and any(user in parts for user in node.users)
+
+
+class Recorded(NamedTuple):
+    """A run of the kernel with what its backward pass needs."""
+
+    out: Tensor
+    leaves: tuple[Tensor, ...]
+
+
+def record_attention(live: Sequence[int], *args: Any, **kwargs: Any) -> Recorded:
+    """Call the kernel with gradients for the arguments at the positions ``live``."""
+    with torch.enable_grad():
+        given = [
+            a.detach().requires_grad_(i in live) if isinstance(a, Tensor) and i < 3 else a
+            for i, a in enumerate(args)
+        ]
+        return Recorded(SDPA(*given, **kwargs), tuple(given[i] for i in live))
+
+
+def output_of(recorded: Recorded) -> Tensor:
+    """The output of a recorded run."""
+    return recorded.out.detach()

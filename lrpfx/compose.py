@@ -142,7 +142,9 @@ def _call_composed(
         copied[node] = body.node_copy(node, copied.__getitem__)
     body.output(copied[end])
     cores = [op_name(n.target) for n in sorted(region) if _is_activation(n)]
-    composed = ops.Composed(fx.GraphModule(module, body), cores[-1] if cores else "square")
+    function = fx.GraphModule(module, body)
+    vanishes = not constants and bool(function(torch.zeros((), dtype=torch.float64)) == 0)
+    composed = ops.Composed(function, cores[-1] if cores else "square", vanishes)
     new = module.graph.call_function(composed, (entry, constants))
     new.meta = dict(end.meta)
     return new

@@ -166,18 +166,23 @@ class AttnLRP(EpsilonAll):
     The rules for attention, gates and norms are those that every composite has as its base.
 
     Args:
-        epsilon: Of every rule.
+        epsilon: Of every rule. At 0, the limit that the paper's own implementation computes,
+            multiplications and divisions by activations cancel: relevance needs no more memory
+            than a gradient, and attention no weights (T, T), where no ledger is kept.
         zero_params: See AffineRule.
 
-    Source: Achtibat et al. 2024 (arXiv 2402.05602), sect. 3.
+    Source: Achtibat et al. 2024 (arXiv 2402.05602), sect. 3 and appendix A.
     """
+
+    def __init__(self, epsilon: StabilizerLike = 0.0, zero_params: ZeroParams = None) -> None:
+        super().__init__(epsilon, zero_params)
 
 
 class CPLRP(_Named):
     """CP-LRP: as AttnLRP, but attention weights are constants.
 
     Args:
-        epsilon: Of every rule.
+        epsilon: Of every rule; see AttnLRP.
         gate: "stop" also makes the gates of products constants (the other factor takes all),
             "uniform" shares products evenly. The literature has both, and they differ widely.
         zero_params: See AffineRule.
@@ -187,7 +192,7 @@ class CPLRP(_Named):
 
     def __init__(
         self,
-        epsilon: StabilizerLike = 1e-6,
+        epsilon: StabilizerLike = 0.0,
         gate: Literal["stop", "uniform"] = "stop",
         zero_params: ZeroParams = None,
     ) -> None:
@@ -206,13 +211,13 @@ class MambaLRP(_Named):
     name it has in every implementation; the gate's product is shared evenly.
 
     Args:
-        epsilon: Of every rule.
+        epsilon: Of every rule; see AttnLRP.
         zero_params: See AffineRule.
 
     Source: Rezaei Jafari et al. 2024 (MambaLRP, arXiv 2406.07592), sect. 4.
     """
 
-    def __init__(self, epsilon: StabilizerLike = 1e-6, zero_params: ZeroParams = None) -> None:
+    def __init__(self, epsilon: StabilizerLike = 0.0, zero_params: ZeroParams = None) -> None:
         super().__init__([("*.x_proj", Stop()), *EpsilonAll(epsilon, zero_params).entries])
 
 

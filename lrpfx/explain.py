@@ -53,6 +53,7 @@ def explain(
     rules: RulesLike = None,
     layers: Sequence[str] = (),
     create_graph: bool = False,
+    ledger: bool = True,
 ) -> Explanation:
     """Explain a model's output by the relevance of its inputs.
 
@@ -73,6 +74,9 @@ def explain(
         layers: Module paths (globs allowed) whose relevance and activation are returned, too.
         create_graph: Keep the graph of the relevance, so that it can be differentiated with
             respect to inputs and parameters.
+        ledger: Keep the sums of relevance at each node for the report. Without them (and without
+            ``create_graph``) neighbouring rules share their work, so that relevance costs little
+            more than a gradient; its values are the same up to round-off.
 
     Returns:
         The explanation; ``relevance`` is structured like ``inputs``.
@@ -86,7 +90,7 @@ def explain(
         SelectorError: A selector, composite or layer that names nothing.
     """
     explainer = Explainer(model, inputs, rules)
-    return explainer(inputs, target, layers=layers, create_graph=create_graph)
+    return explainer(inputs, target, layers=layers, create_graph=create_graph, ledger=ledger)
 
 
 class Explainer:
@@ -146,7 +150,9 @@ class Explainer:
         self._forms = _state_forms(model)
         self._met = {self._sizes(flatten_inputs(example_inputs)[0])}
         self._public = rewrite(self._module, self._plan.assignments, self._live)
-        self._instrumented: dict[tuple[str, ...], tuple[fx.GraphModule, dict[str, int]]] = {}
+        self._instrumented: dict[
+            tuple[tuple[str, ...], bool], tuple[fx.GraphModule, dict[str, int]]
+        ] = {}
         constants = sum(
             n.op == "call_function" and n not in self._live for n in used_nodes(self._module.graph)
         )
@@ -183,25 +189,32 @@ class Explainer:
         *,
         layers: Sequence[str] = (),
         create_graph: bool = False,
+        ledger: bool = True,
     ) -> Explanation:
         """Explain the model's output for ``inputs``; arguments and errors as in ``explain``."""
         # Autograd is off for good in what inference mode creates, so the work happens outside.
         with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
-            return self._explain(inputs, target, layers, create_graph)
+            return self._explain(inputs, target, layers, create_graph, ledger)
 
     def _explain(
-        self, inputs: Inputs, target: Target, layers: Sequence[str], create_graph: bool
+        self,
+        inputs: Inputs,
+        target: Target,
+        layers: Sequence[str],
+        create_graph: bool,
+        ledger: bool,
     ) -> Explanation:
         leaves = check_inputs(self._captured.signature, inputs)
         with TRACING:
             self._refresh()
             self._check_sizes(inputs, leaves)
-        module, calls = self._instrument(_paths(layers))
+        paths = _paths(layers)
+        module, calls = self._instrument(paths, fast=not ledger and not create_graph)
         kept = [_kept(v, create_graph) for v in leaves]
-        ledger = Ledger()
+        book = Ledger() if ledger else None
         with torch.set_grad_enabled(create_graph):
             try:
-                clean, explained, phantoms, starts, taps = module(*kept, ledger)
+                clean, explained, phantoms, starts, taps = module(*kept, book)
             except (IndexError, ValueError, RuntimeError):  # token ids out of range, for instance
                 self._refuse_if_the_model_does(leaves)
                 raise
@@ -209,8 +222,11 @@ class Explainer:
             if not all(bool(s.isfinite().all()) for s in seed.seeds if s is not None):
                 self._refuse_seed(seed, explained, kept)
             relevance, at_taps = self._pull(seed, phantoms, starts, taps, create_graph)
-        bookings = ledger.bookings()
-        self._check_relevance(relevance, bookings)
+        bookings = {} if book is None else book.bookings()
+        if not all(bool(r.isfinite().all()) for r in relevance if r is not None):
+            if book is None:  # the plain form can name the place
+                self._explain(inputs, target, layers, create_graph, ledger=True)
+            self._refuse_relevance(bookings)
         return self._explanation(
             inputs, leaves, clean, seed, relevance, _layers(calls, taps, at_taps), bookings
         )
@@ -230,15 +246,18 @@ class Explainer:
                 fix="check forward() for detach(), argmax or other steps that have no gradient.",
             )
 
-    def _instrument(self, paths: tuple[str, ...]) -> tuple[fx.GraphModule, dict[str, int]]:
+    def _instrument(
+        self, paths: tuple[str, ...], fast: bool = False
+    ) -> tuple[fx.GraphModule, dict[str, int]]:
         """The graph that also returns what is asked for of ``layers``; calls per module path."""
-        if paths not in self._instrumented:
+        if (paths, fast) not in self._instrumented:
             found = find_taps(self._module.graph, self._live, paths, self._captured.prefix)
             taps = [tap for calls in found.values() for tap in calls]
             plan = self._plan.assignments
-            module = instrument(self._module, plan, self._live, list(self._starts), taps)
-            self._instrumented[paths] = module, {path: len(c) for path, c in found.items()}
-        return self._instrumented[paths]
+            module = instrument(self._module, plan, self._live, list(self._starts), taps, fast=fast)
+            calls_of = {path: len(calls) for path, calls in found.items()}
+            self._instrumented[paths, fast] = module, calls_of
+        return self._instrumented[paths, fast]
 
     def _refresh(self) -> None:
         """Point every graph at the parameters that the model holds now."""
@@ -350,21 +369,17 @@ class Explainer:
         relevance = [None if start is None else next(at_starts) for start in starts]
         return relevance, found[len(reached) :]
 
-    def _check_relevance(
-        self, relevance: Sequence[Tensor | None], bookings: dict[str, Booking]
-    ) -> None:
-        if all(bool(r.isfinite().all()) for r in relevance if r is not None):
-            return
-        first = next(
-            (n for n, b in bookings.items() if not math.isfinite(b.passed)), next(iter(bookings))
-        )
-        assignment = self._plan.assignments[first]
+    def _refuse_relevance(self, bookings: dict[str, Booking]) -> None:
+        """Raise the error of relevance that is not finite, with the place if it is known."""
+        bad = [n for n, b in bookings.items() if not math.isfinite(b.passed)] or list(bookings)
+        where = []
+        if bad:
+            assignment = self._plan.assignments[bad[0]]
+            where = [f"first at {assignment.record} under {assignment.rule}"]
+            where += filter(None, [assignment.record.source])
         raise NonFiniteError(
             "the relevance has NaN or infinite entries.",
-            where=[
-                f"first at {assignment.record} under {assignment.rule}",
-                *filter(None, [assignment.record.source]),
-            ],
+            where=where,
             fix="give the rule a larger stabilizer; epsilon = 0 divides by what may be near zero.",
         )
 

@@ -115,6 +115,13 @@ class Site:
     nonneg: bool
     several_outputs: bool
 
+    @property
+    def vanishes(self) -> bool:
+        """Whether this is an activation with f(0) = 0."""
+        if isinstance(self.target, Composed):
+            return self.target.vanishes
+        return self.op.kind in _VANISHING
+
 
 @dataclass(frozen=True)
 class Call:
@@ -177,10 +184,12 @@ class Composed:
     Args:
         body: Takes x and then the constants.
         core: Name of its last nonlinearity.
+        vanishes: Whether it is known to be 0 at 0.
     """
 
     body: fx.GraphModule
     core: str
+    vanishes: bool = False
 
     def __post_init__(self) -> None:
         """Name the callable for fx, which writes it into the generated code."""
@@ -510,6 +519,10 @@ _ACTIVATIONS: dict[str, tuple[list[Any], Sign]] = {
     "erf": ([aten.erf.default], inherited),
     "reciprocal": ([aten.reciprocal.default, aten.rsqrt.default], inherited),
 }
+#: Those with f(0) = 0 for all their parameters.
+_VANISHING = {"relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu"}
+_VANISHING |= {"silu", "mish", "hardswish", "tanh", "hardshrink", "softshrink", "abs", "sqrt"}
+_VANISHING |= {"square", "erf"}
 for _kind, (_targets, _sign) in _ACTIVATIONS.items():
     _add(_targets, _kind, "activation", nonneg=_sign)
 

@@ -19,18 +19,22 @@ import torch
 from torch import Tensor, fx
 
 from lrpfx.assign import Assignment
+from lrpfx.attention import Fused, find_fused, output_of, record_attention
+from lrpfx.carriers import find_carriers
 from lrpfx.graph import (
     explained_leaves,
     is_floating,
     nodes_in,
+    op_name,
     output_leaves,
-    reachable,
     record,
     slot_nodes,
 )
 from lrpfx.ledger import Ledger
-from lrpfx.ops import Call, Site
+from lrpfx.ops import Call, Op, Site
 from lrpfx.rules import Gradient, Rule
+from lrpfx.rules.base import Carry
+from lrpfx.rules.bilinear import Attended
 
 
 class _Relevance(torch.autograd.Function):
@@ -90,6 +94,7 @@ class Twin:
         arity: Number of phantoms.
         reads_input: Whether the rule reads the live inputs' values.
         reads_output: Whether the rule reads the clean output.
+        carry: What it receives and hands on where relevance is computed fast, else None.
     """
 
     name: str
@@ -98,6 +103,7 @@ class Twin:
     arity: int
     reads_input: bool
     reads_output: bool
+    carry: Carry | None = None
 
     def __post_init__(self) -> None:
         """Name the callable for fx, which writes it into the generated code."""
@@ -130,10 +136,25 @@ class Twin:
                 for shape, dtype, device in forms
             )
         received = R[0] if len(R) == 1 and not self.site.several_outputs else R
+        if self.carry is not None:
+            return self._fast(self.carry, call, x, z, received)
         flow = self.rule.propagate(call, x, z, received)
         if ledger is not None:
             ledger.book(self.name, R, flow)
         return flow.relevance
+
+    def _fast(
+        self, carry: Carry, call: Call, x: tuple[Tensor, ...], z: Tensor, m: Any
+    ) -> tuple[Tensor, ...]:
+        """Multipliers or relevance of the live inputs, as each edge carries it."""
+        assert self.rule is not None
+        if not self.rule.carries(call.site, carry.takes):
+            R = z * m if carry.takes else m
+            return self.rule.propagate(call, x, z, R).relevance
+        found = self.rule.multiply(call, x, z, m, carry)
+        return tuple(
+            c if gives else a * c for a, c, gives in zip(x, found, carry.gives, strict=True)
+        )
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -195,8 +216,19 @@ def instrument(
     live: set[fx.Node],
     starts: Sequence[fx.Node],
     taps: Sequence[Tap] = (),
+    *,
+    fast: bool = False,
 ) -> fx.GraphModule:
     """The graph as ``explain`` runs it, with the two streams apart.
+
+    Args:
+        module: A canonized, annotated graph.
+        plan: Assignments by node name.
+        live: Nodes that carry relevance.
+        starts: Nodes whose relevance is wanted.
+        taps: Further places whose relevance and activation are wanted.
+        fast: Let edges carry multipliers where they can. Then no ledger is kept, and the relevance
+            has no derivatives; its values are the same up to round-off.
 
     Returns:
         A GraphModule that takes the flat inputs and a ledger (or None), and returns five lists:
@@ -211,7 +243,10 @@ def instrument(
     while name in names:  # an argument of the model's own may be called that
         name += "_"
     ledger = graph.placeholder(name)
-    clean, phantoms = _two_streams(module.graph, graph, plan, live, ledger, {}, copied, taps)
+    shortcuts = _shortcuts(module.graph, plan, live, starts, taps) if fast else _PLAIN
+    clean, phantoms = _two_streams(
+        module.graph, graph, plan, live, ledger, {}, copied, taps, shortcuts
+    )
     leaves, explained = output_leaves(module.graph), explained_leaves(module.graph)
     graph.output(
         (
@@ -225,6 +260,29 @@ def instrument(
     return _finish(module, graph)
 
 
+@dataclass(frozen=True)
+class _Shortcuts:
+    """What is done otherwise where relevance is computed fast: by node of the canonized graph."""
+
+    carriers: Mapping[fx.Node, Carry]
+    fused: Mapping[fx.Node, Fused]
+
+
+_PLAIN = _Shortcuts({}, {})
+
+
+def _shortcuts(
+    graph: fx.Graph,
+    plan: Mapping[str, Assignment],
+    live: Container[fx.Node],
+    starts: Sequence[fx.Node],
+    taps: Sequence[Tap],
+) -> _Shortcuts:
+    tapped = {node for tap in taps for node in (tap.relevance, tap.activation)}
+    carriers = find_carriers(graph, plan, live, starts, tapped)
+    return _Shortcuts(carriers, find_fused(graph, plan, live, carriers))
+
+
 def _two_streams(
     source: fx.Graph,
     graph: fx.Graph,
@@ -234,6 +292,7 @@ def _two_streams(
     own: Container[fx.Node],
     copied: Mapping[fx.Node, fx.Node] | None = None,
     taps: Sequence[Tap] = (),
+    shortcuts: _Shortcuts = _PLAIN,
 ) -> tuple[dict[fx.Node, fx.Node], dict[fx.Node, fx.Node]]:
     """Copy the clean nodes into ``graph`` and put every live node's twin beside it.
 
@@ -242,7 +301,7 @@ def _two_streams(
     """
     clean = dict(copied or {})
     ends = [*nodes_in(output_leaves(source)), *(tap.activation for tap in taps)]
-    used = reachable(ends)
+    used = _used(ends, shortcuts)
     phantoms: dict[fx.Node, fx.Node] = {}
     keywords = {} if ledger is None else {"ledger": ledger}
     for node in source.nodes:
@@ -250,6 +309,9 @@ def _two_streams(
             break
         if node not in used and node.op != "placeholder":
             continue  # left to itself, fx keeps dead nodes that draw random numbers
+        if node in shortcuts.fused:
+            _attend(graph, node, shortcuts, clean, phantoms)
+            continue
         if node not in clean:
             clean[node] = graph.node_copy(node, clean.__getitem__)
         if node not in live:
@@ -264,8 +326,93 @@ def _two_streams(
             args = (phantoms[parent], index)
             phantoms[node] = graph.call_function(operator.getitem, args)
         else:
-            phantoms[node] = _twin_of(graph, node, plan[node.name], clean, phantoms, keywords)
+            carry = shortcuts.carriers.get(node)
+            assignment = plan[node.name]
+            if carry is not None and _is_seen_through(assignment, carry):
+                args, kwargs = (
+                    fx.node.map_arg(a, lambda n: phantoms.get(n, clean.get(n)))
+                    for a in (node.args, node.kwargs)
+                )
+                phantoms[node] = graph.call_function(_View(node.target), args, kwargs)
+            else:
+                phantoms[node] = _twin_of(graph, node, assignment, clean, phantoms, keywords, carry)
     return clean, phantoms
+
+
+def _used(ends: Sequence[fx.Node], shortcuts: _Shortcuts) -> set[fx.Node]:
+    """The nodes that ``ends`` depend on, with fused kernels in the place of their parts."""
+    reached: set[fx.Node] = set()
+    stack = list(ends)
+    while stack:
+        node = stack.pop()
+        if node not in reached:
+            reached.add(node)
+            whole = shortcuts.fused.get(node)
+            stack.extend((node if whole is None else whole.call).all_input_nodes)
+    return reached
+
+
+_VIEWS = {torch.ops.aten.reshape.default, torch.ops.aten.flatten.using_ints}
+_VIEWS |= {torch.ops.aten.unflatten.int, torch.ops.aten.chunk.default}
+
+
+def _is_seen_through(assignment: Assignment, carry: Carry) -> bool:
+    """Whether the phantom's own view hands on what the rule would: no Function is needed."""
+    site = assignment.record.site
+    view = site.target in _VIEWS or getattr(site.target, "is_view", False)
+    moved = isinstance(assignment.rule, Gradient) and site.op.family == "move"
+    return bool(moved and view and len(site.live) == 1 and carry.gives == (carry.takes,))
+
+
+class _View:
+    """A view of a phantom, which keeps its graph whatever the grad mode."""
+
+    def __init__(self, target: Any) -> None:
+        self.target, self.__name__ = target, f"phantom_{op_name(target)}"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with torch.enable_grad():
+            return self.target(*args, **kwargs)
+
+
+def _attend(
+    graph: fx.Graph,
+    node: fx.Node,
+    shortcuts: _Shortcuts,
+    clean: dict[fx.Node, fx.Node],
+    phantoms: dict[fx.Node, fx.Node],
+) -> None:
+    """Put a fused attention in the place of its parts, whose last is ``node``."""
+    fused, carry = shortcuts.fused[node], shortcuts.carriers[node]
+    qkv = list(fused.call.args[:3])
+    positions = tuple(i for i, n in enumerate(qkv) if n in fused.live)
+    args = fx.node.map_arg((fused.call.args, dict(fused.call.kwargs)), clean.__getitem__)
+    run = graph.call_function(record_attention, (positions, *args[0]), args[1])
+    clean[node] = graph.call_function(output_of, (run,))
+    gives = tuple(_takes(n, shortcuts) for n in fused.live)
+    rule = Attended(fused.shares)
+    op = Op("attention", "matmul", ())
+    site = Site(op, fused.call.target, {}, tuple(range(len(gives))), (), False, False)
+    reads_input, reads_output = not all(gives), rule.needs(site, carry.takes)[1]
+    twin = Twin(
+        node.name,
+        rule,
+        site,
+        len(gives),
+        reads_input,
+        reads_output,
+        Carry(carry.takes, gives, above=False),
+    )
+    values = [clean[n] if reads_input else None for n in fused.live]
+    begun = [phantoms[n] for n in fused.live]
+    phantoms[node] = _beside(graph, twin, clean[node], begun, [*values, run], {})
+
+
+def _takes(node: fx.Node, shortcuts: _Shortcuts) -> bool:
+    """Whether the edge at a node's output carries multipliers; starts and what is tapped do not."""
+    while record(node) is None and node not in shortcuts.carriers and node.op != "placeholder":
+        node = node.all_input_nodes[0]  # getitem: as the node that it picks from
+    return node in shortcuts.carriers and shortcuts.carriers[node].takes
 
 
 def _twin_of(
@@ -275,12 +422,19 @@ def _twin_of(
     clean: Mapping[fx.Node, fx.Node],
     phantoms: Mapping[fx.Node, fx.Node],
     keywords: dict[str, fx.Node],
+    carry: Carry | None,
 ) -> fx.Node:
     rule, site = assignment.rule, assignment.record.site
     slots = slot_nodes(node)
     # A linear op has the same Jacobian everywhere: its gradient needs no activation kept.
     reads_input = rule.reads_input and not (isinstance(rule, Gradient) and site.op.linear)
-    twin = Twin(node.name, rule, site, len(site.live), reads_input, rule.reads_output)
+    reads_output = rule.reads_output
+    if carry is not None and rule.carries(site, carry.takes):
+        reads_input, reads_output = rule.needs(site, carry.takes)
+        reads_input = reads_input or not all(carry.gives)
+    elif carry is not None:
+        reads_output = reads_output or carry.takes
+    twin = Twin(node.name, rule, site, len(site.live), reads_input, reads_output, carry)
     live = set(site.live)
     values = [clean[n] if i not in live or reads_input else None for i, n in enumerate(slots)]
     return _beside(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,25 +21,37 @@ from lrpfx.affine import AffineMap, Signal, negative, positive
 from lrpfx.errors import RuleError
 from lrpfx.rules.base import (
     Absorbed,
+    Carry,
     Flow,
     Rule,
     StabilizerLike,
     check_number,
     check_stabilizer,
     divide,
+    is_zero,
+    share,
     sum_all,
 )
 
 if TYPE_CHECKING:
-    from lrpfx.ops import Call, Op
+    from lrpfx.ops import Call, Op, Site
 
 
 @dataclass(frozen=True)
 class Input:
-    """The live inputs of an affine op, by parts; ``nonneg`` marks those proven >= 0."""
+    """The live inputs of an affine op, by parts.
+
+    Args:
+        all: The inputs.
+        nonneg: Whether they are proven >= 0.
+        fast: Whether shortcuts are wanted that give the same up to round-off.
+        above: Whether relevance arrives only where the output is positive.
+    """
 
     all: Signal
     nonneg: bool = False
+    fast: bool = False
+    above: bool = False
 
     @property
     def pos(self) -> Signal:
@@ -92,6 +104,8 @@ class AffineRule(Rule):
     needs_weight: ClassVar[bool] = True
     #: Name of the field that holds the stabilizer.
     stabilizer_field: ClassVar[str] = "stabilizer"
+    #: When the relevance is the input times something: "always", "nonneg" for inputs proven so.
+    proportional: ClassVar[str] = "never"
 
     def __post_init__(self) -> None:
         """Check the parameters."""
@@ -137,6 +151,47 @@ class AffineRule(Rule):
             booked.append((gated, d, s, f.spread(term.bias)))
         relevance = tuple(_sum(share) for share in zip(*shares, strict=True))
         return Flow(relevance, lambda: _absorbed(R, booked, call.op.kind == "shift"))
+
+    # -- computed fast
+
+    def _exact(self, site: Site) -> bool:
+        """Whether the denominator is z itself, so that a multiplier needs no division."""
+        own_denominator = isinstance(self, (Epsilon, Norm)) and not self.zero_params
+        return own_denominator and is_zero(self._stabilizer)
+
+    def accepts(self, site: Site) -> bool:
+        """A masked score is -infinity, and has no finite product with its multiplier."""
+        return site.op.kind != "shift" or self._exact(site)
+
+    def carries(self, site: Site, taken: bool) -> bool:
+        """R_x = x * c where every part of the input is the input itself."""
+        return self.proportional == "always" or (self.proportional == "nonneg" and site.nonneg)
+
+    def needs(self, site: Site, taken: bool) -> tuple[bool, bool]:
+        """Inputs for denominators other than z, and for the standard deviation of a norm."""
+        if isinstance(self, (Epsilon, Norm)) and not self.zero_params:
+            return site.op.family == "normalize", not (taken and self._exact(site))
+        return True, taken or not isinstance(self, ZPlus)
+
+    def multiply(
+        self, call: Call, x: tuple[Tensor, ...], z: Tensor, m: Any, carry: Carry
+    ) -> tuple[Tensor, ...]:
+        """c_x = sum over terms and parts of W_i's."""
+        f = self._parameters(call.affine(x))
+        found: list[Signal] = []
+        for term in self.terms(Input(x, call.nonneg, fast=True, above=carry.above), f, z):
+            parts = [(part, W) for part, W in term.parts if part is not None]
+            whole = isinstance(term.gate, float) and term.gate == 1
+            if isinstance(self, (Epsilon, Norm)) and not self.zero_params:  # d = z
+                s = share(m, z, self._stabilizer, carry.takes)
+            else:
+                known = term.total is not None and not self.zero_params
+                d = term.total if known else _denominator(parts, term.bias)
+                assert d is not None
+                R = z * m if carry.takes else m
+                s = share(R if whole else R * term.gate, d, self._stabilizer, False)
+            found += [W.T(s, x) for _, W in parts]
+        return tuple(_sum(c) for c in zip(*found, strict=True))
 
     @property
     def _stabilizer(self) -> StabilizerLike:
@@ -212,6 +267,7 @@ class Epsilon(AffineRule):
 
     needs_weight: ClassVar[bool] = False
     stabilizer_field: ClassVar[str] = "epsilon"
+    proportional: ClassVar[str] = "always"
     reads_output: ClassVar[bool] = True
 
     def terms(self, x: Input, f: AffineMap, z: Tensor) -> Sequence[Term]:
@@ -233,6 +289,7 @@ class Norm(AffineRule):
     stabilizer: StabilizerLike = 1e-6
 
     needs_weight: ClassVar[bool] = False
+    proportional: ClassVar[str] = "always"
     reads_output: ClassVar[bool] = True
 
     def fits(self, op: Op) -> str:
@@ -262,6 +319,8 @@ class ZPlus(AffineRule):
 
     stabilizer: StabilizerLike = 1e-6
 
+    proportional: ClassVar[str] = "nonneg"
+
     def terms(self, x: Input, f: AffineMap, z: Tensor) -> Sequence[Term]:
         """The positive contributions."""
         return [Term(_agreeing(x, f), _part(positive, f.bias))]
@@ -287,6 +346,8 @@ class AlphaBeta(AffineRule):
     beta: float = 1.0
     stabilizer: StabilizerLike = 1e-6
 
+    proportional: ClassVar[str] = "nonneg"
+
     def __post_init__(self) -> None:
         """Check alpha - beta = 1, with room for round-off: 1.4 and 0.4 are legal."""
         super().__post_init__()
@@ -305,6 +366,9 @@ class AlphaBeta(AffineRule):
         if self.beta == 0:
             return [plus]
         minus = Term(_opposing(x, f), _part(negative, f.bias), gate=-float(self.beta))
+        if x.fast and not self.zero_params:  # d1 + d2 = z
+            d = _denominator([(x.all, f.pos)], plus.bias)
+            return [replace(plus, total=d), replace(minus, total=z - d)]
         return [plus, minus]
 
 
@@ -329,6 +393,7 @@ class Gamma(AffineRule):
     gamma: float = 0.25
     stabilizer: StabilizerLike = 1e-6
 
+    proportional: ClassVar[str] = "nonneg"
     reads_output: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -344,10 +409,10 @@ class Gamma(AffineRule):
         bias_up = _part(lambda b: b + g * positive(b), f.bias)
         bias_down = _part(lambda b: b + g * negative(b), f.bias)
         above, below = (z > 0).to(z.dtype), (z < 0).to(z.dtype)
-        return [
-            Term([(x.pos, up), (x.neg, down)], bias_up, gate=above),
-            Term([(x.pos, down), (x.neg, up)], bias_down, gate=below),
-        ]
+        over = Term([(x.pos, up), (x.neg, down)], bias_up, gate=above)
+        if x.above:  # nothing arrives elsewhere
+            return [replace(over, gate=1.0)]
+        return [over, Term([(x.pos, down), (x.neg, up)], bias_down, gate=below)]
 
 
 @dataclass(frozen=True, eq=False)  # fields may be tensors, which do not compare to a bool

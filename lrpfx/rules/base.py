@@ -12,7 +12,7 @@ from torch import Tensor
 from lrpfx.errors import RuleError
 
 if TYPE_CHECKING:
-    from lrpfx.ops import Call, Op
+    from lrpfx.ops import Call, Op, Site
 
 #: What a rule needs stabilised division by: a number (epsilon) or a callable ``z -> st(z)``.
 StabilizerLike = float | Callable[[Tensor], Tensor]
@@ -77,6 +77,11 @@ def check_stabilizer(owner: str, value: StabilizerLike) -> None:
         )
 
 
+def is_zero(stabilizer: StabilizerLike) -> bool:
+    """Whether nothing is added to the denominator."""
+    return not callable(stabilizer) and stabilizer == 0
+
+
 def divide(R: Tensor, z: Tensor, stabilizer: StabilizerLike) -> tuple[Tensor, Tensor]:
     """Return ``(R / st(z), st(z))``; where st(z) is exactly zero, the quotient is zero.
 
@@ -110,6 +115,40 @@ def _called(stabilizer: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
         form = tuple(stable.shape) if isinstance(stable, Tensor) else type(stable).__name__
         raise RuleError(f"stabilizer {name} makes {form} of {tuple(z.shape)}.", fix=fix)
     return stable
+
+
+@dataclass(frozen=True)
+class Carry:
+    """What one node receives and hands on when relevance is computed fast.
+
+    Args:
+        takes: Whether a multiplier arrives at its output, and not relevance.
+        gives: Per live input, whether a multiplier is handed to it.
+        above: Whether nothing arrives where the output is not positive.
+    """
+
+    takes: bool
+    gives: tuple[bool, ...]
+    above: bool
+
+
+def share(m: Tensor, z: Tensor, stabilizer: StabilizerLike, taken: bool) -> Tensor:
+    """``R / st(z)`` with R = z m if ``taken``, else R = m; without a derivative.
+
+    Where nothing is added to the denominator and a multiplier is taken, ``z`` is not read.
+    """
+    if callable(stabilizer):
+        return divide(z * m if taken else m, z, stabilizer)[0]
+    if taken:  # z / st(z) = |z| / (|z| + epsilon)
+        if stabilizer == 0:
+            return m
+        size = z.abs()
+        return (m * size).div_(size.add_(stabilizer))
+    if stabilizer == 0:
+        return divide(m, z, stabilizer)[0]
+    # As ``divide`` has it, with one tensor of its own.
+    stable = torch.where(z >= 0, z.new_tensor(stabilizer), z.new_tensor(-stabilizer)).add_(z)
+    return torch.div(m, stable, out=stable)
 
 
 @dataclass(frozen=True)
@@ -150,6 +189,34 @@ class Rule:
         """
         raise NotImplementedError
 
+    # How relevance is computed fast, without ledger and derivatives: see ``carriers``.
+
+    def accepts(self, site: Site) -> bool:
+        """Whether the multiplier c with R = z c may arrive at the output in the place of R."""
+        return True
+
+    def carries(self, site: Site, taken: bool) -> bool:
+        """Whether the rule can hand on multipliers, R_x = x c.
+
+        Args:
+            site: The op.
+            taken: Whether a multiplier arrives at its output.
+        """
+        return False
+
+    def needs(self, site: Site, taken: bool) -> tuple[bool, bool]:
+        """Whether ``multiply`` reads the values of inputs and output."""
+        return True, True
+
+    def multiply(
+        self, call: Call, x: tuple[Tensor, ...], z: Tensor, m: Any, carry: Carry
+    ) -> tuple[Tensor, ...]:
+        """The multiplier of each live input; ``m`` is c if ``carry.takes``, else R.
+
+        Nothing here needs a derivative, so tensors of its own may be changed in place.
+        """
+        raise NotImplementedError
+
     def __str__(self) -> str:
         """Name and the parameters that differ from their defaults."""
         changed = [
@@ -184,6 +251,20 @@ class Gradient(Rule):
             return {call.op.gradient_loss: lost}
 
         return Flow(relevance, absorbed)
+
+    def carries(self, site: Site, taken: bool) -> bool:
+        """Where values are moved or picked, z c = J'(x c), so c follows the gradient, too."""
+        return taken and site.op.family in ("move", "select")
+
+    def needs(self, site: Site, taken: bool) -> tuple[bool, bool]:
+        """A linear op has the same Jacobian everywhere."""
+        return not site.op.linear, False
+
+    def multiply(
+        self, call: Call, x: tuple[Tensor, ...], z: Tensor, m: Any, carry: Carry
+    ) -> tuple[Tensor, ...]:
+        """c_x = J'c."""
+        return call.pull_back(x, m)
 
 
 @dataclass(frozen=True)

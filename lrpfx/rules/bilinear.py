@@ -6,20 +6,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from lrpfx.rules.base import (
     Absorbed,
+    Carry,
     Flow,
     Rule,
     StabilizerLike,
     check_stabilizer,
     divide,
+    is_zero,
+    share,
     sum_all,
 )
 
 if TYPE_CHECKING:
-    from lrpfx.ops import Call, Op
+    from lrpfx.ops import Call, Op, Site
 
 
 @dataclass(frozen=True)
@@ -46,10 +50,29 @@ class Uniform(Rule):
     ) -> Flow:
         """R_i = R / n."""
         assert isinstance(R, Tensor)
-        shares = [1 / len(x)] * len(x)
-        if self.pairwise:
-            shares = _halved(list(call.site.arguments.values()), call.site.live)
+        shares = self._shares(call)
         return Flow(tuple((R * c).sum_to_size(t.shape) for c, t in zip(shares, x, strict=True)))
+
+    def _shares(self, call: Call) -> list[float]:
+        live = call.site.live
+        if self.pairwise:
+            return _halved(list(call.site.arguments.values()), live)
+        return [1 / len(live)] * len(live)
+
+    def carries(self, site: Site, taken: bool) -> bool:
+        """R / n = a (b c / n)."""
+        return taken
+
+    def needs(self, site: Site, taken: bool) -> tuple[bool, bool]:
+        """Each factor's multiplier is the product of the others."""
+        return True, False
+
+    def multiply(
+        self, call: Call, x: tuple[Tensor, ...], z: Tensor, m: Any, carry: Carry
+    ) -> tuple[Tensor, ...]:
+        """c_a = b c / n."""
+        shares = zip(self._shares(call), call.pull_back(x, m), strict=True)
+        return tuple(c * part for part, c in shares)
 
 
 def _halved(tree: Any, live: Sequence[int]) -> list[float]:
@@ -99,6 +122,24 @@ class Bilinear(Rule):
 
         return Flow(tuple(a * b for a, b in zip(x, c, strict=True)), absorbed)
 
+    def carries(self, site: Site, taken: bool) -> bool:
+        """R_a = a * (s b')."""
+        return True
+
+    def needs(self, site: Site, taken: bool) -> tuple[bool, bool]:
+        """Without a stabilizer s = c / n, whatever the output is."""
+        return True, not (taken and is_zero(self.stabilizer))
+
+    def multiply(
+        self, call: Call, x: tuple[Tensor, ...], z: Tensor, m: Any, carry: Carry
+    ) -> tuple[Tensor, ...]:
+        """c_a = s b', c_b = a's."""
+        n = len(x)
+        if carry.takes and is_zero(self.stabilizer):
+            return call.pull_back(x, m / n)
+        s = share(m / n if carry.takes else m, n * z, self.stabilizer, carry.takes)
+        return call.pull_back(x, s)
+
 
 @dataclass(frozen=True)
 class Taylor(Rule):
@@ -127,3 +168,51 @@ class Taylor(Rule):
             return {"softmax": sum_all([R]) - sum_all([R_x])}
 
         return Flow((R_x,), absorbed)
+
+    def carries(self, site: Site, taken: bool) -> bool:
+        """The expansion multiplies by x in any case."""
+        return True
+
+    def needs(self, site: Site, taken: bool) -> tuple[bool, bool]:
+        """The output is enough."""
+        return False, True
+
+    def multiply(
+        self, call: Call, x: tuple[Tensor, ...], z: Tensor, m: Any, carry: Carry
+    ) -> tuple[Tensor, ...]:
+        """c_x = R - y * sum R."""
+        R = z * m if carry.takes else m
+        return (R - z * R.sum(call.argument("dim"), keepdim=True),)
+
+
+@dataclass(frozen=True)
+class Attended(Rule):
+    """Fused attention, as Bilinear, Taylor and Bilinear without stabilizers make it.
+
+    The kernel's own backward pass is the multiplier of each of its inputs, up to their shares, so
+    no weights (T, T) need be kept. It has no derivative: the plain form has the parts instead.
+
+    Args:
+        shares: Of each live input: 1/4 for queries and keys, 1/2 for values; 1 for values alone.
+
+    Source: Achtibat et al. 2024 (AttnLRP, arXiv 2402.05602), Prop. 3.1 and 3.3, composed.
+    """
+
+    shares: tuple[float, ...]
+
+    def carries(self, site: Site, taken: bool) -> bool:
+        """It has no other form."""
+        return True
+
+    def needs(self, site: Site, taken: bool) -> tuple[bool, bool]:
+        """The kernel keeps what it needs."""
+        return False, not taken
+
+    def multiply(
+        self, call: Call, x: tuple[Tensor, ...], z: Tensor, m: Any, carry: Carry
+    ) -> tuple[Tensor, ...]:
+        """c = share * J'c."""
+        out, leaves = call.values[-1]
+        s = share(m, z, 0.0, carry.takes)
+        pulled = torch.autograd.grad(out, leaves, s, retain_graph=True)
+        return tuple(c * part for c, part in zip(pulled, self.shares, strict=True))

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lrpfx.errors import RuleError
-from lrpfx.rules.base import Absorbed, Flow, Rule, sum_all
+from lrpfx.rules.base import Absorbed, Carry, Flow, Rule, sum_all
 
 if TYPE_CHECKING:
-    from lrpfx.ops import Call, Op
+    from lrpfx.ops import Call, Op, Site
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,23 @@ class Pass(Rule):
         """R_x = R."""
         assert isinstance(R, Tensor)
         return Flow((R,))
+
+    def carries(self, site: Site, taken: bool) -> bool:
+        """f(x) c = x (f(x) / x) c: where f(0) is not 0, x = 0 would lose its relevance."""
+        return taken and site.vanishes
+
+    def needs(self, site: Site, taken: bool) -> tuple[bool, bool]:
+        """Both for the quotient; of a ReLU's input the sign is enough."""
+        return True, site.op.kind != "relu"
+
+    def multiply(
+        self, call: Call, x: tuple[Tensor, ...], z: Tensor, m: Any, carry: Carry
+    ) -> tuple[Tensor, ...]:
+        """c_x = c f(x) / x."""
+        if call.op.kind == "relu":
+            return (torch.ops.aten.threshold_backward(m, x[0], 0),)
+        ratio = z / x[0]
+        return (ratio.masked_fill_(x[0] == 0, 0.0).mul_(m),)
 
 
 @dataclass(frozen=True)

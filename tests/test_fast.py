@@ -1,0 +1,207 @@
+"""Relevance without a ledger is computed by shortcuts; its values are those of the plain form."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import lrpfx
+from lrpfx import composites
+from lrpfx.rules.base import Carry
+from tests import laws, zoo
+from tests.test_laws import cases
+
+TOLERANCE = 1e-10
+
+
+def error(explainer: lrpfx.Explainer, inputs: Any, target: Any) -> float:
+    """Largest difference between the two forms, relative to the largest value."""
+    plain, fast = (
+        [
+            r.detach()
+            for r in pytree.tree_leaves(explainer(inputs, target, ledger=ledger).relevance)
+            if isinstance(r, Tensor)
+        ]
+        for ledger in (True, False)
+    )
+    return laws.relative(fast, plain)
+
+
+@given(case=cases())
+def test_random_networks_under_random_rules(case: laws.Case) -> None:
+    explainer = laws.explainer(case.network)
+    assert error(explainer, laws.tensors(case.network), torch.from_numpy(case.seed)) < TOLERANCE
+
+
+COMPOSITES = [
+    "epsilon_all",
+    "epsilon_plus",
+    "epsilon_plus_flat",
+    "epsilon_alpha2_beta1",
+    composites.EpsilonGammaBox(-3, 3),
+    "excitation_backprop",
+    "guided_backprop",
+    composites.EpsilonAll(0.0),
+    composites.EpsilonAll(lrpfx.Stabilizer(1e-3, norm_scale=True)),
+    composites.EpsilonPlus(zero_params="bias"),
+]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
+@pytest.mark.parametrize("rules", COMPOSITES, ids=lambda rules: str(rules)[:24])
+def test_convolutional_networks(name: str, rules: Any) -> None:
+    model, x = zoo.torchvision_model(name), zoo.images(2, 3, 32, 32)
+    assert error(lrpfx.Explainer(model, x, rules), x, [3, 4]) < TOLERANCE
+
+
+class Block(nn.Module):
+    """A small transformer whose attention is given."""
+
+    def __init__(self, attend: Callable[..., Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attend, self.norm = attend, nn.LayerNorm(8)
+        self.qkv, self.out, self.gate = nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(n, t, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        a = self.attend(q, k, v).transpose(1, 2).reshape(n, t, 8)
+        x = x + self.out(a)
+        x = x + F.gelu(self.gate(x)) * self.out(x)
+        return self.head(x.mean(1))
+
+
+def sdpa(**keywords: Any) -> Callable[..., Tensor]:
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **keywords)
+
+
+BIAS = torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+KERNELS = {
+    "plain": sdpa(),
+    "causal": sdpa(is_causal=True),
+    "bias": sdpa(attn_mask=BIAS),
+    "mask": sdpa(attn_mask=BIAS > -0.5),
+    "row masked whole": sdpa(attn_mask=torch.arange(5)[:, None] > torch.arange(5)),
+    "scale": sdpa(scale=0.3),
+    "grouped": lambda q, k, v: F.scaled_dot_product_attention(
+        q, k[:, :1], v[:, :1], enable_gqa=True
+    ),
+    "constant keys": lambda q, k, v: F.scaled_dot_product_attention(q, BIAS[:, :4].expand_as(k), v),
+    "by hand": lambda q, k, v: (q @ k.mT / 2).softmax(-1) @ v,
+}
+
+
+@pytest.mark.parametrize("rules", ["attnlrp", "cplrp", composites.AttnLRP(1e-6)], ids=str)
+@pytest.mark.parametrize("attend", KERNELS.values(), ids=KERNELS)
+def test_attention(attend: Callable[..., Tensor], rules: Any) -> None:
+    model = Block(attend)
+    x = torch.randn(2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert error(lrpfx.Explainer(model, x, rules), x, [0, 2]) < TOLERANCE
+
+
+def test_attention_is_fused_only_where_its_parts_cancel() -> None:
+    model, x = Block(sdpa()), torch.randn(2, 5, 8, dtype=torch.float64)
+    for rules, fused in [("attnlrp", True), ("cplrp", True), ("epsilon_all", False)]:
+        explainer = lrpfx.Explainer(model, x, rules)
+        module = explainer._instrument((), fast=True)[0]
+        assert ("record_attention" in module.code) is fused
+        assert "record_attention" not in explainer.graph_module.code
+
+
+def test_no_attention_weights_are_kept() -> None:
+    """What is saved for the backward pass has no two dimensions of the number of tokens."""
+    model, x = Block(sdpa()), torch.randn(1, 37, 8, dtype=torch.float64)
+    explainer = lrpfx.Explainer(model, x, "attnlrp")
+    square: dict[bool, bool] = {}
+    for fast in (False, True):
+        module, shapes = explainer._instrument((), fast=fast)[0], []
+
+        def keep(t: Tensor, shapes: list[torch.Size] = shapes) -> Tensor:
+            shapes.append(t.shape)
+            return t
+
+        with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            module(x, None)
+        square[fast] = any(list(shape).count(37) > 1 for shape in shapes)
+    assert square == {False: True, True: False}
+
+
+@pytest.mark.parametrize(
+    "f", [torch.sigmoid, F.softplus, torch.exp, torch.cos, lambda x: (1 + x) * torch.sigmoid(x)]
+)
+def test_zeros_of_what_does_not_vanish_keep_their_relevance(f: Callable[[Tensor], Tensor]) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 3, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(f(self.fc(x) * 0.0) + x)
+
+    x = torch.randn(2, 3, dtype=torch.float64)
+    assert error(lrpfx.Explainer(Model(), x, "epsilon_all"), x, 1) < TOLERANCE
+
+
+def test_layers_are_the_same() -> None:
+    model, x = zoo.torchvision_model("resnet18"), zoo.images(2, 3, 32, 32)
+    explainer = lrpfx.Explainer(model, x, "epsilon_plus")
+    plain, fast = (explainer(x, 1, layers=["layer*"], ledger=ledger) for ledger in (True, False))
+    for path, layer in plain.layers.items():
+        for a, b in zip(layer, fast.layers[path], strict=True):
+            assert laws.relative([b.relevance], [a.relevance]) < TOLERANCE
+            torch.testing.assert_close(b.activation, a.activation)
+
+
+def test_the_report_says_that_there_is_no_ledger() -> None:
+    model, x = zoo.torchvision_model("resnet18"), zoo.images(1, 3, 32, 32)
+    e = lrpfx.explain(model, x, 1, ledger=False)
+    assert not e.report.has_ledger and "ledger" in repr(e.report)
+    torch.testing.assert_close(e.absorbed, e.seed.sum(1) - e.relevance.sum((1, 2, 3)))
+    with pytest.raises(lrpfx.errors.InputError, match="ledger=True"):
+        e.report.leaks()
+
+
+def test_relevance_that_is_not_finite_is_traced_to_its_node() -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x.sum(1, keepdim=True) - x.sum(1, keepdim=True).detach()) + 1e-300 * x
+
+    x = torch.full((1, 2), 1e300, dtype=torch.float64)
+    rules = [("*", lrpfx.Norm(lambda z: z * 1e-300))]
+    for ledger in (True, False):
+        with pytest.raises(lrpfx.errors.NonFiniteError, match="first at"):
+            lrpfx.explain(Model(), x, 0, rules=rules, ledger=ledger)
+
+
+@pytest.mark.parametrize("part", ["multiplier", "denominator"])
+def test_a_wrong_shortcut_is_seen(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison can fail: each shortcut is broken by a thousandth."""
+    if part == "multiplier":
+        right = lrpfx.Pass.multiply
+
+        def wrong(self: Any, call: Any, x: Any, z: Any, m: Any, carry: Carry) -> Any:
+            return tuple(1.001 * c for c in right(self, call, x, z, m, carry))
+
+        monkeypatch.setattr(lrpfx.Pass, "multiply", wrong)
+    else:
+        terms = lrpfx.AlphaBeta.terms
+
+        def off(self: Any, x: Any, f: Any, z: Any) -> Any:
+            found = terms(self, x, f, z)
+            return [
+                t if t.total is None else dataclasses.replace(t, total=1.001 * t.total)
+                for t in found
+            ]
+
+        monkeypatch.setattr(lrpfx.AlphaBeta, "terms", off)
+    model, x = zoo.torchvision_model("resnet18"), zoo.images(1, 3, 32, 32)
+    assert error(lrpfx.Explainer(model, x, "epsilon_alpha2_beta1"), x, 1) > 1e-4
