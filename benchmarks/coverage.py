@@ -15,7 +15,8 @@ printed per model, and a whole run replaces the zoo's section of docs/coverage.m
 There are two oracles. Where the network is piecewise linear, LRP-0 (``EpsilonAll(epsilon=0)``) in
 float64 is held against gradient times input of the model itself ("gradient"): biases stay in the
 denominators, so the two are equal. Elsewhere, under the default rules: relevance in a batch of two
-against that of its samples alone, in float64 ("batch"), and float32 against float64 ("float32").
+against that of its samples alone, in float64 ("batch"), and float32 against float64 ("float32");
+"batch float32" for models that cannot run in float64.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
 
 #: What counts as equal. Forward and ledger are in float32, and so is one side of "float32".
 FORWARD, LEDGER = 1e-3, 1e-4
-TOLERANCES = {"gradient": 1e-9, "batch": 1e-6, "float32": 1e-1}
+TOLERANCES = {"gradient": 1e-9, "batch": 1e-6, "batch float32": 1e-1, "float32": 1e-1}
 
 #: Kinds of op for which LRP-0 is gradient times input.
 PIECEWISE_LINEAR = {"conv", "linear", "batch_norm", "avg_pool", "reduction", "interpolate", "sum"}
@@ -139,8 +140,13 @@ def _measure(case: Case, row: Row) -> None:
     single = relevance_of(explanation)
     linear = {r.kind for r in report.rows} <= PIECEWISE_LINEAR and not _holds_statistics(explainer)
     del explainer, explanation, got
-    model, inputs = model.double(), _mapped(_double, inputs)
-    errors = _gradient(model, inputs, target) if linear else _batch(model, inputs, target, single)
+    if _takes_doubles(model, inputs):
+        model, inputs = model.double(), _mapped(_double, inputs)
+        errors = (
+            _gradient(model, inputs, target) if linear else _batch(model, inputs, target, single)
+        )
+    else:
+        errors = {"batch float32": _batch(model.float(), inputs, target, single)["batch"]}
     row.oracle = ", ".join(f"{name} {error:.0e}" for name, error in errors.items())
     missed = [f"{k} by {e:.0e}" for k, e in errors.items() if not e < TOLERANCES[k]]
     row.reason = "; ".join(filter(None, [row.reason, *missed]))
@@ -179,6 +185,17 @@ def _batch(
         "batch": _relative_error(together, apart),
         "float32": _relative_error([t.double() for t in single], together),
     }
+
+
+def _takes_doubles(model: nn.Module, inputs: Any) -> bool:
+    """Whether the model runs in float64; some make float32 tensors of their own."""
+    doubles = _mapped(_double, inputs)
+    try:
+        with torch.no_grad():
+            model.double()(*_positional(doubles), **_keywords(doubles))
+    except RuntimeError:
+        return False
+    return True
 
 
 def target_for(expected: Sequence[Tensor]) -> Callable[..., Tensor]:
@@ -292,7 +309,9 @@ def replace_section(page: str, zoo: str, part: Sequence[str]) -> str:
     sections[zoo] = "\n".join(part) + "\n"
     assert __doc__ is not None
     body = __doc__.split("\n\n", 1)[1].strip().replace("``", "`")
-    head = f"# Coverage\n\nMade by `python -m benchmarks.coverage`, one section per run.\n\n{body}\n"
+    head = (
+        f"# Coverage\n\nMade by `python -m benchmarks.coverage`, one section per run.\n\n{body}\n"
+    )
     return head + "".join("\n" + sections[z].rstrip("\n") + "\n" for z in ZOOS if z in sections)
 
 
@@ -310,7 +329,9 @@ def main() -> int:
         if re.search(arguments.only, case.name):
             rows.append(measure(case))
             lines.append(str(rows[-1]))
-            print(lines[-1] + (f"  {_cell(rows[-1].reason)}" if rows[-1].reason else ""), flush=True)
+            print(
+                lines[-1] + (f"  {_cell(rows[-1].reason)}" if rows[-1].reason else ""), flush=True
+            )
     print(summary(arguments.zoo, rows))
     if not arguments.only:
         page = PAGE.read_text() if PAGE.exists() else ""

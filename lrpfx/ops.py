@@ -360,6 +360,12 @@ _add(
     nonneg=inherited,
 )
 _add([aten.upsample_bicubic2d.vec, aten._upsample_bicubic2d_aa.vec], "interpolate", "affine")
+_add(
+    [aten.grid_sampler.default],
+    "interpolate",
+    "affine",
+    nonneg=lambda args, inputs: inputs and args["interpolation_mode"] != 2,  # 2 is cubic
+)
 _add([aten.col2im.default], "reduction", "affine", nonneg=inherited)
 
 
