@@ -122,8 +122,8 @@ def _measure(case: Case, row: Row) -> None:
     model = randomize(case.make())
     inputs = case.inputs(2)
     with torch.no_grad():
-        expected = tensors_in(model(*_positional(inputs), **_keywords(inputs)))
-    target = target_for(expected)
+        output = model(*_positional(inputs), **_keywords(inputs))
+    target, expected = target_for(case.score, output), tensors_in(output)
     explainer = lrpfx.Explainer(model, inputs)
     row.captured = row.ruled = "yes"
     explanation = explainer(inputs, target)
@@ -198,16 +198,16 @@ def _takes_doubles(model: nn.Module, inputs: Any) -> bool:
     return True
 
 
-def target_for(expected: Sequence[Tensor]) -> Callable[..., Tensor]:
+def target_for(score: Callable[[Any], Any], expected: Any) -> Callable[..., Tensor]:
     """What to explain: the strongest class, or a random projection of outputs of other shapes.
 
     The target takes an output and which sample of the batch it begins with.
     """
-    first = next(t for t in expected if t.is_floating_point())
+    first = next(t for t in tensors_in(score(expected)) if t.is_floating_point())
     classes = first.argmax(1) if first.ndim == 2 else None
 
     def probe(output: Any, begin: int = 0) -> Tensor:
-        found = [t for t in tensors_in(output) if t.is_floating_point()]
+        found = [t for t in tensors_in(score(output)) if t.is_floating_point()]
         if classes is not None:
             n = len(found[0])
             return found[0][torch.arange(n), classes[begin : begin + n]]

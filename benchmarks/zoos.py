@@ -19,11 +19,13 @@ class Case:
         name: In the table.
         make: Builds it, with random weights.
         inputs: Draws inputs for n samples: a tensor, a tuple, or a dict.
+        score: Picks of the model's output what is explained, shape (N, ...); all by default.
     """
 
     name: str
     make: Callable[[], nn.Module]
     inputs: Callable[[int], Any]
+    score: Callable[[Any], Any] = lambda output: output
 
 
 def images(*shape: int) -> Callable[[int], Tensor]:
@@ -87,6 +89,197 @@ def _backbone(build: Callable[..., nn.Module], name: str) -> nn.Module:
     backbone = build(name, weights_backbone=None).backbone
     assert isinstance(backbone, nn.Module)
     return backbone
+
+
+# -- timm -----------------------------------------------------------------------------------------
+
+#: Family, the variant of it with the fewest parameters, side of its images: the smallest of 64, 96,
+#: 128 ... that it runs on. A star: the model is built for that side, by its option img_size.
+#: Families are timm's modules (``timm.list_modules()``), and within them what is told apart by
+#: name and architecture.
+TIMM = """
+beit                      beit_base_patch16_224             64*
+beitv2                    beitv2_base_patch16_224           64*
+botnet                    botnet26t_256                     64*
+byoanet                   halonet_h1                        256
+byobnet                   mobileone_s1                      64
+caformer                  caformer_s18                      64
+cait                      cait_xxs24_224                    64*
+coat                      coat_tiny                         64*
+coat_lite                 coat_lite_tiny                    64*
+coatnet                   coatnet_pico_rw_224               64*
+coatnext                  coatnext_nano_rw_224              64*
+convformer                convformer_s18                    64
+convit                    convit_tiny                       64*
+convmixer                 convmixer_768_32                  64
+convnext                  convnext_zepto_rms                64
+convnextv2                convnextv2_atto                   64
+cpubone                   cpubone_nano                      64
+crossvit                  crossvit_tiny_240                 64
+csatv2                    csatv2                            64
+cspdarknet                cspdarknet53                      64
+cspnet                    cs3darknet_focus_s                64
+cspnext                   cspnext_tiny                      64
+cspresnet                 cspresnet50                       64
+darknet                   darknet17                         64
+davit                     davit_tiny                        64
+deepseek_vit              deepseek_vit_412m                 224
+deit                      deit_tiny_patch16_224             64*
+deit3                     deit3_small_patch16_224           64*
+deit_distilled            deit_tiny_distilled_patch16_224   64*
+densenet                  densenet121                       64
+dinov2                    vit_small_patch14_dinov2          64*
+dla                       dla46x_c                          64
+dm_nfnet                  dm_nfnet_f0                       64
+dpn                       dpn48b                            64
+eca_nfnet                 eca_nfnet_l0                      64
+ecaresnet                 ecaresnet26t                      64
+edgenext                  edgenext_xx_small                 64
+efficientformer           efficientformer_l1                224
+efficientformer_v2        efficientformerv2_s0              64*
+efficientnet              mobilenetv2_035                   64
+efficientnet_lite         efficientnet_lite0                64
+efficientnetv2            efficientnetv2_rw_t               64
+efficientvim              efficientvim_m1                   64
+efficientvit_l            efficientvit_l1                   64
+efficientvit_mit          efficientvit_b0                   64
+efficientvit_msra         efficientvit_m0                   64
+eva                       vit_tiny_patch16_dinov3_qkvb      64
+eva02                     eva02_tiny_patch14_224            64*
+fasternet                 fasternet_t0                      64
+fastvit                   fastvit_t8                        64
+fbnetc                    fbnetc_100                        64
+fbnetv3                   fbnetv3_b                         64
+flexivit                  flexivit_small                    64*
+focalnet                  focalnet_tiny_srf                 64
+gcresnet                  gcresnet33ts                      64
+gcvit                     gcvit_xxtiny                      64*
+gemma4_vit                gemma4_vit_167m                   64
+gernet                    gernet_s                          64
+ghostnet                  ghostnet_050                      64
+ghostnetv2                ghostnetv2_100                    64
+ghostnetv3                ghostnetv3_050                    64
+gmixer                    gmixer_12_224                     64*
+hardcorenas               hardcorenas_b                     64
+hgnet                     hgnetv2_b0                        64
+hgnetv1                   hgnet_tiny                        64
+hiera                     hiera_tiny_224                    64*
+hieradet_sam2             sam2_hiera_tiny                   64
+hrnet                     hrnet_w18_small                   64
+iformer                   iformer_t                         64
+inception_next            inception_next_atto               64
+inception_resnet_v2       inception_resnet_v2               96
+inception_v3              inception_v3                      96
+inception_v4              inception_v4                      96
+lambda_resnet             lambda_resnet26t                  64
+lcnet                     lcnet_035                         64
+lcnetv2                   lcnetv2_small                     64
+legacy_senet              legacy_senet154                   64
+levit                     levit_128s                        64*
+levit_conv                levit_conv_128s                   64*
+lowformer                 lowformer_b0                      64
+mambaout                  mambaout_femto                    64
+maxxvit                   maxxvit_rmlp_nano_rw_256          64*
+metaformer                poolformerv2_s12                  64
+mixer                     mixer_s16_224                     64*
+mixnet                    mixnet_s                          64
+mlp_mixer                 gmlp_ti16_224                     64*
+mnasnet                   mnasnet_small                     64
+mobilenet_edgetpu         mobilenet_edgetpu_100             64
+mobilenetv1               mobilenetv1_100                   64
+mobilenetv3               mobilenetv3_small_050             64
+mobilenetv4               mobilenetv4_conv_small_035        64
+mobilenetv4_hybrid        mobilenetv4_hybrid_medium_075     64
+mobilenetv5               mobilenetv5_base                  64
+mobilevit                 mobilevit_xxs                     64
+mobilevitv2               mobilevitv2_050                   64
+mvitv2                    mvitv2_tiny                       64
+naflexvit                 naflexvit_base_patch16_parfac_gap 64
+nasnet                    nasnetalarge                      64
+nest                      nest_tiny                         64*
+nextvit                   nextvit_small                     64
+nf_resnet                 nf_resnet26                       64
+nfnet                     nf_regnet_b0                      64
+pit                       pit_ti_224                        64*
+pnasnet                   pnasnet5large                     64
+poolformer                poolformer_s12                    64
+pvt_v2                    pvt_v2_b0                         64
+qwen3_vit                 qwen3_vit_88m                     64
+rdnet                     rdnet_tiny                        64
+regnet                    regnetx_002                       64
+regnetv                   regnetv_040                       64
+regnety                   regnety_002                       64
+regnetz                   regnetz_005                       64
+repghost                  repghostnet_050                   64
+repvgg                    repvgg_a0                         64
+repvit                    repvit_m0_9                       64
+res2net                   res2net50_14w_8s                  64
+resmlp                    resmlp_12_224                     64*
+resnest                   resnest14d                        64
+resnet                    resnet10t                         64
+resnetaa                  resnetaa34d                       64
+resnetblur                resnetblur18                      64
+resnetq                   resnet51q                         64
+resnetrs                  resnetrs50                        64
+resnetv2                  resnetv2_18                       64
+resnetv2_bit              resnetv2_50x1_bit                 64
+resnext                   resnext26ts                       64
+rexnet                    rexnet_100                        64
+selecsls                  selecsls42                        64
+semnasnet                 semnasnet_050                     64
+senet                     legacy_seresnet18                 64
+sequencer                 sequencer2d_s                     64
+seresnet                  seresnet18                        64
+seresnext                 seresnext26ts                     64
+shvit                     shvit_s1                          64
+sknet                     skresnet18                        64
+spnasnet                  spnasnet_100                      64
+starnet                   starnet_s050                      64
+swiftformer               swiftformer_xs                    64
+swin_s3                   swin_s3_tiny_224                  64*
+swin_transformer          swin_tiny_patch4_window7_224      64*
+swin_transformer_v2       swinv2_tiny_window8_256           64*
+swin_transformer_v2_cr    swinv2_cr_tiny_224                64*
+tiny_vit                  tiny_vit_5m_224                   64
+tinynet                   tinynet_e                         64
+tnt                       tnt_s_legacy_patch16_224          64*
+tresnet                   tresnet_m                         64
+twins                     twins_svt_small                   64
+twins_pcpvt               twins_pcpvt_small                 64
+vgg                       vgg11                             64
+visformer                 visformer_tiny                    64*
+vision_transformer        vit_tiny_patch16_224              64*
+vision_transformer_hybrid vit_tiny_r_s16_p8_224             64*
+vision_transformer_relpos vit_srelpos_small_patch16_224     64*
+vision_transformer_sam    samvit_base_patch16_224           64
+vit_rope                  vit_small_patch16_rope_224        64*
+vitamin                   vitamin_small_224                 64*
+volo                      volo_d1_224                       64*
+vovnet                    ese_vovnet19b_slim_dw             64
+wide_resnet               wide_resnet50_2                   64
+xception                  legacy_xception                   64
+xception_aligned          xception41p                       64
+xcit                      xcit_nano_12_p8_224               64
+"""
+
+
+def timm_cases() -> Iterator[Case]:
+    """One variant of each family."""
+    declare_missing_ops()
+    import timm
+
+    known = {variant for _, variant, _ in map(str.split, TIMM.strip().splitlines())}
+    for module in timm.list_modules():
+        variants = timm.list_models(module=module)
+        if variants and known.isdisjoint(variants):
+            raise LookupError(f"the table has no variant of {module}; there are {variants}")
+    for line in TIMM.strip().splitlines():
+        family, variant, side = line.split()
+        size = int(side.removesuffix("*"))
+        options = dict(img_size=size) if side.endswith("*") else {}
+        name = variant if family in variant else f"{variant} ({family})"
+        make = partial(timm.create_model, variant, pretrained=False, **options)
+        yield Case(name, make, images(3, size, size))
 
 
 # -- transformers ---------------------------------------------------------------------------------
@@ -339,7 +532,14 @@ def transformers_cases() -> Iterator[Case]:
         return model
 
     for kind, (head, inputs, options) in TRANSFORMERS.items():
-        yield Case(kind, partial(build, kind, head, options), partial(_INPUTS[inputs]))
+        score = _scores_of_pairs if inputs == "pairs" else Case.score
+        yield Case(kind, partial(build, kind, head, options), _INPUTS[inputs], score)
+
+
+def _scores_of_pairs(output: Any) -> Tensor:
+    """Each image with its own text; the scores with the others depend on the rest of the batch."""
+    scores: Tensor = output.logits_per_image
+    return scores.diagonal()[:, None]
 
 
 def _tokens(n: int) -> Tensor:
@@ -371,5 +571,6 @@ _INPUTS: dict[str, Callable[[int], Any]] = {
 
 ZOOS: dict[str, Callable[[], Iterator[Case]]] = {
     "torchvision": torchvision_cases,
+    "timm": timm_cases,
     "transformers": transformers_cases,
 }
