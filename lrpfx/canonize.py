@@ -17,7 +17,15 @@ from lrpfx.compose import flat_products, whole_activations
 from lrpfx.errors import CaptureError, TrainingModeError
 from lrpfx.fold import fold_batch_norm
 from lrpfx.functionalize import copies_to_casts, functionalize, inline_no_grad, insert
-from lrpfx.graph import bound_arguments, module_calls, nodes_in, source_line, used_nodes, verify
+from lrpfx.graph import (
+    bound_arguments,
+    module_calls,
+    nodes_in,
+    reachable,
+    source_line,
+    used_nodes,
+    verify,
+)
 
 aten = torch.ops.aten
 
@@ -53,17 +61,17 @@ _RANDOM = {
 
 
 def refuse_training(module: fx.GraphModule) -> fx.GraphModule:
-    """Raise TrainingModeError if any op is random or shares statistics over the batch."""
+    """Raise TrainingModeError if any op is random or shares statistics over the batch.
+
+    Weights that are standardised by a batch norm of their own do neither.
+    """
     bad = []
-    for node in module.graph.nodes:
-        arguments = tuple(bound_arguments(node).values()) if _is_aten(node) else ()
+    for node in filter(_is_aten, module.graph.nodes):
+        arguments = tuple(bound_arguments(node).values())
         if node.target in _RANDOM and arguments[_RANDOM[node.target]]:
             bad.append((node, "is random"))
-        elif node.target is aten.batch_norm.default and (arguments[5] or arguments[3] is None):
+        elif _mixes_batch(node) and any(n.op == "placeholder" for n in reachable([node])):
             bad.append((node, "uses the statistics of the batch"))
-        elif _is_aten(node) and "native_batch_norm" in node.target._schema.name:
-            if node.target is not aten._native_batch_norm_legit_no_training.default:
-                bad.append((node, "uses the statistics of the batch"))
     if bad:
         raise TrainingModeError(
             "the model is in training mode: its output is random or depends on the other samples.",
@@ -75,6 +83,15 @@ def refuse_training(module: fx.GraphModule) -> fx.GraphModule:
             fix="call model.eval() first (batch norm needs running statistics).",
         )
     return module
+
+
+def _mixes_batch(node: fx.Node) -> bool:
+    """Whether the node is a batch norm of training mode."""
+    if node.target is aten.batch_norm.default:
+        arguments = bound_arguments(node)
+        return bool(arguments["training"]) or arguments["running_mean"] is None
+    native = "native_batch_norm" in node.target._schema.name  # type: ignore[union-attr]
+    return native and node.target is not aten._native_batch_norm_legit_no_training.default
 
 
 def refuse_random(module: fx.GraphModule) -> fx.GraphModule:
@@ -113,6 +130,29 @@ def whole_batch_norm(module: fx.GraphModule) -> fx.GraphModule:
         for user in list(node.users):
             user.replace_all_uses_with(new)
             module.graph.erase_node(user)
+        module.graph.erase_node(node)
+    return module
+
+
+_MULTIPLY_ADD = {aten.addcmul.default: aten.mul.Tensor, aten.baddbmm.default: aten.bmm.default}
+
+
+def open_multiply_add(module: fx.GraphModule) -> fx.GraphModule:
+    """``addcmul(a, b, c)`` -> ``a + b * c``; ``baddbmm(a, b, c)`` -> ``a + b @ c``."""
+    for node in [n for n in module.graph.nodes if n.target in _MULTIPLY_ADD]:
+        arguments = bound_arguments(node)
+        summand, first, second = list(arguments.values())[:3]
+        beta = arguments.get("beta", 1)
+        alpha = arguments.get("alpha", arguments.get("value", 1))
+        with module.graph.inserting_before(node):
+            new = insert(node, _MULTIPLY_ADD[node.target], (first, second))
+            if alpha != 1:
+                new = insert(node, aten.mul.Tensor, (new, alpha))
+            if beta not in (0, 1):
+                summand = insert(node, aten.mul.Tensor, (summand, beta))
+            if beta != 0:
+                new = insert(node, aten.add.Tensor, (summand, new))
+        node.replace_all_uses_with(new)
         module.graph.erase_node(node)
     return module
 
@@ -171,6 +211,7 @@ PASSES: tuple[Pass, ...] = (
     drop_noops,
     refuse_random,
     open_attention,
+    open_multiply_add,
     hold_statistics,
     whole_activations,
     flat_products,
