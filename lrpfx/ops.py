@@ -484,7 +484,10 @@ _ACTIVATIONS: dict[str, tuple[list[Any], Sign]] = {
     "hardswish": ([aten.hardswish.default], inherited),
     "hardsigmoid": ([aten.hardsigmoid.default], always),
     "hardtanh": ([aten.hardtanh.default], _clamped),
-    "clamp": ([aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default], _clamped),
+    "clamp": (
+        [aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.clamp.Tensor],
+        _clamped,
+    ),
     "sigmoid": ([aten.sigmoid.default], always),
     "log_sigmoid": ([aten.log_sigmoid.default], never),
     "tanh": ([aten.tanh.default], inherited),
