@@ -323,6 +323,17 @@ def _normalized(
     return AffineMap(forward, backward, bias=bias)
 
 
+def quotient(args: Arguments, live: Live, run: Run) -> AffineMap:
+    """self / other, both live, with 1 / other as a constant: the divisor normalises."""
+    scale = 1 / args["other"]
+
+    def backward(s: Tensor, w: Any, x: Signal) -> Signal:
+        a, b = x
+        return (s * scale).sum_to_size(a.shape), torch.zeros_like(b)
+
+    return AffineMap(lambda x, w, b: x[0] * scale, backward)
+
+
 def layer_norm(args: Arguments, live: Live, run: Run) -> AffineMap:
     """Layer norm over the last dimensions."""
     dims = list(range(-len(args["normalized_shape"]), 0))

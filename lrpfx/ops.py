@@ -21,7 +21,7 @@ aten = torch.ops.aten
 #: The families, and the rule that they get where nothing else is said.
 FAMILIES = {
     "affine": "z = W x + b (Norm or Epsilon)",
-    "normalize": "layer norm and the like, affine with 1 / std as a constant (Norm)",
+    "normalize": "layer norm and the like, affine with the divisor as a constant (Norm)",
     "product": "elementwise product of live tensors (Uniform)",
     "matmul": "matrix product of two live tensors (Bilinear)",
     "softmax": "softmax (Taylor)",
@@ -442,6 +442,14 @@ _add([aten.layer_norm.default], "layer_norm", "normalize", affine=maps.layer_nor
 _add([aten.group_norm.default], "group_norm", "normalize", affine=maps.group_norm)
 _add([aten.instance_norm.default], "instance_norm", "normalize", affine=maps.instance_norm)
 _add([aten.rms_norm.default], "rms_norm", "normalize", affine=maps.rms_norm)
+_add(
+    [aten.div.Tensor],
+    "quotient",
+    "normalize",
+    [("self", "other")],
+    affine=maps.quotient,
+    nonneg=inherited,
+)
 _add([aten.mul.Tensor], "product", "product", [("self", "other")], nonneg=inherited)
 _add([product], "product", "product", ["factors"], nonneg=inherited)
 _add([aten.matmul.default], "matmul", "matmul", [("self", "other")], nonneg=inherited)

@@ -52,6 +52,14 @@ def kernel(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
 
+def batched(x: Tensor) -> Tensor:
+    return kernel(1, 6, 2).expand(len(x), 6, 2)
+
+
+def grid(n: int) -> Tensor:
+    return kernel(1, 3, 5, 2).expand(n, -1, -1, -1).tanh()
+
+
 # Linear ops without bias: LRP-0 is gradient times input exactly, whichever way it is spelled.
 LINEAR: dict[str, tuple[tuple[int, ...], Fn]] = {
     "conv1d": (SEQUENCE, lambda x: F.conv1d(x, kernel(3, 4, 3), stride=2, padding=1)),
@@ -129,6 +137,9 @@ LINEAR: dict[str, tuple[tuple[int, ...], Fn]] = {
         VOLUME,
         lambda x: F.interpolate(x, (3, 4, 5), mode="nearest-exact"),
     ),
+    "grid_sample": (IMAGE, lambda x: F.grid_sample(x, grid(len(x)), align_corners=False)),
+    "baddbmm": ((4, 6), lambda x: torch.baddbmm(x @ kernel(6, 2), x, batched(x), alpha=2)),
+    "addcmul": (IMAGE, lambda x: torch.addcmul(x, x.flip(1), kernel(6, 6), value=0.5)),
     "fold": ((8, 9), lambda x: F.fold(x, (4, 4), (2, 2))),
     "unfold": (IMAGE, lambda x: F.unfold(x, (3, 2), padding=1, stride=2)),
     "tensor unfold": (SEQUENCE, lambda x: x.unfold(2, 3, 2)),
@@ -222,6 +233,7 @@ ACTIVATIONS: dict[str, Fn] = {
     "relu_": lambda x: (x * 1.0).relu_(),
     "clamp": lambda x: x.clamp(min=0),
     "clamp both": lambda x: x.clamp(-1, 1),
+    "clamp by tensors": lambda x: x.clamp(kernel(8) - 3, kernel(8) + 3),
     "nn.ReLU inplace": nn.ReLU(inplace=True),
     "relu6": F.relu6,
     "nn.ReLU6": nn.ReLU6(),
@@ -304,6 +316,7 @@ ELSEWHERE = {
     "instance_norm",
     "rms_norm",
     "product",
+    "quotient",
     "batch_norm",  # test_canonize.py
     "scatter",  # below: reached by functionalised writes
     "constant",  # test_canonize.py: relevance ends
