@@ -139,7 +139,7 @@ efficientformer           efficientformer_l1                224
 efficientformer_v2        efficientformerv2_s0              64*
 efficientnet              mobilenetv2_035                   64
 efficientnet_lite         efficientnet_lite0                64
-efficientnetv2            efficientnetv2_rw_t               64
+efficientnetv2            efficientnetv2_rw_t               128
 efficientvim              efficientvim_m1                   64
 efficientvit_l            efficientvit_l1                   64
 efficientvit_mit          efficientvit_b0                   64
