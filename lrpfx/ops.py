@@ -528,7 +528,7 @@ _add(
 )
 _add(
     [aten.amax.default, aten.amin.default, aten.max.dim, aten.min.dim]
-    + [aten.max.default, aten.min.default],
+    + [aten.max.default, aten.min.default, aten.topk.default],
     "max",
     "select",
     nonneg=inherited,

@@ -204,6 +204,7 @@ LINEAR: dict[str, tuple[tuple[int, ...], Fn]] = {
     "adaptive_max_pool3d": (VOLUME, lambda x: F.adaptive_max_pool3d(x, 2)),
     "amax": (IMAGE, lambda x: x.amax((2, 3))),
     "max": (IMAGE, lambda x: x.max(1).values),
+    "topk": (IMAGE, lambda x: x.topk(2, 1).values),
     "maximum": (IMAGE, lambda x: torch.maximum(x, x.flip(-1))),
     "relu": (IMAGE, lambda x: F.relu(x)),
 }
