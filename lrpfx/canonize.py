@@ -119,6 +119,19 @@ def _is_aten(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload)
 
 
+_NAMES = {"multiply": "mul", "divide": "div", "true_divide": "div", "subtract": "sub"}
+_NAMES |= {"negative": "neg", "absolute": "abs", "clip": "clamp", "concatenate": "cat"}
+
+
+def one_name(module: fx.GraphModule) -> fx.GraphModule:
+    """``multiply(a, b)`` -> ``mul(a, b)``, and the other ops that PyTorch has under two names."""
+    for node in filter(_is_aten, module.graph.nodes):
+        name, overload = str(node.target).removeprefix("aten.").rsplit(".", 1)
+        if name in _NAMES:
+            node.target = getattr(getattr(aten, _NAMES[name]), overload)
+    return module
+
+
 def whole_batch_norm(module: fx.GraphModule) -> fx.GraphModule:
     """``getitem(_native_batch_norm_legit_no_training(x, ...), 0)`` -> ``batch_norm(x, ...)``."""
     native = aten._native_batch_norm_legit_no_training.default
@@ -206,6 +219,7 @@ def views_to_reshapes(module: fx.GraphModule) -> fx.GraphModule:
 PASSES: tuple[Pass, ...] = (
     inline_no_grad,
     refuse_training,
+    one_name,
     whole_batch_norm,
     copies_to_casts,
     drop_noops,

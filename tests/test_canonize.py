@@ -335,6 +335,22 @@ def test_weights_standardised_by_batch_norm_are_no_training_mode() -> None:
     torch.testing.assert_close(relevance, g * x, rtol=1e-9, atol=1e-10)
 
 
+# Names -------------------------------------------------------------------------------------------
+
+
+def test_an_op_of_two_names_has_one() -> None:
+    def aliases(x: Tensor) -> Tensor:
+        y = torch.multiply(torch.subtract(x, 2), torch.negative(x))
+        y = torch.concatenate([torch.divide(y, 3), torch.true_divide(y, 4)], 1)
+        return torch.clip(torch.absolute(y), 0.1, 0.9)
+
+    x = torch.randn(3, 4, dtype=torch.float64)
+    module = canonical(Plain(aliases), x)
+    torch.testing.assert_close(module(x), aliases(x), rtol=1e-12, atol=1e-12)
+    names = {str(target).split(".")[1] for target in targets(module)}
+    assert names == {"mul", "sub", "neg", "cat", "div", "abs", "clamp"}
+
+
 # Multiplication and addition in one op -----------------------------------------------------------
 
 
