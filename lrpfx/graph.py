@@ -168,11 +168,22 @@ def find_starts(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
             starts[node] = node
         elif node.target is torch.ops.aten.embedding.default:
             source = node.args[1]
-            while source.op == "call_function" and len(source.all_input_nodes) == 1:
+            while _keeps_values(source):
                 source = source.all_input_nodes[0]
-            if source.op == "placeholder":
+            if source.op == "placeholder" and isinstance(source.meta.get("val"), Tensor):
                 starts[node] = source
     return starts
+
+
+def _keeps_values(node: fx.Node) -> bool:
+    """Whether the node is made of the values of one tensor, and not of its shape alone."""
+    inputs = node.all_input_nodes
+    if node.op != "call_function" or len(inputs) != 1:
+        return False
+    if not isinstance(inputs[0].meta.get("val"), Tensor):
+        return False  # zeros(ids.shape)
+    op = ops.find(node.target, frozenset(_live_names(node, inputs)))
+    return op is None or op.family != "constant"  # zeros_like(ids)
 
 
 def annotate(

@@ -349,6 +349,34 @@ def test_token_relevance_is_that_of_the_embedding_summed_over_features() -> None
     torch.testing.assert_close(e.relevance["ids"].sum(1), e.output[:, 1])
 
 
+@pytest.mark.parametrize(
+    "segments",
+    [lambda ids: torch.zeros(ids.shape, dtype=torch.long), torch.zeros_like],
+    ids=["zeros", "zeros_like"],
+)
+def test_an_embedding_of_the_shape_alone_is_a_constant(
+    segments: Callable[[Tensor], Tensor],
+) -> None:
+    """Token types that default to zeros say nothing of the tokens; here they have other sizes."""
+
+    class Typed(Bag):
+        def __init__(self) -> None:
+            super().__init__()
+            self.types = nn.Embedding(2, 2).double()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            types = self.types(segments(ids)).repeat(1, 1, 2)
+            return self.head((self.embed(ids) + types).sum(1))
+
+    model, ids = Typed(), torch.tensor([[1, 2, 3], [4, 4, 0]])
+    e = lrpfx.explain(model, ids, 1, rules=composites.EpsilonAll(1e-12))
+    per_feature = model.embed(ids) * model.head.weight[1]
+    torch.testing.assert_close(e.relevance, per_feature.sum(-1).detach())
+    assert e.report.absorbed["bias"] == pytest.approx(
+        (model.types.weight[0].repeat(2) * 3 * model.head.weight[1]).sum().item() * 2
+    )
+
+
 def test_a_row_that_is_masked_whole_is_zero() -> None:
     """As left padding gives: the fused kernel returns zeros there, and no relevance flows."""
     mask = torch.ones(2, 1, 3, 3, dtype=torch.bool).tril()
