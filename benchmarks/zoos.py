@@ -489,7 +489,7 @@ TRANSFORMERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "pvt": (
         "ImageClassification",
         "images",
-        dict(_STAGES, image_size=32, hidden_sizes=[8, 16, 24, 32]),
+        dict(_STAGES, image_size=32, hidden_sizes=[8, 16, 20, 32]),
     ),
     "mobilevit": (
         "ImageClassification",
@@ -525,6 +525,7 @@ def transformers_cases() -> Iterator[Case]:
 
     def build(kind: str, head: str, options: dict[str, Any]) -> nn.Module:
         config = transformers.AutoConfig.for_model(kind, **options)
+        config.architectures = config.architectures or []  # None is more than from_config takes
         config._experts_implementation = "batched_mm"  # a loop over experts cannot be exported
         model: nn.Module = getattr(transformers, f"AutoModel{head and 'For' + head}").from_config(
             config
