@@ -77,7 +77,8 @@ def torchvision_cases() -> Iterator[Case]:
     for name in models.list_models(module=models.optical_flow):
         yield Case(name, partial(build, name), two_frames)
     for name in DETECTORS:
-        yield Case(f"{name}, backbone", partial(_backbone, build, name), images(3, 64, 64))
+        side = 300 if name.startswith("ssd") else 64
+        yield Case(f"{name}, backbone", partial(_backbone, build, name), images(3, side, side))
 
 
 def two_frames(n: int) -> tuple[Any, ...]:
