@@ -57,6 +57,10 @@ _RANDOM = {
     aten.native_dropout.default: 2,
     aten.rrelu.default: 3,
     aten.scaled_dot_product_attention.default: 4,
+    aten.lstm.input: 6,
+    aten.gru.input: 6,
+    aten.rnn_tanh.input: 6,
+    aten.rnn_relu.input: 6,
 }
 
 

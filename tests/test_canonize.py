@@ -314,6 +314,13 @@ def test_batch_dependent_layers_are_refused(layer: nn.Module, why: str) -> None:
         lrpfx.explain(model, torch.randn(2, 2, 5, 5))
 
 
+@pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_have_no_rule_but_are_not_random(layer: type[nn.RNNBase]) -> None:
+    recurrent = layer(4, 5, batch_first=True).eval()
+    with pytest.raises(lrpfx.errors.UnsupportedOpError, match="no relevance rule"):
+        lrpfx.explain(Plain(lambda x: recurrent(x)[0][:, -1]), torch.randn(2, 3, 4))
+
+
 class Standardised(nn.Conv2d):
     """Weights standardised by a batch norm of training mode, as in normaliser-free networks."""
 
