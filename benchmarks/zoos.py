@@ -38,8 +38,8 @@ def images(*shape: int) -> Callable[[int], Tensor]:
 #: Side of the images, by the first name that the model's begins with; 64 elsewhere.
 SIDES = {"vit_h_14": 518, "vit": 224, "swin": 64, "maxvit": 224, "inception": 96, "alexnet": 96}
 
-#: Videos: (channels, frames, height, width), 8 frames of 64 x 64 elsewhere.
-VIDEOS = {"mvit": (3, 16, 224, 224), "s3d": (3, 16, 64, 64)}
+#: Videos: (channels, frames, height, width) where it is fixed, 8 frames of 64 x 64 elsewhere.
+VIDEOS = dict.fromkeys(["mvit_v1_b", "mvit_v2_s", "s3d"], (3, 16, 224, 224))
 
 DETECTORS = ["fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2"]
 DETECTORS += ["fasterrcnn_mobilenet_v3_large_320_fpn", "fasterrcnn_mobilenet_v3_large_fpn"]
@@ -72,8 +72,7 @@ def torchvision_cases() -> Iterator[Case]:
     for name in models.list_models(module=models.segmentation):
         yield Case(name, partial(build, name, weights_backbone=None), images(3, 64, 64))
     for name in models.list_models(module=models.video):
-        shape = next((s for start, s in VIDEOS.items() if name.startswith(start)), (3, 8, 64, 64))
-        yield Case(name, partial(build, name), images(*shape))
+        yield Case(name, partial(build, name), images(*VIDEOS.get(name, (3, 8, 64, 64))))
     for name in models.list_models(module=models.optical_flow):
         yield Case(name, partial(build, name), two_frames)
     for name in DETECTORS:
