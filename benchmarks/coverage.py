@@ -1,152 +1,364 @@
-"""Which models lrpfx explains, measured: ``python -m benchmarks.coverage [torchvision|timm]``.
+"""Which models lrpfx explains, measured: ``python -m benchmarks.coverage [ZOO] [--only NAME]``.
 
-Every model has random weights, randomised batch norm statistics, and a head that is not all zeros.
-Printed per model, and written to docs/coverage-<zoo>.md:
+A zoo is torchvision, timm or transformers; its models are listed in ``benchmarks/zoos.py``. All
+have random weights, drawn so that every part matters (``randomize``). One Markdown table row is
+printed per model, and a whole run replaces the zoo's section of docs/coverage.md:
 
-- captured, and every live op ruled: else the first line of the error;
+- captured: the model became a graph;
+- ruled: every op of it that depends on the input has a rule;
 - forward: largest difference to the model's own output, relative to its largest value;
 - ledger: relevance that is neither at the inputs nor booked as absorbed, relative to what moved;
-- seconds for capture and set-up, and for one explanation; number of ruled nodes.
+- oracle: what the relevance was held against, and the relative error (Euclidean norm);
+- agreed: whether forward, ledger and oracle are within their tolerances;
+- nodes with a rule; seconds for all of it.
+
+There are two oracles. Where the network is piecewise linear, LRP-0 (``EpsilonAll(epsilon=0)``) in
+float64 is held against gradient times input of the model itself ("gradient"): biases stay in the
+denominators, so the two are equal. Elsewhere, under the default rules: relevance of a sample in a
+batch of two against that of the sample alone, in float64 ("batch"), and float32 against float64
+("float32"); "batch float32" for models that cannot run in float64, or that round to float32 inside.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import platform
+import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import lrpfx
+from benchmarks.zoos import ZOOS, Case
+from lrpfx.capture import tensors_in
 
-#: What counts as equal, in float32.
+PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
+
+#: What counts as equal. Forward and ledger are in float32, and so is one side of "float32".
 FORWARD, LEDGER = 1e-3, 1e-4
+TOLERANCES = {"gradient": 1e-9, "batch": 1e-6, "batch float32": 1e-1, "float32": 1e-1}
+
+#: Kinds of op for which LRP-0 is gradient times input.
+PIECEWISE_LINEAR = {"conv", "linear", "batch_norm", "avg_pool", "reduction", "interpolate", "sum"}
+PIECEWISE_LINEAR |= {"shift", "scale", "relu", "leaky_relu", "prelu", "abs", "max_pool", "max"}
+PIECEWISE_LINEAR |= {"reshape", "cat", "pad", "where", "scatter"}
 
 
-def declare_missing_ops() -> None:
-    """torchvision's wheel needs two ops of its own that a CPU build of torch does not load."""
-    for name, arguments in (
-        ("nms", "(Tensor dets, Tensor scores, float iou_threshold)"),
-        ("qnms", "(Tensor dets, Tensor scores, float iou_threshold)"),
-    ):
-        if not hasattr(torch.ops.torchvision, name):
-            torch.library.define(f"torchvision::{name}", f"{arguments} -> Tensor")
+@torch.no_grad()
+def randomize(model: nn.Module, inputs: Any) -> nn.Module:
+    """Draw what initialisation leaves at a constant, so that no part is idle or an identity.
+
+    Biases, gains of norms, layer scales, position embeddings and heads that start at zero. Batch
+    norm gets the statistics of ``inputs``, somewhat off: without, deep networks of random weights
+    amplify the round-off of float32 to the size of the output.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.numel() or parameter.min() != parameter.max():
+            continue
+        constant = parameter.flatten()[0].item()
+        if constant and abs(constant) > 1e-2:  # a gain, or a temperature
+            parameter.mul_(torch.empty_like(parameter).uniform_(0.7, 1.3))
+        elif constant or (parameter.ndim < 2 and "bias" not in name and "token" not in name):
+            parameter.uniform_(0.3, 0.7)  # a layer scale, or a gate that starts shut
+        else:
+            parameter.normal_(0, 0.1 if parameter.ndim == 1 else 0.02)
+    model.eval()
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    hooks = [m.register_forward_hook(_draw_statistics) for m in norms if m.track_running_stats]
+    if hooks:
+        model(*_positional(inputs), **_keywords(inputs))
+    for hook in hooks:
+        hook.remove()
+    return model
 
 
-def torchvision_models() -> Iterator[tuple[str, Callable[[], nn.Module], int]]:
-    """All classification models, each with the side length of its input."""
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        declare_missing_ops()
-    from torchvision import models
-
-    fixed = {"vit": 224, "swin": 224, "maxvit": 224, "inception": 299, "alexnet": 96}
-    for name in models.list_models(module=models):
-        side = next((s for start, s in fixed.items() if name.startswith(start)), 64)
-        side = 518 if name == "vit_h_14" and side > 224 else side
-        yield name, lambda name=name: models.get_model(name, weights=None), side
+def _draw_statistics(norm: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """Set a batch norm's statistics to those of its input, somewhat off; return its new output."""
+    x = inputs[0].transpose(0, 1).flatten(1)
+    var = x.var(1, correction=0)
+    var = var.clamp_min(0.1 * var.mean().item() + 1e-3)
+    norm.running_mean.copy_(x.mean(1) + 0.5 * var.sqrt() * torch.randn_like(var))
+    norm.running_var.copy_(var * torch.empty_like(var).uniform_(1, 2))
+    return norm.forward(*inputs)
 
 
-def timm_models() -> Iterator[tuple[str, Callable[[], nn.Module], int]]:
-    """The smallest variant by name of each architecture family, as far as it is known small."""
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        declare_missing_ops()
-    import timm
+@dataclass
+class Row:
+    """One model of the table, filled in as far as it came."""
 
-    small = ("tiny", "nano", "atto", "pico", "femto", "xxs", "xx_small", "small", "18", "26", "s0")
-    for module in timm.list_modules():
-        names = timm.list_models(module=module)
-        picked = next((n for word in small for n in names if word in n), names[0] if names else "")
-        if picked:
-            side = timm.get_pretrained_cfg(picked).input_size[-1]
-            yield picked, lambda n=picked: timm.create_model(n, pretrained=False), min(side, 256)
+    model: str
+    captured: str = ""
+    ruled: str = ""
+    forward: str = ""
+    ledger: str = ""
+    oracle: str = ""
+    agreed: str = "no"
+    nodes: str = ""
+    seconds: str = ""
+    reason: str = ""
 
+    COLUMNS = "model captured ruled forward ledger oracle agreed nodes seconds".split()
 
-def randomize(model: nn.Module) -> nn.Module:
-    """Statistics off their defaults, and nothing left at zero."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.7, 1.3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.any():
-                parameter.normal_(0, 0.02)
-    return model.eval()
+    def __str__(self) -> str:
+        return "| " + " | ".join(getattr(self, column) for column in self.COLUMNS) + " |"
 
 
-def measure(name: str, make: Callable[[], nn.Module], side: int) -> dict[str, str]:
+def measure(case: Case) -> Row:
     """One row of the table."""
-    row = {"model": name, "captured": "", "forward": "", "ledger": "", "ok": "no"}
+    row = Row(case.name)
+    start = time.perf_counter()
     try:
-        torch.manual_seed(0)
-        model = randomize(make())
-        x = torch.randn(1, 3, side, side)
-        start = time.perf_counter()
-        explainer = lrpfx.Explainer(model, x)
-        ready = time.perf_counter()
-        explanation = explainer(x)
-        done = time.perf_counter()
-        with torch.no_grad():
-            expected = model(x)
-    except (lrpfx.errors.LrpError, RuntimeError, ValueError, TypeError) as error:
-        row["captured"] = str(error).splitlines()[0][:90]
-        return row
-    output = explanation.output
-    if not isinstance(output, torch.Tensor):
-        output, expected = output[0], expected[0]
-    forward = ((output - expected).abs().max() / expected.abs().max()).item()
+        _measure(case, row)
+    except lrpfx.errors.UnsupportedOpError as error:
+        row.captured, row.ruled = "yes", "no"
+        ops = Counter(place.split(" at ")[0] for place in error.where)
+        row.reason = "no rule for " + ", ".join(f"{op} ({n}x)" for op, n in ops.items())
+    except Exception as error:  # whatever a model or the library raises is a miss with a reason
+        row.reason = " / ".join([f"{type(error).__name__}: {_first_line(error)}", *_places(error)])
+        row.captured = row.captured or "no"
+    row.seconds = f"{time.perf_counter() - start:.1f}"
+    gc.collect()
+    return row
+
+
+def _measure(case: Case, row: Row) -> None:
+    torch.manual_seed(0)
+    model, inputs = case.make(), case.inputs(2)
+    randomize(model, case.inputs(8))
+    with torch.no_grad():
+        output = model(*_positional(inputs), **_keywords(inputs))
+    target, expected = target_for(case.score, output), tensors_in(output)
+    explainer = lrpfx.Explainer(model, inputs)
+    row.captured = row.ruled = "yes"
+    explanation = explainer(inputs, target)
     report = explanation.report
+    got = tensors_in(explanation.output)
+    forward = max(map(_error_of_largest, got, expected))
     moved = max(abs(r.relevance_in or 0.0) for r in report.rows)
     ledger = abs(report.unaccounted or 0.0) / max(moved, 1e-30)
-    row.update(
-        captured="yes",
-        forward=f"{forward:.0e}",
-        ledger=f"{ledger:.0e}",
-        ok="yes" if forward < FORWARD and ledger < LEDGER else "no",
-        rules=report.rules.split(" ")[0],
-        nodes=str(len(report.rows)),
-        setup=f"{ready - start:.1f}",
-        explain=f"{done - ready:.2f}",
+    row.forward, row.ledger, row.nodes = f"{forward:.0e}", f"{ledger:.0e}", str(len(report.rows))
+    if not forward < FORWARD:
+        row.reason = f"forward differs by {forward:.0e}"
+    elif not ledger < LEDGER:
+        row.reason = f"the ledger is open by {ledger:.0e}"
+    single = relevance_of(explanation)
+    linear = {r.kind for r in report.rows} <= PIECEWISE_LINEAR and not _holds_statistics(explainer)
+    del explainer, explanation, got
+    errors = _in_doubles(model, inputs, target, None if linear else single)
+    if errors is None:
+        errors = {"batch float32": _batch(model.float(), inputs, target)["batch"]}
+    row.oracle = ", ".join(f"{name} {error:.0e}" for name, error in errors.items())
+    missed = [f"{k} by {e:.0e}" for k, e in errors.items() if not e < TOLERANCES[k]]
+    row.reason = "; ".join(filter(None, [row.reason, *missed]))
+    row.agreed = "no" if row.reason else "yes"
+
+
+# -- oracles --------------------------------------------------------------------------------------
+
+
+def _gradient(model: nn.Module, inputs: Any, target: Callable[[Any], Tensor]) -> dict[str, float]:
+    """LRP-0 against gradient times input of the model itself."""
+    rules = lrpfx.composites.EpsilonAll(epsilon=0.0)
+    got = relevance_of(lrpfx.explain(model, inputs, target, rules=rules))
+    leaves = _mapped(lambda t: t.requires_grad_() if t.is_floating_point() else t, inputs)
+    output = model(*_positional(leaves), **_keywords(leaves))
+    explained = [t for t in tensors_in(leaves) if t.requires_grad]
+    grads = torch.autograd.grad(target(output).sum(), explained)
+    expected = [(g * t).detach() for g, t in zip(grads, explained, strict=True)]
+    return {"gradient": _relative_error(got, expected)}
+
+
+def _in_doubles(
+    model: nn.Module, inputs: Any, target: Callable[..., Tensor], single: list[Tensor] | None
+) -> dict[str, float] | None:
+    """The oracles in float64; None for a model that cannot run so, or not to full precision.
+
+    Some make float32 tensors of their own. Others round to float32 on the way, where differences
+    of 1e-16 flip a bit now and then, and are refused as not computing what the model computes.
+    """
+    inputs = _mapped(_double, inputs)
+    try:
+        with torch.no_grad():
+            model.double()(*_positional(inputs), **_keywords(inputs))
+    except RuntimeError:
+        return None
+    try:
+        if single is None:
+            return _gradient(model, inputs, target)
+        return _batch(model, inputs, target, single)
+    except lrpfx.errors.CaptureError:
+        return None
+
+
+def _batch(
+    model: nn.Module,
+    inputs: Any,
+    target: Callable[..., Tensor],
+    single: Sequence[Tensor] = (),
+) -> dict[str, float]:
+    """A sample in a batch of two against the same sample alone; the batch against ``single``."""
+    explainer = lrpfx.Explainer(model, inputs)
+    together = relevance_of(explainer(inputs, target))
+    sample = _mapped(lambda t: t[1:] if t.ndim else t, inputs)
+    if any("captured for a batch of" in note for note in explainer.report.notes):
+        explainer = lrpfx.Explainer(model, sample)
+    alone = relevance_of(explainer(sample, lambda output: target(output, 1)))
+    errors = {"batch": _relative_error([t[1:] for t in together], alone)}
+    if single:
+        errors["float32"] = _relative_error(single, together)
+    return errors
+
+
+def target_for(score: Callable[[Any], Any], expected: Any) -> Callable[..., Tensor]:
+    """What to explain: the strongest class, or a random projection of outputs of other shapes.
+
+    The target takes an output and which sample of the batch it begins with.
+    """
+    first = next(t for t in tensors_in(score(expected)) if t.is_floating_point())
+    classes = first.argmax(1) if first.ndim == 2 else None
+
+    def probe(output: Any, begin: int = 0) -> Tensor:
+        found = [t for t in tensors_in(score(output)) if t.is_floating_point()]
+        if classes is not None:
+            n = len(found[0])
+            return found[0][torch.arange(n), classes[begin : begin + n]]
+        total = torch.zeros(())
+        for t in found[:4]:
+            if t.ndim and t.requires_grad:
+                g = torch.Generator().manual_seed(t[0].numel())
+                total = total + t.flatten(1) @ torch.randn(t[0].numel(), generator=g).to(t)
+        return total
+
+    return probe
+
+
+def relevance_of(explanation: lrpfx.Explanation) -> list[Tensor]:
+    """Relevance of the explained inputs."""
+    by_input = pytree.tree_leaves(explanation.relevance)
+    return [t.detach() for t in by_input if isinstance(t, Tensor)]
+
+
+def _holds_statistics(explainer: lrpfx.Explainer) -> bool:
+    """Whether a norm written by hand is a constant for relevance, though not for gradients."""
+    return any(lrpfx.graph.HELD in n.meta for n in explainer._module.graph.nodes)
+
+
+def _relative_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    a, b = (torch.cat([t.double().flatten() for t in ts]) for ts in (got, expected))
+    return ((a - b).norm() / b.norm().clamp_min(1e-300)).item()
+
+
+def _error_of_largest(got: Tensor, expected: Tensor) -> float:
+    if not expected.is_floating_point() or not expected.numel():
+        return 0.0 if torch.equal(got, expected) else float("inf")
+    return ((got - expected).abs().max() / expected.abs().max().clamp_min(1e-30)).item()
+
+
+# -- inputs: a tensor, a tuple, or a dict ---------------------------------------------------------
+
+
+def _positional(inputs: Any) -> tuple[Any, ...]:
+    return () if isinstance(inputs, dict) else inputs if isinstance(inputs, tuple) else (inputs,)
+
+
+def _keywords(inputs: Any) -> dict[str, Any]:
+    return inputs if isinstance(inputs, dict) else {}
+
+
+def _mapped(change: Callable[[Tensor], Tensor], inputs: Any) -> Any:
+    return pytree.tree_map(lambda t: change(t) if isinstance(t, Tensor) else t, inputs)
+
+
+def _double(t: Tensor) -> Tensor:
+    return t.double() if t.is_floating_point() else t
+
+
+# -- the page -------------------------------------------------------------------------------------
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines() or [""]
+    return lines[0]
+
+
+def _places(error: Exception) -> list[str]:
+    return [" ".join(place.split()) for place in getattr(error, "where", ())[:2]]
+
+
+def _cell(text: str) -> str:
+    """Text without paths of this machine, and without what Markdown would read as its own."""
+    text = re.sub(r"\S*/(?:site-packages|lib)/", "", text)
+    return text.replace("|", "\\|").replace("<", "&lt;")[:300]
+
+
+def section(zoo: str, rows: Sequence[Row], lines: Sequence[str]) -> list[str]:
+    """The zoo's part of the page."""
+    misses = [row for row in rows if row.agreed != "yes"]
+    part = [f"## {zoo}", "", summary(zoo, rows), "", *lines]
+    if misses:
+        part += ["", f"Misses ({len(misses)}):", ""]
+        part += [f"- {row.model}: {_cell(row.reason)}" for row in misses]
+    return [*part, ""]
+
+
+def summary(zoo: str, rows: Sequence[Row]) -> str:
+    """How many of how many, and with what."""
+    good = sum(row.agreed == "yes" for row in rows)
+    gradient = sum("gradient" in row.oracle for row in rows)
+    versions = [f"{name} {sys.modules[name].__version__}" for name in dict.fromkeys(("torch", zoo))]
+    return (
+        f"{good} of {len(rows)} agreed, {gradient} of them held against gradient times input. "
+        f"{', '.join(versions)}, {platform.machine()}, {torch.get_num_threads()} thread(s); "
+        "seconds are of one run."
     )
-    return row
+
+
+def replace_section(page: str, zoo: str, part: Sequence[str]) -> str:
+    """The page with one section new and the others as they were, in the order of ``ZOOS``."""
+    parts = re.split(r"^(?=## )", page, flags=re.MULTILINE)
+    sections = {p.split("\n", 1)[0].removeprefix("## "): p for p in parts[1:]}
+    sections[zoo] = "\n".join(part) + "\n"
+    assert __doc__ is not None
+    body = __doc__.split("\n\n", 1)[1].strip().replace("``", "`")
+    head = (
+        f"# Coverage\n\nMade by `python -m benchmarks.coverage`, one section per run.\n\n{body}\n"
+    )
+    return head + "".join("\n" + sections[z].rstrip("\n") + "\n" for z in ZOOS if z in sections)
 
 
 def main() -> int:
     """Print the table, write it, and fail if a model is not explained."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("zoo", nargs="?", default="torchvision", choices=["torchvision", "timm"])
-    parser.add_argument("--only", default="", help="names that contain this")
+    parser = argparse.ArgumentParser(description="Which models lrpfx explains, measured.")
+    parser.add_argument("zoo", nargs="?", default="torchvision", choices=list(ZOOS))
+    parser.add_argument("--only", default="", help="a regular expression in the model's name")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    zoo = torchvision_models() if arguments.zoo == "torchvision" else timm_models()
-    columns = ["model", "captured", "rules", "forward", "ledger", "ok", "nodes", "setup", "explain"]
-    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
+    lines = ["| " + " | ".join(Row.COLUMNS) + " |", "|" + " --- |" * len(Row.COLUMNS)]
     print("\n".join(lines))
-    good = total = 0
-    for name, make, side in zoo:
-        if arguments.only in name:
-            row = measure(name, make, side)
-            good, total = good + (row["ok"] == "yes"), total + 1
-            lines.append("| " + " | ".join(row.get(c, "") for c in columns) + " |")
-            print(lines[-1], flush=True)
-    summary = (
-        f"{good} of {total} models explained. torch {torch.__version__}, {platform.machine()}, "
-        f"{torch.get_num_threads()} threads; seconds are of one noisy run."
-    )
-    print(summary)
+    rows = []
+    for case in ZOOS[arguments.zoo]():
+        if re.search(arguments.only, case.name):
+            rows.append(measure(case))
+            lines.append(str(rows[-1]))
+            print(
+                lines[-1] + (f"  {_cell(rows[-1].reason)}" if rows[-1].reason else ""), flush=True
+            )
+    print(summary(arguments.zoo, rows))
     if not arguments.only:
-        path = Path(__file__).parent.parent / "docs" / f"coverage-{arguments.zoo}.md"
-        path.write_text("\n".join([f"# Coverage: {arguments.zoo}", "", summary, "", *lines, ""]))
-    return 0 if good == total else 1
+        page = PAGE.read_text() if PAGE.exists() else ""
+        part = section(arguments.zoo, rows, lines)
+        PAGE.write_text(replace_section(page, arguments.zoo, part))
+    return 0 if all(row.agreed == "yes" for row in rows) else 1
 
 
 if __name__ == "__main__":

@@ -16,8 +16,22 @@ from lrpfx.attention import open_attention
 from lrpfx.compose import flat_products, whole_activations
 from lrpfx.errors import CaptureError, TrainingModeError
 from lrpfx.fold import fold_batch_norm
-from lrpfx.functionalize import copies_to_casts, functionalize, inline_no_grad, insert
-from lrpfx.graph import bound_arguments, module_calls, nodes_in, source_line, used_nodes, verify
+from lrpfx.functionalize import (
+    copies_to_casts,
+    functionalize,
+    inline_no_grad,
+    insert,
+    unlifted,
+)
+from lrpfx.graph import (
+    bound_arguments,
+    module_calls,
+    nodes_in,
+    reachable,
+    source_line,
+    used_nodes,
+    verify,
+)
 from lrpfx.hold import hold_divisors, hold_statistics
 from lrpfx.parts import one_name_each, open_parts
 
@@ -33,7 +47,7 @@ def canonize(program: ExportedProgram) -> fx.GraphModule:
         TrainingModeError: The graph is random or mixes the batch.
         CaptureError: In-place ops that even PyTorch's own functionalisation leaves.
     """
-    refuse_training(program.graph_module)  # while recurrent layers still tell of their dropout
+    refuse_training(unlifted(program))  # while recurrent layers still tell of their dropout
     module = functionalize(program)
     verify(module.graph)
     for canonical in PASSES:
@@ -62,19 +76,19 @@ _RECURRENT = {
 
 
 def refuse_training(module: fx.GraphModule) -> fx.GraphModule:
-    """Raise TrainingModeError if any op is random or shares statistics over the batch."""
+    """Raise TrainingModeError if any op is random or shares statistics over the batch.
+
+    Weights that are standardised by a batch norm of their own do neither.
+    """
     bad = []
-    for node in module.graph.nodes:
-        arguments = tuple(bound_arguments(node).values()) if _is_aten(node) else ()
+    for node in filter(_is_aten, module.graph.nodes):
+        arguments = tuple(bound_arguments(node).values())
         if node.target in _RANDOM and arguments[_RANDOM[node.target]]:
             bad.append((node, "is random"))
         elif node.target in _RECURRENT and _has_dropout(node):
             bad.append((node, "is random"))
-        elif node.target is aten.batch_norm.default and (arguments[5] or arguments[3] is None):
+        elif _mixes_batch(node) and any(n.op == "placeholder" for n in reachable([node])):
             bad.append((node, "uses the statistics of the batch"))
-        elif _is_aten(node) and "native_batch_norm" in node.target._schema.name:
-            if node.target is not aten._native_batch_norm_legit_no_training.default:
-                bad.append((node, "uses the statistics of the batch"))
     if bad:
         raise TrainingModeError(
             "the model is in training mode: its output is random or depends on the other samples.",
@@ -91,6 +105,15 @@ def refuse_training(module: fx.GraphModule) -> fx.GraphModule:
 def _has_dropout(node: fx.Node) -> bool:
     arguments = bound_arguments(node)
     return bool(arguments["train"] and arguments["dropout"])
+
+
+def _mixes_batch(node: fx.Node) -> bool:
+    """Whether the node is a batch norm of training mode."""
+    if node.target is aten.batch_norm.default:
+        arguments = bound_arguments(node)
+        return bool(arguments["training"]) or arguments["running_mean"] is None
+    native = "native_batch_norm" in node.target._schema.name  # type: ignore[union-attr]
+    return native and node.target is not aten._native_batch_norm_legit_no_training.default
 
 
 def refuse_random(module: fx.GraphModule) -> fx.GraphModule:

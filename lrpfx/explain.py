@@ -29,6 +29,7 @@ from lrpfx.graph import (
     explained_leaves,
     final_softmax,
     find_starts,
+    index_places,
     output_leaves,
     reachable,
     record,
@@ -428,7 +429,8 @@ class Explainer:
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Relevance per flat input, and for token ids that of their embedding per feature.
 
-        The relevance of token ids is their embedding's, summed over features.
+        The relevance of token ids is their embedding's, summed over features. An id that is looked
+        up several times collects it all.
         """
         index = {node: i for i, node in enumerate(self._placeholders)}
         found: list[Tensor | None] = [None] * len(leaves)
@@ -437,12 +439,17 @@ class Explainer:
             i = index[placeholder]
             if start is placeholder:
                 found[i] = torch.zeros_like(leaves[i]) if r is None else r
-            elif r is not None and r[..., 0].numel() == leaves[i].numel():
+            elif r is not None:
+                places = index_places(self._module, start, placeholder)
+                ids = leaves[i]
+                own = torch.arange(ids.numel(), device=ids.device).reshape(ids.shape)
+                at = places(*leaves[:i], own, *leaves[i + 1 :]).flatten()
+                vectors = r.new_zeros(ids.numel(), r.shape[-1])
+                vectors = vectors.index_add(0, at, r.reshape(-1, r.shape[-1]))
                 before = per_feature[i]
-                per_feature[i] = r if before is None else before + r
-                found[i] = r.sum(-1).reshape(leaves[i].shape) + (
-                    0 if before is None else before.sum(-1).reshape(leaves[i].shape)
-                )
+                vectors = vectors.reshape(*ids.shape, -1)
+                per_feature[i] = vectors = vectors if before is None else before + vectors
+                found[i] = vectors.sum(-1)
         return found, per_feature
 
 

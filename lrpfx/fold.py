@@ -29,6 +29,8 @@ def fold_batch_norm(module: fx.GraphModule) -> fx.GraphModule:
     """
     for node in [n for n in module.graph.nodes if n.target is aten.batch_norm.default]:
         source = node.args[0]
+        if bound_arguments(node)["running_mean"] is None:
+            continue  # it standardises a weight
         if source.target in _AFFINE and len(source.users) == 1 and _channels_match(source):
             _fold_back(node, source)
         elif len(node.users) == 1 and _takes_shift(user := next(iter(node.users)), node):

@@ -24,7 +24,7 @@ def functionalize(program: ExportedProgram) -> fx.GraphModule:
     op's own result. Where something does, PyTorch's functionalisation rewrites the whole graph,
     at the cost of a second trace.
     """
-    module = _unlifted(program)
+    module = unlifted(program)
     compound = {node.target for node in module.graph.nodes if node.target in _COMPOUND}
     regions = any(_is_region(node, "autocast") for node in module.graph.nodes)
     private = all(_is_private(node) for node in module.graph.nodes if writes(node))
@@ -35,7 +35,7 @@ def functionalize(program: ExportedProgram) -> fx.GraphModule:
     _detach_regions(program.graph_module)
     with tracing():
         known = torch.export.default_decompositions()
-        module = _unlifted(program.run_decompositions({op: known[op] for op in compound}))
+        module = unlifted(program.run_decompositions({op: known[op] for op in compound}))
     for node in reversed([n for n in module.graph.nodes if writes(n)]):
         if nodes_in(node.args)[0].op not in ("placeholder", "get_attr") or node.users:
             raise CaptureError(
@@ -71,7 +71,8 @@ def _detach_regions(module: fx.GraphModule) -> None:
             body.recompile()
 
 
-def _unlifted(program: ExportedProgram) -> fx.GraphModule:
+def unlifted(program: ExportedProgram) -> fx.GraphModule:
+    """The program as a module that holds the user's own parameters."""
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     return module

@@ -241,16 +241,66 @@ def find_starts(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
             starts[node] = node
         elif node.target is torch.ops.aten.embedding.default:
             source = node.args[1]
-            while source.op == "call_function" and len(tensors := _tensor_inputs(source)) == 1:
-                source = tensors[0]
-            if source.op == "placeholder":
+            while (before := _step_before(source)) is not None:
+                source = before
+            if source.op == "placeholder" and isinstance(source.meta.get("val"), Tensor):
                 starts[node] = source
     return starts
 
 
-def _tensor_inputs(node: fx.Node) -> list[fx.Node]:
-    """The inputs of a node that are no sizes."""
-    return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+_aten = torch.ops.aten
+#: What may happen to token ids on the way to their embedding besides being moved.
+_RENUMBERED = {_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.clamp.default}
+_RENUMBERED |= {_aten.clamp_min.default, _aten.clamp_max.default, _aten.remainder.Scalar}
+_RENUMBERED |= {_aten.masked_fill.Scalar, _aten.where.ScalarOther, _aten.where.ScalarSelf}
+_RENUMBERED |= {_aten.detach.default, _aten.bitwise_and.Scalar}
+
+
+def _step_before(node: fx.Node) -> fx.Node | None:
+    """The one tensor whose values the node moves or renumbers, each by itself."""
+    tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+    if node.op != "call_function" or len(tensors) != 1:
+        return None
+    return tensors[0] if node.target in _RENUMBERED or _moves(node, tensors) else None
+
+
+def _moves(node: fx.Node, tensors: Container[fx.Node]) -> bool:
+    op = ops.find(node.target, frozenset(_live_names(node, tensors)))
+    return op is not None and op.family == "move"
+
+
+def index_places(module: fx.GraphModule, start: fx.Node, source: fx.Node) -> fx.GraphModule:
+    """A graph that tells which of the token ids each vector of an embedding belongs to.
+
+    Args:
+        module: A canonized graph.
+        start: The embedding.
+        source: The placeholder of the token ids.
+
+    Returns:
+        A GraphModule that takes what ``module`` takes, flat, with the ids' own positions in the
+        place of the ids, and returns the positions as they index the embedding.
+    """
+    graph = fx.Graph()
+    copied = {n: graph.node_copy(n) for n in module.graph.nodes if n.op == "placeholder"}
+    (index, *_) = nodes_in(start.args[1:])
+    chain = [index]
+    while chain[-1] is not source:
+        before = _step_before(chain[-1])
+        assert before is not None
+        chain.append(before)
+    for node in reversed(chain[:-1]):
+        before = _step_before(node)
+        assert before is not None
+        if not _moves(node, [before]):
+            copied[node] = copied[before]
+            continue
+        for size in node.all_input_nodes:  # sizes that may vary, of any input
+            if size not in copied:
+                copied[size] = graph.node_copy(size, copied.__getitem__)
+        copied[node] = graph.node_copy(node, copied.__getitem__)
+    graph.output(copied[chain[0]])
+    return fx.GraphModule(module, graph)
 
 
 def annotate(

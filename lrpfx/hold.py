@@ -18,7 +18,13 @@ _STATISTICS |= {aten.std.dim, aten.std.default, aten.linalg_vector_norm.default}
 _MEANS = {aten.mean.dim, aten.mean.default, aten.sum.dim_IntList}
 _STEPS = {aten.add.Tensor, aten.clamp_min.default, aten.mul.Tensor, aten.div.Tensor}
 _STEPS |= {aten.rsqrt.default, aten.sqrt.default, aten.reciprocal.default}
-_STEPS |= {aten.pow.Tensor_Scalar, aten.expand.default, aten.expand_as.default, aten.to.dtype}
+_STEPS |= {
+    aten.pow.Tensor_Scalar,
+    aten.mean.dim,
+    aten.expand.default,
+    aten.expand_as.default,
+    aten.to.dtype,
+}
 
 
 def hold_statistics(module: fx.GraphModule) -> fx.GraphModule:

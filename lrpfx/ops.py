@@ -21,7 +21,7 @@ aten = torch.ops.aten
 #: The families, and the rule that they get where nothing else is said.
 FAMILIES = {
     "affine": "z = W x + b (Norm or Epsilon)",
-    "normalize": "layer norm and the like, affine with 1 / std as a constant (Norm)",
+    "normalize": "layer norm and the like, affine with the divisor as a constant (Norm)",
     "product": "elementwise product of live tensors (Uniform)",
     "matmul": "matrix product of two live tensors (Bilinear)",
     "softmax": "softmax (Taylor)",
@@ -373,6 +373,12 @@ _add(
     nonneg=inherited,
 )
 _add([aten.upsample_bicubic2d.vec, aten._upsample_bicubic2d_aa.vec], "interpolate", "affine")
+_add(
+    [aten.grid_sampler.default],
+    "interpolate",
+    "affine",
+    nonneg=lambda args, inputs: inputs and args["interpolation_mode"] != 2,  # 2 is cubic
+)
 _add([aten.col2im.default], "reduction", "affine", nonneg=inherited)
 _add([aten.grid_sampler.default], "interpolate", "affine", ["input"])
 for _target in (
@@ -501,7 +507,10 @@ _ACTIVATIONS: dict[str, tuple[list[Any], Sign]] = {
     "hardswish": ([aten.hardswish.default], inherited),
     "hardsigmoid": ([aten.hardsigmoid.default], always),
     "hardtanh": ([aten.hardtanh.default], _clamped),
-    "clamp": ([aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default], _clamped),
+    "clamp": (
+        [aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.clamp.Tensor],
+        _clamped,
+    ),
     "sigmoid": ([aten.sigmoid.default], always),
     "log_sigmoid": ([aten.log_sigmoid.default], never),
     "tanh": ([aten.tanh.default], inherited),
@@ -539,7 +548,7 @@ _add(
 )
 _add(
     [aten.amax.default, aten.amin.default, aten.max.dim, aten.min.dim]
-    + [aten.max.default, aten.min.default],
+    + [aten.max.default, aten.min.default, aten.topk.default],
     "max",
     "select",
     nonneg=inherited,

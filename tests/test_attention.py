@@ -349,6 +349,74 @@ def test_token_relevance_is_that_of_the_embedding_summed_over_features() -> None
     torch.testing.assert_close(e.relevance["ids"].sum(1), e.output[:, 1])
 
 
+@pytest.mark.parametrize(
+    "segments",
+    [lambda ids: torch.zeros(ids.shape, dtype=torch.long), torch.zeros_like],
+    ids=["zeros", "zeros_like"],
+)
+def test_an_embedding_of_the_shape_alone_is_a_constant(
+    segments: Callable[[Tensor], Tensor],
+) -> None:
+    """Token types that default to zeros say nothing of the tokens; here they have other sizes."""
+
+    class Typed(Bag):
+        def __init__(self) -> None:
+            super().__init__()
+            self.types = nn.Embedding(2, 2).double()
+
+        def forward(self, ids: Tensor) -> Tensor:
+            types = self.types(segments(ids)).repeat(1, 1, 2)
+            return self.head((self.embed(ids) + types).sum(1))
+
+    model, ids = Typed(), torch.tensor([[1, 2, 3], [4, 4, 0]])
+    e = lrpfx.explain(model, ids, 1, rules=composites.EpsilonAll(1e-12))
+    per_feature = model.embed(ids) * model.head.weight[1]
+    torch.testing.assert_close(e.relevance, per_feature.sum(-1).detach())
+    assert e.report.absorbed["bias"] == pytest.approx(
+        (model.types.weight[0].repeat(2) * 3 * model.head.weight[1]).sum().item() * 2
+    )
+
+
+@pytest.mark.parametrize(
+    "look_up",
+    [
+        lambda embed, ids: embed(ids.T).transpose(0, 1),
+        lambda embed, ids: embed(ids.flatten()).unflatten(0, ids.shape),
+        lambda embed, ids: torch.cat([embed(ids[:, :1]), embed(ids[:, 1:])], 1),
+        lambda embed, ids: embed((ids + 1).clamp(max=9)),
+        lambda embed, ids: embed(ids.flip(1)).flip(1),
+    ],
+)
+def test_relevance_of_tokens_finds_its_way_back(look_up: Callable) -> None:
+    class Product(Bag):
+        def forward(self, ids: Tensor) -> Tensor:
+            a, b, c = look_up(self.embed, ids).unbind(1)
+            return self.head(a * b + c)
+
+    class ProductOfVectors(Product):
+        def forward(self, x: Tensor) -> Tensor:
+            a, b, c = x.unbind(1)
+            return self.head(a * b + c)
+
+    ids = torch.tensor([[1, 2, 3], [4, 5, 0]])
+    vectors = look_up(Bag().embed, ids).detach()
+    of_ids = lrpfx.explain(Product(), ids, 1, rules="epsilon_all")
+    of_vectors = lrpfx.explain(ProductOfVectors(), vectors, 1, rules="epsilon_all")
+    torch.testing.assert_close(of_ids.embeddings, of_vectors.relevance)
+    torch.testing.assert_close(of_ids.relevance, of_vectors.relevance.sum(-1))
+
+
+def test_a_token_that_is_left_out_gets_nothing_and_one_used_twice_both() -> None:
+    class Model(Bag):
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head((self.embed(ids[:, 1:]) + self.embed(ids[:, :2])).sum(1))
+
+    ids = torch.tensor([[1, 2, 3], [4, 5, 0]])
+    e = lrpfx.explain(Model(), ids, 1, rules=composites.EpsilonAll(1e-12))
+    value = (Bag().embed(ids) @ Bag().head.weight[1]).detach()
+    torch.testing.assert_close(e.relevance, value * torch.tensor([1.0, 2.0, 1.0]).double())
+
+
 def test_a_row_that_is_masked_whole_is_zero() -> None:
     """As left padding gives: the fused kernel returns zeros there, and no relevance flows."""
     mask = torch.ones(2, 1, 3, 3, dtype=torch.bool).tril()
@@ -380,6 +448,6 @@ def test_stopping_attention_by_hand_keeps_the_default_for_the_rest() -> None:
 
     model, x = Patches(), torch.randn(2, 1, 6, 6)
     stopped = lrpfx.explain(model, x, 1, rules=[("softmax", lrpfx.Stop())])
-    assert {row.rule for row in stopped.report.rows if row.kind == "conv"} == {"Epsilon"}
+    assert {row.rule for row in stopped.report.rows if row.kind == "conv"} == {"Epsilon(epsilon=0)"}
     cp = lrpfx.explain(model, x, 1, rules="cplrp")
     torch.testing.assert_close(stopped.relevance, cp.relevance)

@@ -395,6 +395,63 @@ def test_batch_dependent_layers_are_refused(layer: nn.Module, why: str) -> None:
         lrpfx.explain(model, torch.randn(2, 2, 5, 5))
 
 
+class Standardised(nn.Conv2d):
+    """Weights standardised by a batch norm of training mode, as in normaliser-free networks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(flat, None, None, training=True, momentum=0.0)
+        return F.conv2d(x, weight.reshape_as(self.weight), self.bias)
+
+
+def test_weights_standardised_by_batch_norm_are_no_training_mode() -> None:
+    model = randomized(nn.Sequential(Standardised(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten()))
+    x = torch.randn(3, 2, 5, 5, dtype=torch.float64)
+    module = canonical(model, x)
+    torch.testing.assert_close(module(x), model(x), rtol=1e-10, atol=1e-10)
+    rules = lrpfx.composites.EpsilonAll(epsilon=0.0)
+    relevance = lrpfx.explain(model, x, 3, rules=rules).relevance
+    leaf = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(model(leaf)[:, 3].sum(), leaf)
+    torch.testing.assert_close(relevance, g * x, rtol=1e-9, atol=1e-10)
+
+
+# Names -------------------------------------------------------------------------------------------
+
+
+def test_an_op_of_two_names_has_one() -> None:
+    def aliases(x: Tensor) -> Tensor:
+        y = torch.multiply(torch.subtract(x, 2), torch.negative(x))
+        y = torch.concatenate([torch.divide(y, 3), torch.true_divide(y, 4)], 1)
+        return torch.clip(torch.absolute(y), 0.1, 0.9)
+
+    x = torch.randn(3, 4, dtype=torch.float64)
+    module = canonical(Plain(aliases), x)
+    torch.testing.assert_close(module(x), aliases(x), rtol=1e-12, atol=1e-12)
+    names = {str(target).split(".")[1] for target in targets(module)}
+    assert names == {"mul", "sub", "neg", "cat", "div", "abs", "clamp"}
+
+
+# Multiplication and addition in one op -----------------------------------------------------------
+
+
+def test_multiply_add_is_taken_apart() -> None:
+    def addcmul(x: Tensor) -> Tensor:
+        return torch.addcmul(x[:, :1, 0], x[:, :, 1], x[:, :, 2], value=3)
+
+    def baddbmm(x: Tensor) -> Tensor:
+        return torch.baddbmm(x[:, :, :1], x, x.mT, beta=0.5, alpha=2).flatten(1)
+
+    def without_summand(x: Tensor) -> Tensor:
+        return torch.baddbmm(x[:, :, :1], x, x.mT, beta=0).flatten(1)
+
+    x = torch.randn(3, 4, 5, dtype=torch.float64)
+    for fn in (addcmul, baddbmm, without_summand):
+        module = canonical(Plain(fn), x)
+        torch.testing.assert_close(module(x), fn(x), rtol=1e-12, atol=1e-12)
+        assert not {aten.addcmul.default, aten.baddbmm.default} & set(targets(module))
+
+
 @pytest.mark.parametrize(
     "fn",
     [

@@ -158,6 +158,20 @@ def test_relevance_of_a_broadcast_factor_is_summed() -> None:
     torch.testing.assert_close(rb, seed.sum(2, keepdim=True) / 2)
 
 
+def test_a_divisor_normalises_and_gets_no_relevance() -> None:
+    """Linear attention divides by the sum of its weights; R goes to the numerator whole."""
+
+    class Quotient(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return (a / b.square().sum(-1, keepdim=True)).flatten(1)
+
+    a, b = torch.randn(2, 1, 3).double(), torch.randn(2, 4, 3).double()
+    seed = torch.randn(2, 12).double()
+    ra, rb = lrpfx.explain(Quotient(), (a, b), seed, rules=EPSILON_ALL).relevance
+    torch.testing.assert_close(ra, seed.reshape(2, 4, 3).sum(1, keepdim=True), rtol=1e-6, atol=1e-6)
+    assert not rb.any()
+
+
 @pytest.mark.parametrize("rule", [lrpfx.Flat(), lrpfx.ZPlus()], ids=str)
 def test_rules_that_make_no_sense_on_a_norm_are_refused(rule: lrpfx.Rule) -> None:
     model = randomized(Alone(nn.LayerNorm(6)))

@@ -52,6 +52,14 @@ def kernel(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
 
+def batched(x: Tensor) -> Tensor:
+    return kernel(1, 6, 2).expand(len(x), 6, 2)
+
+
+def grid(n: int) -> Tensor:
+    return kernel(1, 3, 5, 2).expand(n, -1, -1, -1).tanh()
+
+
 # Linear ops without bias: LRP-0 is gradient times input exactly, whichever way it is spelled.
 LINEAR: dict[str, tuple[tuple[int, ...], Fn]] = {
     "conv1d": (SEQUENCE, lambda x: F.conv1d(x, kernel(3, 4, 3), stride=2, padding=1)),
@@ -129,6 +137,8 @@ LINEAR: dict[str, tuple[tuple[int, ...], Fn]] = {
         VOLUME,
         lambda x: F.interpolate(x, (3, 4, 5), mode="nearest-exact"),
     ),
+    "baddbmm": ((4, 6), lambda x: torch.baddbmm(x @ kernel(6, 2), x, batched(x), alpha=2)),
+    "addcmul": (IMAGE, lambda x: torch.addcmul(x, x.flip(1), kernel(6, 6), value=0.5)),
     "fold": ((8, 9), lambda x: F.fold(x, (4, 4), (2, 2))),
     "unfold": (IMAGE, lambda x: F.unfold(x, (3, 2), padding=1, stride=2)),
     "tensor unfold": (SEQUENCE, lambda x: x.unfold(2, 3, 2)),
@@ -193,9 +203,9 @@ LINEAR: dict[str, tuple[tuple[int, ...], Fn]] = {
     "adaptive_max_pool3d": (VOLUME, lambda x: F.adaptive_max_pool3d(x, 2)),
     "amax": (IMAGE, lambda x: x.amax((2, 3))),
     "max": (IMAGE, lambda x: x.max(1).values),
+    "topk": (IMAGE, lambda x: x.topk(2, 1).values),
     "maximum": (IMAGE, lambda x: torch.maximum(x, x.flip(-1))),
     "relu": (IMAGE, lambda x: F.relu(x)),
-    "topk": (ROW, lambda x: x.topk(3, 1).values),
     "scatter": (ROW, lambda x: torch.zeros_like(x).scatter(1, x.argsort(1), x)),
     "index_copy": (IMAGE, lambda x: x.index_copy(1, torch.tensor([2]), x[:, :1] * 2)),
     "index_add": (IMAGE, lambda x: x.index_add(1, torch.tensor([0, 0]), x[:, 2:], alpha=2)),
@@ -237,6 +247,7 @@ ACTIVATIONS: dict[str, Fn] = {
     "relu_": lambda x: (x * 1.0).relu_(),
     "clamp": lambda x: x.clamp(min=0),
     "clamp both": lambda x: x.clamp(-1, 1),
+    "clamp by tensors": lambda x: x.clamp(kernel(8) - 3, kernel(8) + 3),
     "nn.ReLU inplace": nn.ReLU(inplace=True),
     "relu6": F.relu6,
     "nn.ReLU6": nn.ReLU6(),
@@ -324,6 +335,9 @@ ELSEWHERE = {
     "instance_norm",
     "rms_norm",
     "product",
+    "topk",  # test_recurrent.py
+    "sort",
+    "reciprocal",
     "batch_norm",  # test_canonize.py
     "scatter",  # below: reached by functionalised writes
     "constant",  # test_canonize.py: relevance ends
