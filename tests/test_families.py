@@ -25,6 +25,7 @@ from tests.families import (
     explained,
     explainer_of,
     families,
+    implementations,
     implemented,
     inputs_of,
     model_of,
@@ -108,10 +109,9 @@ def test_eager_and_fused_attention_agree(family: str) -> None:
     assert error(fused, eager) < 1e-5  # measured: 4e-7, where the eager softmax is in float32
 
 
-@implemented
+@implementations
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2", "bert", "t5"])
 def test_one_graph_for_every_batch_size(family: str, implementation: str) -> None:
-    if family not in ("llama", "gpt2", "bert", "mixtral", "t5"):
-        pytest.skip("these five stand for all")
     explainer, target = explainer_of(family, implementation, "attnlrp"), target_of(family)
     inputs = inputs_of(family, 3)
     relevance = relevance_of(explainer(inputs, target))

@@ -195,7 +195,7 @@ class Secant(nn.Module):
         self.f = f
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * (self.f(x) / x).detach()
+        return x * torch.where(x == 0, 0.0, self.f(x) / x).detach()  # masked tokens are zero
 
 
 def rms_norm(layer: Any, epsilon: float, shift: float, x: Tensor) -> Tensor:
@@ -224,13 +224,14 @@ def gated(layer: Any, gate: str, x: Tensor) -> Tensor:
     return layer.down_proj(act.detach() * up if gate == "stop" else half(act * up))
 
 
-def mixer(layer: Any, x: Tensor, **_: Any) -> Tensor:
+def mixer(layer: Any, x: Tensor, attention_mask: Tensor, **_: Any) -> Tensor:
     """A Mamba block whose discretised A, B and C are constants; SiLU by f(x) / x, gate halved."""
     silu = Secant(F.silu)
     n, tokens, _width = x.shape
+    seen = attention_mask[..., None]
     states, rank = layer.ssm_state_size, layer.time_step_rank
-    u, z = layer.in_proj(x).split(layer.intermediate_size, -1)
-    u = silu(layer.conv1d(u.mT)[..., :tokens].mT)
+    u, z = layer.in_proj(x * seen).split(layer.intermediate_size, -1)
+    u = silu(layer.conv1d(u.mT)[..., :tokens].mT) * seen
     steered = layer.x_proj(u).detach()
     dt, B, C = steered.split([rank, states, states], -1)
     dt = F.softplus(layer.dt_proj(dt))
