@@ -75,7 +75,8 @@ CONTRASTIVE: dict[str, Callable[[], nn.Module]] = {
     "clip": lambda: tf.CLIPModel(tf.CLIPConfig(**CLIP)),
 }
 FAMILIES = CAUSAL | CLASSIFIERS | CONTRASTIVE
-IMAGE = ("vit", "swin", "clip")
+# Mamba's scan is unrolled, images have one size, and CLIP has images.
+OF_ANY_LENGTH = [family for family in FAMILIES if family not in ("mamba", "vit", "swin", "clip")]
 #: Without fused attention: soft-capped scores, no attention at all.
 EAGER_ONLY = ("gemma2", "mamba")
 IMPLEMENTED = [
@@ -102,9 +103,13 @@ def best(family: str) -> str:
     return "eager" if family in EAGER_ONLY else "sdpa"
 
 
-@functools.cache
 def model_of(family: str, implementation: str, dtype: torch.dtype = torch.float64) -> Any:
     """Return the model of a family; its parameters are the same whatever attention and dtype."""
+    return _model_of(family, implementation, dtype)
+
+
+@functools.cache
+def _model_of(family: str, implementation: str, dtype: torch.dtype) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model: Any = FAMILIES[family]()
@@ -132,17 +137,32 @@ def draw(model: nn.Module) -> None:
             parameter.normal_(0.0, 1.5 * parameter[0].numel() ** -0.5)
 
 
-@functools.cache
 def explainer_of(
     family: str, implementation: str, rules: str, dtype: torch.dtype = torch.float64
 ) -> lrpfx.Explainer:
-    model = model_of(family, implementation, dtype)
-    return lrpfx.Explainer(model, inputs_of(family, dtype=dtype), RULES[rules])
+    """Return an Explainer; under AttnLRP, those with the best attention take any length."""
+    return _explainer_of(family, implementation, rules, dtype)
 
 
 @functools.cache
+def _explainer_of(
+    family: str, implementation: str, rules: str, dtype: torch.dtype
+) -> lrpfx.Explainer:
+    model = model_of(family, implementation, dtype)
+    any_length = implementation == best(family) and family in OF_ANY_LENGTH and rules == "attnlrp"
+    dynamic = (1,) if any_length else ()
+    return lrpfx.Explainer(model, inputs_of(family, dtype=dtype), RULES[rules], dynamic=dynamic)
+
+
 def explained(
     family: str, implementation: str, rules: str, dtype: torch.dtype = torch.float64
+) -> lrpfx.Explanation:
+    return _explained(family, implementation, rules, dtype)
+
+
+@functools.cache
+def _explained(
+    family: str, implementation: str, rules: str, dtype: torch.dtype
 ) -> lrpfx.Explanation:
     explainer = explainer_of(family, implementation, rules, dtype)
     return explainer(inputs_of(family, dtype=dtype), target_of(family))
