@@ -27,6 +27,7 @@ TEXT = dict(SIZES, vocab_size=VOCABULARY, max_position_embeddings=16)
 ENDS = dict(bos_token_id=0, eos_token_id=0)
 GROUPED = dict(TEXT, num_key_value_heads=2)  # two queries share a key, so keys are broadcast
 HEADS = dict(GROUPED, head_dim=8)
+ONE = dict(num_hidden_layers=1)  # time is spent on capture, and their kin have two
 GPT2 = dict(n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=16)
 DISTILBERT = dict(dim=32, n_layers=2, n_heads=4, hidden_dim=64, vocab_size=VOCABULARY)
 EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2, experts_implementation="batched_mm")
@@ -44,8 +45,8 @@ T5 = dict(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=VOC
 IMAGES = dict(image_size=32, patch_size=8, **SIZES)
 SWIN = dict(image_size=32, patch_size=4, embed_dim=16, depths=[2], num_heads=[2], window_size=4)
 CLIP = dict(
-    text_config=dict(TEXT, bos_token_id=0, eos_token_id=VOCABULARY - 1),
-    vision_config=IMAGES,
+    text_config=dict(TEXT | ONE, bos_token_id=0, eos_token_id=VOCABULARY - 1),
+    vision_config=IMAGES | ONE,
     projection_dim=16,
 )
 
@@ -54,21 +55,21 @@ CAUSAL: dict[str, Callable[[], nn.Module]] = {
     "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**GROUPED)),
     "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**HEADS)),
     "mistral": lambda: tf.MistralForCausalLM(tf.MistralConfig(sliding_window=4, **GROUPED)),
-    "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**GROUPED, **EXPERTS)),
+    "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**GROUPED | EXPERTS | ONE)),
     "gemma": lambda: tf.GemmaForCausalLM(tf.GemmaConfig(**HEADS)),
-    "gemma2": lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(query_pre_attn_scalar=8, **HEADS)),
-    "phi3": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(pad_token_id=0, **ENDS, **GROUPED)),
+    "gemma2": lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(query_pre_attn_scalar=8, **HEADS | ONE)),
+    "phi3": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(pad_token_id=0, **ENDS | GROUPED | ONE)),
     "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(**ENDS, **GPT2)),
-    "gpt_neox": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**TEXT)),
+    "gpt_neox": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**TEXT | ONE)),
     "opt": lambda: tf.OPTForCausalLM(tf.OPTConfig(**OPT)),
     "mamba": lambda: tf.MambaForCausalLM(tf.MambaConfig(**MAMBA)),
     "t5": lambda: tf.T5ForConditionalGeneration(tf.T5Config(decoder_start_token_id=0, **T5)),
 }
 CLASSIFIERS: dict[str, Callable[[], nn.Module]] = {
     "bert": lambda: tf.BertForSequenceClassification(tf.BertConfig(**TEXT)),
-    "roberta": lambda: tf.RobertaForSequenceClassification(tf.RobertaConfig(**TEXT)),
+    "roberta": lambda: tf.RobertaForSequenceClassification(tf.RobertaConfig(**TEXT | ONE)),
     "distilbert": lambda: tf.DistilBertForSequenceClassification(tf.DistilBertConfig(**DISTILBERT)),
-    "vit": lambda: tf.ViTForImageClassification(tf.ViTConfig(**IMAGES)),
+    "vit": lambda: tf.ViTForImageClassification(tf.ViTConfig(**IMAGES | ONE)),
     "swin": lambda: tf.SwinForImageClassification(tf.SwinConfig(**SWIN)),
 }
 CONTRASTIVE: dict[str, Callable[[], nn.Module]] = {
