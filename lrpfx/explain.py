@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from lrpfx.errors import (
     SelectorError,
     TargetError,
 )
-from lrpfx.explanation import Explanation, LayerCalls, LayerRelevance
+from lrpfx.explanation import Explanation, LayerCalls, LayerRelevance, stacked
 from lrpfx.graph import (
     HELD,
     Record,
@@ -43,7 +44,7 @@ from lrpfx.report import Report, make_report, with_ledger
 from lrpfx.rewrite import instrument, rewrite
 from lrpfx.rules import Stop
 from lrpfx.taps import find_taps
-from lrpfx.targets import Seed, Target, make_seed
+from lrpfx.targets import Seed, Target, each_target, is_several, make_seed
 
 
 def explain(
@@ -68,6 +69,9 @@ def explain(
             ``output -> (N,)``, or a floating tensor shaped like the output, used unchanged as the
             seed relevance. For the index forms the seed is one-hot times the output value. A
             softmax or log-softmax at the output is left out: the seed is laid on its logits.
+            Several targets of each sample, as a list of N lists of K classes or "all" for every
+            class, share one forward pass: every tensor of the explanation but ``output`` then has
+            a leading dimension K, and no ledger is kept.
         rules: A composite, its snake_case name, or a list of (selector, rule) laid over the
             default. A selector is an op kind ("conv"), a module class, a module-path glob
             ("layer4.*"), "*", or a predicate on the node's record. None picks by what the graph
@@ -210,6 +214,8 @@ class Explainer:
             self._refresh()
             self._check_sizes(inputs, leaves)
         paths = _paths(layers)
+        several = is_several(target)
+        ledger = ledger and not several
         module, calls = self._instrument(paths, fast=not ledger and not create_graph)
         kept = [_kept(v, create_graph) for v in leaves]
         book = Ledger() if ledger else None
@@ -219,18 +225,21 @@ class Explainer:
             except (IndexError, ValueError, RuntimeError):  # token ids out of range, for instance
                 self._refuse_if_the_model_does(leaves)
                 raise
-            seed = make_seed(explained, target, self._finish)
-            if not all(bool(s.isfinite().all()) for s in seed.seeds if s is not None):
-                self._refuse_seed(seed, explained, kept)
-            relevance, at_taps = self._pull(seed, phantoms, starts, taps, create_graph)
-        bookings = {} if book is None else book.bookings()
-        if not all(bool(r.isfinite().all()) for r in relevance if r is not None):
-            if book is None:  # the plain form can name the place
-                self._explain(inputs, target, layers, create_graph, ledger=True)
-            self._refuse_relevance(bookings)
-        return self._explanation(
-            inputs, leaves, clean, seed, relevance, _layers(calls, taps, at_taps), bookings
-        )
+            targets = each_target(explained, target) if several else [target]
+            parts = []
+            for k, one in enumerate(targets):
+                seed = make_seed(explained, one, self._finish)
+                if not all(bool(s.isfinite().all()) for s in seed.seeds if s is not None):
+                    self._refuse_seed(seed, explained, kept)
+                keep = create_graph or k + 1 < len(targets)  # the forward pass serves them all
+                relevance, at_taps = self._pull(seed, phantoms, starts, taps, create_graph, keep)
+                if not all(bool(r.isfinite().all()) for r in relevance if r is not None):
+                    if book is None:  # the plain form can name the place
+                        self._explain(inputs, one, layers, create_graph, ledger=True)
+                    self._refuse_relevance(book.bookings() if book is not None else {})
+                at = _layers(calls, taps, at_taps)
+                parts.append(self._explanation(inputs, leaves, clean, seed, relevance, at))
+        return self._reported(parts if several else parts[0], book, seed.description)
 
     # -- set-up -----------------------------------------------------------------------------------
 
@@ -347,6 +356,7 @@ class Explainer:
         starts: Sequence[Tensor | None],
         taps: Sequence[tuple[Tensor, Tensor]],
         create_graph: bool,
+        keep: bool,
     ) -> tuple[list[Tensor | None], list[Tensor]]:
         """Relevance at the starts and at the taps: the ordinary gradient of the phantom stream."""
         pairs = [(p, s) for p, s in zip(phantoms, seed.seeds, strict=True) if s is not None]
@@ -363,6 +373,7 @@ class Explainer:
             ends,
             [s for _, s in begun],
             create_graph=create_graph,
+            retain_graph=keep,
             allow_unused=True,
         )
         found = [torch.zeros_like(e) if g is None else g for g, e in zip(grads, ends, strict=True)]
@@ -392,8 +403,8 @@ class Explainer:
         seed: Seed,
         relevance: Sequence[Tensor | None],
         layers: dict[str, LayerCalls],
-        bookings: dict[str, Booking],
     ) -> Explanation:
+        """What is explained of one target; its report is still that of the plan."""
         by_input, per_feature = self._by_input(leaves, relevance)
         arrived = [r for r in relevance if r is not None]
         seeds = [s for s in seed.seeds if s is not None]
@@ -403,19 +414,31 @@ class Explainer:
             target=seed.classes,
             seed=seeds[0],
             absorbed=_absorbed(seeds, arrived),
-            report=with_ledger(
-                self._report,
-                bookings,
-                target=seed.description,
-                started=sum(s.detach().sum(dtype=torch.float64).item() for s in seeds),
-                reached=sum(r.detach().sum(dtype=torch.float64).item() for r in arrived),
-            ),
+            report=self._report,
             layers=layers,
             embeddings=self._structured(per_feature, inputs)
             if any(r is not None for r in per_feature)
             else None,
             inputs=inputs,
         )
+
+    def _reported(
+        self, found: Explanation | list[Explanation], book: Ledger | None, target: str
+    ) -> Explanation:
+        """The explanation with its own report; several as one."""
+        if isinstance(found, list):
+            target = f"{len(found)} targets of each sample, one-hot times output"
+            found = stacked(found)
+        started = found.seed.detach().sum(dtype=torch.float64).item()
+        lost = found.absorbed.detach().sum(dtype=torch.float64).item()
+        report = with_ledger(
+            self._report,
+            {} if book is None else book.bookings(),
+            target=target,
+            started=started,
+            reached=started - lost,
+        )
+        return replace(found, report=report)
 
     def _structured(self, flat: Sequence[Tensor | None], inputs: Inputs) -> Any:
         """One value per flat input, in the structure of the inputs as they were given."""

@@ -6,7 +6,7 @@ import html
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -205,6 +205,30 @@ class Explanation:
 
     def _repr_html_(self) -> str:
         return f"<p>{html.escape(repr(self))}</p>{self.report._repr_html_()}"
+
+
+def stacked(parts: Sequence[Explanation]) -> Explanation:
+    """Explanations of the same inputs for several targets as one, targets first."""
+
+    def together(values: Sequence[Any]) -> Any:
+        return pytree.tree_map(
+            lambda *tensors: torch.stack(tensors) if isinstance(tensors[0], Tensor) else None,
+            *values,
+            is_leaf=lambda value: value is None,
+        )
+
+    first = parts[0]
+    layers = {
+        path: LayerCalls(
+            LayerRelevance(torch.stack([p.layers[path][i].relevance for p in parts]), c.activation)
+            for i, c in enumerate(calls)
+        )
+        for path, calls in first.layers.items()
+    }
+    names = ("relevance", "target", "seed", "absorbed", "embeddings")
+    return replace(
+        first, layers=layers, **{n: together([getattr(p, n) for p in parts]) for n in names}
+    )
 
 
 def _restored(file: BinaryIO) -> Explanation:

@@ -31,6 +31,45 @@ class Seed:
     description: str
 
 
+def is_several(target: Any) -> bool:
+    """Whether ``target`` asks for several explanations of each sample."""
+    if isinstance(target, (Tensor, np.ndarray)):
+        return target.ndim == 2 and "float" not in str(target.dtype)
+    if isinstance(target, list) and target:
+        return all(isinstance(row, (list, tuple, Tensor, np.ndarray)) for row in target)
+    return isinstance(target, str) and target == "all"
+
+
+def each_target(leaves: Sequence[Any], target: Any) -> list[Tensor]:
+    """Classes per sample, (N,), one tensor for each of several targets.
+
+    Args:
+        leaves: Output leaves of the graph.
+        target: "all", or K classes for each of N samples.
+
+    Raises:
+        TargetError: There are no classes, or not equally many for each sample.
+    """
+    output = next((t for t in leaves if isinstance(t, Tensor) and t.is_floating_point()), None)
+    if output is None or output.ndim != 2:
+        raise TargetError(
+            "several targets need an output (N, C) of one score per class, not "
+            f"{None if output is None else tuple(output.shape)}.",
+            fix="give a callable for one of them at a time.",
+        )
+    n, size = output.shape
+    if isinstance(target, str):
+        return list(torch.arange(size, device=output.device)[:, None].expand(size, n))
+    rows = [list(torch.as_tensor(row).flatten()) for row in target]
+    if len(rows) != n or len({len(row) for row in rows}) != 1 or not rows[0]:
+        raise TargetError(
+            f"there are {n} samples, and targets for {len(rows)} of them: "
+            f"{[len(row) for row in rows][:8]}.",
+            fix="give a list of as many classes for each sample.",
+        )
+    return [torch.stack(column) for column in zip(*rows, strict=True)]
+
+
 def make_seed(
     leaves: Sequence[Any],
     target: Target,
