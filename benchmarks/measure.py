@@ -186,10 +186,15 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
+def figures(value: float) -> str:
+    """Three figures, and no exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def milliseconds(times: Sequence[float]) -> str:
     """``median (lower quartile - upper quartile)`` in ms."""
-    low, middle, high = (1000 * value for value in quartiles(times))
-    return f"{middle:.{0 if middle >= 100 else 1}f} ({low:.3g}-{high:.3g})"
+    low, middle, high = (figures(1000 * value) for value in quartiles(times))
+    return f"{middle} ({low}-{high})"
 
 
 def ratio(times: Sequence[float], others: Sequence[float]) -> str:
