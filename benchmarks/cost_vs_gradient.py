@@ -89,7 +89,7 @@ def table(plan: Plan, budget: float) -> Table:
         "Goal: passes over the weights that the rule needs on non-negative inputs, over the "
         "gradient's two. Bare graph: forward and backward of `Explainer.graph_module`; what the "
         "ratio is above it are checks and the explanation's own records. `map differs`: largest "
-        "relative difference, from the same call with the ledger kept, of: lrpfx; the peer."
+        "relative difference, from the same call with the ledger kept, of: lrpfx; bare graph; peer."
     )
     return made
 
@@ -112,7 +112,7 @@ def add_row(made: Table, work: Work, name: str, budget: float) -> None:
         label = f"{work.name} under {name}"
         differs = [
             made.check(f"{label}, {peer}", calls[peer](), expected)
-            for peer in ("lrpfx", "zennit", "modified")
+            for peer in ("lrpfx", "graph", "zennit", "modified")
             if peer in calls
         ]
         times = interleaved(calls, budget)

@@ -80,14 +80,14 @@ def folded(model: nn.Module) -> nn.Module:
     return model
 
 
-def gradient(work: Work) -> Call:
+def gradient(work: Work, compiled: bool = False) -> Call:
     """The yardstick: one forward and one backward to the input, nothing else."""
-    model = folded(work.model)
+    model: Any = folded(work.model)
     with torch.no_grad():
         got, expected = (work.score(work.run(m, work.x)) for m in (model, work.model))
     if difference(got[None], expected[None]) > TOLERANCE[work.x.dtype]:
         raise RuntimeError(f"{work.name}: with batch norm folded it is another function.")
-    return gradient_of(work, model)
+    return gradient_of(work, torch.compile(model) if compiled else model)
 
 
 def gradient_of(work: Work, model: nn.Module) -> Call:
@@ -114,13 +114,16 @@ def relevance_call(
     return lambda: work.of(explainer(work.inputs, target, **options).relevance)
 
 
-def graph_call(explainer: lrpfx.Explainer, work: Work) -> Call:
-    """The bare rewritten graph: its forward, and its backward to the explained tensor."""
-    graph = explainer.graph_module
+def graph_call(explainer: lrpfx.Explainer, work: Work, compiled: bool = False) -> Call:
+    """The rewritten graph without its Explainer: forward, and backward to the explained tensor."""
+    graph: Any = explainer.graph_module
+    if compiled:
+        graph = torch.compile(graph)
 
     def call() -> Tensor:
         x = work.x.detach().requires_grad_()
-        return torch.autograd.grad(work.score(_attributes(work.run(graph, x))).sum(), x)[0]
+        score = work.score(_attributes(work.run(graph, x)))
+        return torch.autograd.grad(score, x, score.detach())[0]
 
     return call
 
@@ -295,9 +298,9 @@ def write_section(path: Path, name: str, text: str) -> None:
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     page = path.read_text() if path.exists() else HEAD
     before, found, rest = page.partition(begin)
-    after = rest.partition(end)[2] if found else ""
+    after = rest.partition(end)[2].strip() if found else ""
     section = f"{begin}\n{text.strip()}\n{end}"
-    path.write_text(f"{before.rstrip()}\n\n{section}\n{after}".rstrip() + "\n")
+    path.write_text(f"{before.rstrip()}\n\n{section}\n\n{after}".rstrip() + "\n")
 
 
 HEAD = """# Performance

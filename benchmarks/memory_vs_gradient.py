@@ -23,7 +23,6 @@ from torch import nn
 
 import lrpfx
 from benchmarks import peers, works
-from benchmarks.cost_vs_gradient import ATTENTION, CONVOLUTIONAL
 from benchmarks.measure import (
     Call,
     Table,
@@ -46,6 +45,8 @@ COLUMNS = (
     "held, MiB",
     "map differs",
 )
+CONVOLUTIONAL = ("epsilon_all", "epsilon_plus", "epsilon_alpha2_beta1")
+ATTENTION = ("attnlrp", "cplrp")
 MODELS: dict[str, tuple[Callable[[str], Work], Sequence[str]]] = {
     "vgg16": (lambda device: works.image_work("vgg16", 1, device=device), CONVOLUTIONAL),
     "resnet50": (lambda device: works.image_work("resnet50", 2, device=device), CONVOLUTIONAL),
