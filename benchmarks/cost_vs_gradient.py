@@ -7,6 +7,7 @@ Relevance is compared in the same run with that of lrpfx's plain path, the ledge
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 import warnings
@@ -63,19 +64,19 @@ COLUMNS = (
 Plan = Sequence[tuple[Callable[[], Work], Sequence[str]]]
 
 
-def plan(bf16: bool = False) -> Plan:
+def plan(only: str = "", bf16: bool = False) -> Plan:
     """The models, made when it is their turn, each with the composites it is explained under."""
     dtypes = [torch.float32] + [torch.bfloat16] * bf16
-    return [
-        (lambda: works.image_work("vgg16", 1), CONVOLUTIONAL),
-        (lambda: works.image_work("resnet50", 2), CONVOLUTIONAL),
-        (lambda: works.image_work("vit_b_16", 1), ATTENTION),
-        *(
-            (lambda t=t, dtype=dtype: works.llama(t, dtype=dtype), ATTENTION)
-            for dtype in dtypes
-            for t in (128, 1024)
-        ),
-    ]
+    models = {
+        "vgg16": (lambda: works.image_work("vgg16", 1), CONVOLUTIONAL),
+        "resnet50": (lambda: works.image_work("resnet50", 2), CONVOLUTIONAL),
+        "vit_b_16": (lambda: works.image_work("vit_b_16", 1), ATTENTION),
+    }
+    for dtype in dtypes:
+        for t in (128, 1024):
+            make = functools.partial(works.llama, t, dtype=dtype)
+            models[f"llama-{t}-{dtype}"] = (make, ATTENTION)
+    return [entry for name, entry in models.items() if only in name]
 
 
 def table(plan: Plan, budget: float) -> Table:
@@ -109,6 +110,7 @@ def add_row(made: Table, work: Work, name: str, budget: float) -> None:
         if name == "attnlrp" and work.explained == "inputs_embeds":
             calls["modified"] = modified_gradient(work)
         expected = work.of(kept.relevance)
+        calls["gradient"]()
         label = f"{work.name} under {name}"
         differs = [
             made.check(f"{label}, {peer}", calls[peer](), expected)
@@ -147,7 +149,7 @@ def main() -> int:
     parser.add_argument("--bf16", action="store_true", help="Llama also in bfloat16")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    made = table(plan(options.bf16), options.seconds)
+    made = table(plan(options.only, options.bf16), options.seconds)
     found = sorted(setup_seconds(works.image_work("resnet50", 2), "epsilon_plus"))
     made.notes.insert(
         0,

@@ -137,6 +137,7 @@ def cells(
         calls["lrpfx"] = relevance_call(explainer, work)
         calls["ledger"] = relevance_call(explainer, work, ledger=True)
     differs = made.check(f"{work.name} under {rules}, {mode}", calls["lrpfx"](), expected)
+    calls["gradient"]()
     times = interleaved(calls, budget, device)
     of = {name: ratio(t, times["gradient"]) for name, t in times.items()}
     memory = ""
@@ -174,7 +175,6 @@ def add_failure(made: Table, start: list[str], error: Exception) -> None:
 def main() -> int:
     """Print the table."""
     parser = command("gpu", __doc__)
-    parser.add_argument("--only", default="", help=f"models whose name contains this: {[*MODELS]}")
     parser.add_argument("--precision", nargs="+", default=[*PRECISIONS], choices=[*PRECISIONS])
     parser.add_argument("--mode", nargs="+", default=[*MODES], choices=MODES)
     options = parser.parse_args()

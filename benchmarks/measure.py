@@ -12,6 +12,7 @@ import inspect
 import itertools
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -163,14 +164,12 @@ def interleaved(
     """Seconds of each call in each round; the calls take turns, and who begins changes.
 
     Args:
-        calls: By name; each is called once before, untimed.
+        calls: By name; each has been called before, to compare its result.
         budget: Seconds after which no new round begins.
         device: "cpu" or "cuda".
         least: Rounds that are run in any case.
         most: Rounds after which it ends in any case.
     """
-    for call in calls.values():
-        call()
     order, found = list(calls), {name: [] for name in calls}
     start = time.perf_counter()
     for turn in range(most):
@@ -279,13 +278,16 @@ def command(script: str, description: str | None) -> argparse.ArgumentParser:
         prog=f"python -m benchmarks.{script}", description=(description or "").splitlines()[0]
     )
     parser.add_argument("--seconds", type=float, default=8.0, help="for each row (8)")
+    parser.add_argument("--only", default="", help="only what has this in its name")
     parser.add_argument("--write", action="store_true", help="also into docs/performance.md")
     return parser
 
 
 def publish(script: str, table: Table, write: bool, device: str = "cpu") -> int:
     """Print the table, put it into docs/performance.md if asked to, and return the exit status."""
-    table.notes.append(f"`python -m benchmarks.{script}`; {environment(device)}")
+    options = [option for option in sys.argv[1:] if option != "--write"]
+    line = " ".join(["python -m", f"benchmarks.{script}", *options])
+    table.notes.append(f"`{line}`; {environment(device)}")
     text = table.markdown()
     print("\n" + text)
     if write:

@@ -187,7 +187,7 @@ def main() -> int:
     if options.device == "cpu" and not STATUS.exists():
         print("There is no /proc here to read the resident set from: skipped.")
         return 0
-    models = [model for model in MODELS if model != "tiny"]
+    models = [model for model in MODELS if model != "tiny" and options.only in model]
     made = table(models, options.device, options.repeats)
     return publish("memory_vs_gradient", made, options.write, options.device)
 

@@ -102,6 +102,7 @@ def table(series: Sequence[Series], budget: float) -> tuple[Table, dict[str, lis
             expected = relevance_call(explainer, work, ledger=True)()
             label = f"{line.against} {size}"
             differs = made.check(label, calls["lrpfx"](), expected)
+            calls["gradient"]()
             times = interleaved(calls, budget)
             ratios = [a / b for a, b in zip(times["lrpfx"], times["gradient"], strict=True)]
             points.setdefault(line.against, []).append((size, quartiles(ratios)))
@@ -143,8 +144,9 @@ def main() -> int:
     """Print the table, and draw it."""
     options = command("scaling", __doc__).parse_args()
     warnings.simplefilter("ignore")
-    made, points = table(SERIES, options.seconds / 2)
-    if options.write:
+    series = [line for line in SERIES if options.only in line.against]
+    made, points = table(series, options.seconds / 2)
+    if options.write and not options.only:
         draw(points, DOCS / "scaling.png")
         made.notes.append("![The ratio against blocks, batch size and tokens](scaling.png)")
     return publish("scaling", made, options.write)

@@ -7,6 +7,7 @@ modules; its hooks are registered, and lrpfx's Explainer is set up, outside of t
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,13 +25,7 @@ from benchmarks.measure import (
     relevance_call,
 )
 
-COMPOSITES = (
-    "epsilon_plus",
-    "epsilon_plus_flat",
-    "epsilon_alpha2_beta1",
-    "epsilon_gamma_box",
-    "excitation_backprop",
-)
+COMPOSITES = ("epsilon_plus", "epsilon_alpha2_beta1", "epsilon_gamma_box")
 COLUMNS = (
     "model",
     "composite",
@@ -80,8 +75,9 @@ def main() -> int:
         print("zennit is not installed: nothing to compare with.")
         return 0
     makes = [
-        lambda name=name, side=side: works.image_work(name, 1, side)
+        functools.partial(works.image_work, name, 1, side)
         for name, side in (("vgg11", 128), ("resnet18", 224), ("resnet50", 128))
+        if options.only in name
     ]
     return publish("vs_peers", table(makes, options.seconds), options.write)
 
