@@ -64,7 +64,8 @@ def llama(
         max_position_embeddings=max(tokens, 16),
     )
     with torch.device(device):
-        model: nn.Module = tf.LlamaForCausalLM(config).to(dtype).eval()
+        # Not .to(dtype), which would round the rotary frequencies as well.
+        model: nn.Module = tf.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         x = torch.randn(1, tokens, hidden, dtype=dtype)
     inputs = dict(inputs_embeds=x, use_cache=False, logits_to_keep=1)
     name = f"Llama, {layers} layers of {hidden}, T={tokens}"
