@@ -44,9 +44,9 @@ nightly: $(VENV)/.installed-test $(VENV)/.installed-nightly
 		$(BIN)/python -m benchmarks.coverage $$zoo || failed="$$failed $$zoo"; \
 	done; test -z "$$failed"
 
-# One thread: on a busy machine several wait for each other, and ratios are of the waiting. The
-# others are run in any case; a map that is wrong makes the target fail. BENCH=--seconds=20 gives
-# every row more time than its 3 seconds; for more threads set OMP_NUM_THREADS.
+# One thread, whose CPU time is measured: on a busy machine several wait for each other, and ratios
+# would be of the waiting. All are run in any case; a map that is wrong makes the target fail.
+# BENCH=--seconds=20 gives every row more than its 3 seconds; OMP_NUM_THREADS sets the threads.
 bench: $(VENV)/.installed-test
 	failed=; for script in cost_vs_gradient memory_vs_gradient many_targets vs_peers scaling gpu; do \
 		OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \

@@ -145,17 +145,22 @@ def difference(got: Tensor, expected: Tensor) -> float:
 
 
 def seconds(call: Call, device: str = "cpu") -> float:
-    """Duration of one call, by CUDA's own events on CUDA."""
+    """Duration of one call.
+
+    On CUDA by its own events. On one thread the CPU time of the process, which leaves out what
+    else the machine was doing; on several by the clock.
+    """
     if device == "cpu":
-        start = time.perf_counter()
+        clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+        start = clock()
         call()
-        return time.perf_counter() - start
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+        return clock() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
     call()
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1000
+    return begin.elapsed_time(end) / 1000
 
 
 def interleaved(
@@ -256,7 +261,9 @@ def environment(device: str = "cpu") -> str:
     if device == "cuda":
         where = torch.cuda.get_device_name()
     else:
-        where = f"{_processor()}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        timed = "1 thread, CPU time" if threads == 1 else f"{threads} threads, by the clock"
+        where = f"{_processor()}, {timed}"
     return f"lrpfx {lrpfx.__version__}, {', '.join(versions)}; {where}."
 
 
