@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lrpfx
 from benchmarks import peers, works
@@ -86,12 +86,12 @@ def forget(device: str) -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_of(call: Call, device: str) -> int:
-    """The most that is in use in the second of two calls: the first may fill caches."""
+def peak_of(call: Call, device: str) -> tuple[int, Tensor]:
+    """The most that is in use in the second of two calls, as the first may fill caches."""
     call()
     forget(device)
-    call()
-    return in_use(device, peak=True)
+    found = call()
+    return in_use(device, peak=True), found
 
 
 def measure(model: str, what: str, device: str) -> dict[str, float]:
@@ -110,17 +110,20 @@ def measure(model: str, what: str, device: str) -> dict[str, float]:
         work.model = folded(work.model)
         forget(device)
         before = in_use(device)
-        return {"peak": peak_of(gradient_of(work, work.model), device) - before}
+        return {"peak": peak_of(gradient_of(work, work.model), device)[0] - before}
     forget(device)
     before = in_use(device)
     explainer = lrpfx.Explainer(work.model, work.inputs, peers.composite(what))
-    call = relevance_call(explainer, work)
-    fast = call()
+    peak, fast = peak_of(relevance_call(explainer, work), device)
     forget(device)
-    found = {"held": in_use(device) - before, "peak": peak_of(call, device) - before}
-    call = relevance_call(explainer, work, ledger=True)
-    found["ledger"] = peak_of(call, device) - before
-    return {**found, "differs": difference(fast, call())}
+    held = in_use(device) - before
+    plain_peak, plain = peak_of(relevance_call(explainer, work, ledger=True), device)
+    return {
+        "held": held,
+        "peak": peak - before,
+        "ledger": plain_peak - before,
+        "differs": difference(fast, plain),
+    }
 
 
 def apart(model: str, what: str, device: str) -> dict[str, float]:

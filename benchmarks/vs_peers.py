@@ -76,7 +76,7 @@ def main() -> int:
         return 0
     makes = [
         functools.partial(works.image_work, name, 1, side)
-        for name, side in (("vgg11", 128), ("resnet18", 224), ("resnet50", 128))
+        for name, side in (("alexnet", 224), ("vgg11", 128), ("resnet18", 224))
         if options.only in name
     ]
     return publish("vs_peers", table(makes, options.seconds), options.write)
