@@ -47,6 +47,8 @@ GOALS = {
 CONVOLUTIONAL = tuple(GOALS)[:5]
 ATTENTION = tuple(GOALS)[5:]
 SETUP_GOAL = 3.0  # CPU seconds
+#: Modified gradients have no stabilizer, and lrpfx's has a share in small activations.
+STABILIZED = {"modified": 20.0}
 COLUMNS = (
     "model",
     "composite",
@@ -90,7 +92,8 @@ def table(plan: Plan, budget: float) -> Table:
         "Goal: passes over the weights that the rule needs on non-negative inputs, over the "
         "gradient's two. Bare graph: forward and backward of `Explainer.graph_module`; what the "
         "ratio is above it are checks and the explanation's own records. `map differs`: largest "
-        "relative difference, from the same call with the ledger kept, of: lrpfx; bare graph; peer."
+        "relative difference, from the same call with the ledger kept, of: lrpfx; bare graph; "
+        "peer. Modified gradients have no stabilizer, so that they may be farther away."
     )
     return made
 
@@ -113,7 +116,7 @@ def add_row(made: Table, work: Work, name: str, budget: float) -> None:
         calls["gradient"]()
         label = f"{work.name} under {name}"
         differs = [
-            made.check(f"{label}, {peer}", calls[peer](), expected)
+            made.check(f"{label}, {peer}", calls[peer](), expected, STABILIZED.get(peer, 1.0))
             for peer in ("lrpfx", "graph", "zennit", "modified")
             if peer in calls
         ]

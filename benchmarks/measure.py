@@ -228,10 +228,13 @@ class Table:
         self.rows.append(cells)
         print(" | ".join(cells), flush=True)
 
-    def check(self, what: str, got: Tensor, expected: Tensor) -> str:
-        """The difference of two maps as a cell; one that is too large makes the run fail."""
+    def check(self, what: str, got: Tensor, expected: Tensor, factor: float = 1.0) -> str:
+        """The difference of two maps as a cell; one that is too large makes the run fail.
+
+        Too large is what exceeds the dtype's tolerance, times ``factor``.
+        """
         found = difference(got, expected)
-        if found > TOLERANCE[expected.dtype]:
+        if found > factor * TOLERANCE[expected.dtype]:
             self.wrong.append(f"{what}: the map differs by {found:.1e}")
         return f"{found:.0e}"
 
@@ -315,7 +318,8 @@ def write_section(path: Path, name: str, text: str) -> None:
 HEAD = """# Performance
 
 Made by `make bench`. Times are medians, ratios medians of the ratio round by round; in brackets the
-quartiles. All models have random weights. What is compared takes turns in one process.
+quartiles. All models have random weights. What is compared takes turns in one process, by its CPU
+time on one thread where a section does not say otherwise. A section names the command it is from.
 
 The gradient is one forward and one backward to the input, of a frozen copy of the model with batch
 norm folded, without compilation. Setting up an `Explainer` is not part of the time.

@@ -45,7 +45,7 @@ COLUMNS = (
     "held, MiB",
     "map differs",
 )
-CONVOLUTIONAL = ("epsilon_all", "epsilon_plus", "epsilon_alpha2_beta1")
+CONVOLUTIONAL = ("epsilon_plus", "epsilon_alpha2_beta1")
 ATTENTION = ("attnlrp", "cplrp")
 MODELS: dict[str, tuple[Callable[[str], Work], Sequence[str]]] = {
     "vgg16": (lambda device: works.image_work("vgg16", 1, device=device), CONVOLUTIONAL),
