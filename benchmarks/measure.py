@@ -228,13 +228,10 @@ class Table:
         self.rows.append(cells)
         print(" | ".join(cells), flush=True)
 
-    def check(self, what: str, got: Tensor, expected: Tensor, factor: float = 1.0) -> str:
-        """The difference of two maps as a cell; one that is too large makes the run fail.
-
-        Too large is what exceeds the dtype's tolerance, times ``factor``.
-        """
+    def check(self, what: str, got: Tensor, expected: Tensor) -> str:
+        """The difference of two maps as a cell; one that is too large makes the run fail."""
         found = difference(got, expected)
-        if found > factor * TOLERANCE[expected.dtype]:
+        if found > TOLERANCE[expected.dtype]:
             self.wrong.append(f"{what}: the map differs by {found:.1e}")
         return f"{found:.0e}"
 
