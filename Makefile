@@ -2,6 +2,7 @@
 # make examples  a vision transformer, a language model, a sentence encoder with its real weights
 # make test      what CI runs: lint, format, types, tests
 # make nightly   tests with more and new examples, then the models of three libraries (hours)
+# make bench     what explanations cost: refreshes docs/performance.md (a quarter of an hour)
 # make clean     remove the environment and everything generated
 #
 # PYTHON names the interpreter (3.10 or newer) that the environment is made with. pip takes its
@@ -15,7 +16,7 @@ JOBS   ?= 2
 BIN     := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -c constraints.txt
 
-.PHONY: demo examples test check nightly clean
+.PHONY: demo examples test check nightly bench clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/quickstart.py examples/out/quickstart.png
@@ -41,6 +42,16 @@ nightly: $(VENV)/.installed-test $(VENV)/.installed-nightly
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --hypothesis-profile nightly
 	failed=; for zoo in torchvision timm transformers; do \
 		$(BIN)/python -m benchmarks.coverage $$zoo || failed="$$failed $$zoo"; \
+	done; test -z "$$failed"
+
+# One thread, whose CPU time is measured: on a busy machine several wait for each other, and ratios
+# would be of the waiting. All are run in any case; a map that is wrong makes the target fail.
+# BENCH=--seconds=20 gives every row more than its 3 seconds; OMP_NUM_THREADS sets the threads.
+bench: $(VENV)/.installed-test
+	failed=; for script in cost_vs_gradient memory_vs_gradient many_targets vs_peers scaling gpu; do \
+		OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
+			$(BIN)/python -m benchmarks.$$script --write --seconds=3 $(BENCH) \
+			|| failed="$$failed $$script"; \
 	done; test -z "$$failed"
 
 # One stamp per extra; an installation is repeated only when the requirements have changed.

@@ -1,0 +1,170 @@
+"""What an explanation costs, in gradients: ``python -m benchmarks.cost_vs_gradient``.
+
+Each row times, in turns: the gradient; lrpfx without and with its ledger; the bare rewritten graph;
+zennit under the same composite (convolutional networks); AttnLRP as modified gradients (Llama).
+Relevance is compared in the same run with that of lrpfx's plain path, the ledger kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+
+import torch
+
+import lrpfx
+from benchmarks import peers, works
+from benchmarks.measure import (
+    Table,
+    Work,
+    command,
+    gradient,
+    graph_call,
+    has_fast_path,
+    interleaved,
+    milliseconds,
+    publish,
+    ratio,
+    relevance_call,
+)
+from benchmarks.modified_gradients import modified_gradient
+
+#: Passes over the weights that a rule needs on non-negative inputs, over the gradient's two.
+#: Epsilon: z, and back. ZPlus: z, z+, and back. AlphaBeta and Gamma: z, two parts, and both back.
+GOALS = {
+    "epsilon_all": 1.0,
+    "epsilon_plus": 1.5,
+    "epsilon_plus_flat": 1.5,
+    "epsilon_alpha2_beta1": 2.5,
+    "epsilon_gamma_box": 2.5,
+    "attnlrp": 1.0,
+    "cplrp": 1.0,
+}
+CONVOLUTIONAL = tuple(GOALS)[:5]
+ATTENTION = tuple(GOALS)[5:]
+SETUP_GOAL = 3.0  # CPU seconds
+COLUMNS = (
+    "model",
+    "composite",
+    "gradient, ms",
+    "lrpfx, ms",
+    "ratio",
+    "goal",
+    "with ledger",
+    "bare graph",
+    "zennit",
+    "modified gradient",
+    "map differs",
+)
+
+Plan = Sequence[tuple[Callable[[], Work], Sequence[str]]]
+
+
+def plan(only: str = "", bf16: bool = False) -> Plan:
+    """The models, made when it is their turn, each with the composites it is explained under."""
+    dtypes = [torch.float32] + [torch.bfloat16] * bf16
+    models = {
+        "vgg16": (lambda: works.image_work("vgg16", 1), CONVOLUTIONAL),
+        "resnet50": (lambda: works.image_work("resnet50", 2), CONVOLUTIONAL),
+        "vit_b_16": (lambda: works.image_work("vit_b_16", 1), ATTENTION),
+    }
+    for dtype in dtypes:
+        for t in (128, 1024):
+            make = functools.partial(works.llama, t, dtype=dtype)
+            models[f"llama-{t}-{dtype}"] = (make, ATTENTION)
+    return [entry for name, entry in models.items() if only in name]
+
+
+def table(plan: Plan, budget: float) -> Table:
+    """One row per model and composite."""
+    made = Table("Cost of one explanation, in gradients", COLUMNS)
+    for make, composites in plan:
+        work = make()
+        for name in composites:
+            add_row(made, work, name, budget)
+    made.notes.append(
+        "Goal: passes over the weights that the rule needs on non-negative inputs, over the "
+        "gradient's two. Bare graph: forward and backward of `Explainer.graph_module`; what the "
+        "ratio is above it are checks and the explanation's own records. `map differs`: largest "
+        "relative difference, from the same call with the ledger kept, of: lrpfx; bare graph; "
+        "zennit, or modified gradients, these at epsilon 1e-12 as they have no stabilizer."
+    )
+    return made
+
+
+def add_row(made: Table, work: Work, name: str, budget: float) -> None:
+    """Time everything that one composite can be compared with, and compare the maps."""
+    explainer = lrpfx.Explainer(work.model, work.inputs, peers.composite(name))
+    kept = explainer(work.inputs, work.score)
+    fast = has_fast_path(explainer)
+    calls = {"gradient": gradient(work), "lrpfx": relevance_call(explainer, work)}
+    if fast:
+        calls["ledger"] = relevance_call(explainer, work, ledger=True)
+    calls["graph"] = graph_call(explainer, work)
+    with ExitStack() as stack:
+        if name in CONVOLUTIONAL and peers.zennit_installed():
+            calls["zennit"] = stack.enter_context(peers.zennit_call(work, name, kept.seed))
+        if name == "attnlrp" and work.explained == "inputs_embeds":
+            calls["modified"] = modified_gradient(work)
+        expected = work.of(kept.relevance)
+        calls["gradient"]()
+        label = f"{work.name} under {name}"
+        differs = [
+            made.check(f"{label}, {peer}", calls[peer](), expected)
+            for peer in ("lrpfx", "graph", "zennit")
+            if peer in calls
+        ]
+        if "modified" in calls:  # which have no stabilizer
+            bare = lrpfx.composites.AttnLRP(epsilon=1e-12)
+            exact = work.of(
+                lrpfx.explain(work.model, work.inputs, work.score, rules=bare).relevance
+            )
+            differs.append(made.check(f"{label}, modified", calls["modified"](), exact))
+        times = interleaved(calls, budget)
+    of = {peer: ratio(t, times["gradient"]) for peer, t in times.items()}
+    made.add(
+        work.name + ("" if work.x.dtype == torch.float32 else ", bf16"),
+        name,
+        milliseconds(times["gradient"]),
+        milliseconds(times["lrpfx"]),
+        of["lrpfx"],
+        f"{GOALS[name]:.1f}",
+        of.get("ledger", "is the plain path"),
+        of["graph"],
+        of.get("zennit", ""),
+        of.get("modified", ""),
+        "; ".join(differs),
+    )
+
+
+def setup_seconds(work: Work, rules: str, repeats: int = 3) -> Iterator[float]:
+    """CPU seconds of capture and rewrite, after a first one that imports what it needs."""
+    lrpfx.Explainer(work.model, work.inputs, rules)
+    for _ in range(repeats):
+        start = time.process_time()
+        lrpfx.Explainer(work.model, work.inputs, rules)
+        yield time.process_time() - start
+
+
+def main() -> int:
+    """Print the table and the time of setting up."""
+    parser = command("cost_vs_gradient", __doc__)
+    parser.add_argument("--bf16", action="store_true", help="Llama also in bfloat16")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    made = table(plan(options.only, options.bf16), options.seconds)
+    found = sorted(setup_seconds(works.image_work("resnet50", 2), "epsilon_plus"))
+    made.notes.insert(
+        0,
+        f"Setting up an Explainer of ResNet-50, capture and rewrite: {found[1]:.1f} CPU seconds "
+        f"({found[0]:.1f}-{found[-1]:.1f}); goal {SETUP_GOAL:.0f}.",
+    )
+    return publish("cost_vs_gradient", made, options.write)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""The benchmarks run at toy sizes, and see a map that is wrong. No number is looked at."""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lrpfx
+from benchmarks import (
+    cost_vs_gradient,
+    gpu,
+    many_targets,
+    measure,
+    memory_vs_gradient,
+    scaling,
+    vs_peers,
+    works,
+)
+from benchmarks.measure import Table, Work
+
+BUDGET = 0.01
+
+
+def small_image() -> Work:
+    return scaling.residual(1, batch=2, width=4, side=8)
+
+
+def small_llama(dtype: torch.dtype = torch.float32) -> Work:
+    return works.llama(8, layers=1, hidden=16, vocabulary=20, dtype=dtype)
+
+
+def resnet() -> Work:
+    return works.image_work("resnet18", 1, 32)
+
+
+def assert_complete(table: Table, rows: int) -> None:
+    assert not table.wrong
+    assert len(table.rows) == rows
+    assert all(len(row) == len(table.columns) for row in table.rows)
+    assert len(table.markdown().splitlines()) > rows + 3
+
+
+def test_cost_vs_gradient() -> None:
+    plan = [(resnet, ("epsilon_gamma_box",)), (small_llama, ("attnlrp", "cplrp"))]
+    table = cost_vs_gradient.table(plan, BUDGET)
+    assert_complete(table, 3)
+    zennit, modified = (table.columns.index(name) for name in ("zennit", "modified gradient"))
+    assert table.rows[0][zennit] and table.rows[1][modified]
+    assert next(cost_vs_gradient.setup_seconds(small_image(), "epsilon_plus", 1)) > 0
+
+
+def test_cost_of_a_model_in_bfloat16() -> None:
+    plan = [(lambda: small_llama(torch.bfloat16), ("attnlrp",))]
+    assert_complete(cost_vs_gradient.table(plan, BUDGET), 1)
+
+
+def test_vs_peers() -> None:
+    assert_complete(vs_peers.table([resnet], BUDGET, ("epsilon_plus",)), 1)
+
+
+def test_many_targets() -> None:
+    assert_complete(many_targets.table([small_image], ("epsilon_plus",), BUDGET), 2)
+
+
+def test_many_targets_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until an Explainer takes several targets per sample, by one that loops."""
+
+    class Looping(lrpfx.Explainer):
+        def __call__(self, inputs: Any, target: Any = None, **options: Any) -> Any:
+            if isinstance(target, list) and isinstance(target[0], list):
+                columns = [list(column) for column in zip(*target, strict=True)]
+            elif target == "all":
+                columns = list(range(10))
+            else:
+                return super().__call__(inputs, target, **options)
+            found = [super(Looping, self).__call__(inputs, t, **options) for t in columns]
+            relevance = torch.stack([explanation.relevance for explanation in found])
+            return dataclasses.replace(found[0], relevance=relevance)
+
+    monkeypatch.setattr(lrpfx, "Explainer", Looping)
+    table = many_targets.table([small_image], ("epsilon_plus",), BUDGET)
+    assert_complete(table, 2)
+    assert [row[table.columns.index("how")] for row in table.rows] == ["one call"] * 2
+
+
+def test_the_fast_path_is_taken_where_there_is_one() -> None:
+    class Asked:
+        ledger = []
+
+        def __call__(self, inputs: Any, target: Any = None, *, ledger: bool = True) -> Any:
+            self.ledger.append(ledger)
+            return argparse.Namespace(relevance=inputs)
+
+    explainer, work = Asked(), small_image()
+    for kept in (False, True):
+        measure.relevance_call(explainer, work, ledger=kept)()
+    assert explainer.ledger == [False, True]
+
+
+def test_scaling(tmp_path: Path) -> None:
+    series = [
+        scaling.Series("blocks", "epsilon_plus", (1, 2), lambda n: scaling.residual(n, 1, 4, 8)),
+        scaling.Series("tokens", "attnlrp", (4, 8), lambda t: works.llama(t, 1, 16)),
+    ]
+    table, points = scaling.table(series, BUDGET)
+    assert_complete(table, 4)
+    scaling.draw(points, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the resident set is read from /proc")
+def test_memory_vs_gradient() -> None:
+    gradient = memory_vs_gradient.measure("tiny", "gradient", "cpu")
+    explained = memory_vs_gradient.measure("tiny", "epsilon_plus", "cpu")
+    assert set(gradient) == {"peak"}
+    assert set(explained) == {"held", "peak", "ledger", "differs"}
+    assert explained["differs"] < 1e-3
+
+
+def test_gpu_on_the_cpu() -> None:
+    models = {
+        "image": (lambda device, dtype: small_image(), ("epsilon_plus",)),
+        "llama": (lambda device, dtype: small_llama(dtype), ("attnlrp",)),
+    }
+    table = gpu.table(models, BUDGET, ("fp32", "tf32"), ("eager",), "cpu")
+    assert_complete(table, 4)
+
+
+def test_a_failure_on_the_gpu_is_a_row_and_makes_the_run_fail() -> None:
+    def of_dtype(device: str, dtype: torch.dtype) -> Work:
+        work = small_image()
+        work.inputs = work.inputs.double()  # which the model does not take
+        return work
+
+    table = gpu.table({"image": (of_dtype, ("epsilon_plus",))}, BUDGET, ("fp32",), device="cpu")
+    assert len(table.rows) == len(table.wrong) == 1
+    assert len(table.rows[0]) == len(table.columns)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA")
+def test_without_cuda_the_gpu_is_skipped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    assert gpu.main() == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+def test_a_wrong_map_is_seen() -> None:
+    table, x = Table("", ("map",)), torch.ones(2, 3)
+    table.check("the same", x, x)
+    assert not table.wrong
+    table.check("one sample off", x * torch.tensor([[1.0], [1.01]]), x)
+    table.check("not a number", x * float("nan"), x)
+    assert len(table.wrong) == 2 and measure.publish("none", table, write=False) == 1
+
+
+def test_a_folded_model_that_is_another_function_is_refused() -> None:
+    class Swapped(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = torch.nn.Conv2d(3, 3, 3), torch.nn.BatchNorm2d(3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(self.norm(x)).flatten(1)
+
+    model = Swapped()
+    torch.nn.init.normal_(model.norm.bias)
+    work = Work("", model.eval(), torch.randn(1, 3, 8, 8), works.score_of_class)
+    with pytest.raises(RuntimeError, match="another function"):
+        measure.gradient(work)
+
+
+def test_a_section_is_replaced_and_others_are_kept(tmp_path: Path) -> None:
+    page = tmp_path / "performance.md"
+    for name, text in (("a", "one"), ("b", "two"), ("a", "three")):
+        measure.write_section(page, name, text)
+    assert page.read_text().startswith("# Performance")
+    assert page.read_text().endswith("<!-- a -->\nthree\n<!-- end of a -->\n\n" + SECOND)
+
+
+SECOND = "<!-- b -->\ntwo\n<!-- end of b -->\n"
