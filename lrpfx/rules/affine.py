@@ -78,12 +78,14 @@ class Term:
         bias: In the op's own layout; None if the denominator has no bias.
         gate: Factor on R: a number or a tensor shaped like z.
         total: d where it is known already, to save computing it.
+        positive: Whether d is a sum of what is not negative.
     """
 
     parts: Sequence[tuple[Signal | None, AffineMap]]
     bias: Tensor | None = None
     gate: float | Tensor = 1.0
     total: Tensor | None = None
+    positive: bool = False
 
 
 ZeroParams = str | Sequence[str] | None
@@ -189,7 +191,11 @@ class AffineRule(Rule):
                 d = term.total if known else _denominator(parts, term.bias)
                 assert d is not None
                 R = z * m if carry.takes else m
-                s = share(R if whole else R * term.gate, d, self._stabilizer, False)
+                R = R if whole else R * term.gate
+                if term.positive and isinstance(self._stabilizer, float) and self._stabilizer > 0:
+                    s = R / d.add_(self._stabilizer)
+                else:
+                    s = share(R, d, self._stabilizer, False)
             found += [W.T(s, x) for _, W in parts]
         return tuple(_sum(c) for c in zip(*found, strict=True))
 
@@ -323,7 +329,7 @@ class ZPlus(AffineRule):
 
     def terms(self, x: Input, f: AffineMap, z: Tensor) -> Sequence[Term]:
         """The positive contributions."""
-        return [Term(_agreeing(x, f), _part(positive, f.bias))]
+        return [Term(_agreeing(x, f), _part(positive, f.bias), positive=True)]
 
 
 @dataclass(frozen=True)
@@ -368,7 +374,7 @@ class AlphaBeta(AffineRule):
         minus = Term(_opposing(x, f), _part(negative, f.bias), gate=-float(self.beta))
         if x.fast and not self.zero_params:  # d1 + d2 = z
             d = _denominator([(x.all, f.pos)], plus.bias)
-            return [replace(plus, total=d), replace(minus, total=z - d)]
+            return [replace(plus, total=d, positive=True), replace(minus, total=z - d)]
         return [plus, minus]
 
 
