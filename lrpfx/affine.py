@@ -27,6 +27,7 @@ class AffineMap:
         bias_shape: Shape that makes ``bias`` broadcast to z, None where it does already.
         coefficients_one: The map of an op without weights with all its coefficients set to one
             (what Flat means there), None where the map itself serves.
+        memory: Where parts of constant weights are kept between calls; None if weights may change.
     """
 
     forward: Callable[[Signal, Any, Tensor | None], Tensor]
@@ -35,6 +36,7 @@ class AffineMap:
     bias: Tensor | None = None
     bias_shape: tuple[int, ...] | None = None
     coefficients_one: Callable[[Signal], Tensor] | None = None
+    memory: dict[Any, Tensor] | None = None
 
     def __call__(self, x: Signal, bias: Tensor | None = None) -> Tensor:
         """W x, plus ``bias`` (in the op's own layout) if one is given."""
@@ -54,32 +56,36 @@ class AffineMap:
             return bias
         return bias.reshape(self.bias_shape)
 
-    def with_weight(self, change: Callable[[Tensor], Tensor]) -> AffineMap:
-        """The map with ``change(W)`` for W."""
+    def with_weight(self, change: Callable[[Tensor], Tensor], name: str = "") -> AffineMap:
+        """The map with ``change(W)`` for W; by its name, if it has one, it may be remembered."""
         if self.weight is None:
             raise TypeError("this op has no weights")  # Rule.fits keeps rules from coming here
-        return replace(self, weight=change(self.weight))
+        if self.memory is None or not name:
+            return replace(self, weight=change(self.weight), memory=None)
+        if name not in self.memory:
+            self.memory[name] = change(self.weight)
+        return replace(self, weight=self.memory[name], memory=None)
 
     @property
     def pos(self) -> AffineMap:
         """Wp x with Wp = max(W, 0)."""
-        return self.with_weight(positive)
+        return self.with_weight(positive, "pos")
 
     @property
     def neg(self) -> AffineMap:
         """Wn x with Wn = min(W, 0)."""
-        return self.with_weight(negative)
+        return self.with_weight(negative, "neg")
 
     @property
     def square(self) -> AffineMap:
         """W^2 x."""
-        return self.with_weight(torch.square)
+        return self.with_weight(torch.square, "square")
 
     @property
     def ones(self) -> AffineMap:
         """The map with every weight one."""
         if self.weight is not None:
-            return self.with_weight(torch.ones_like)
+            return self.with_weight(torch.ones_like, "ones")
         if self.coefficients_one is not None:
             one = self.coefficients_one
             return AffineMap(lambda x, weight, bias: one(x))

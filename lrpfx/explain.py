@@ -23,6 +23,7 @@ from lrpfx.errors import (
     TargetError,
 )
 from lrpfx.explanation import Explanation, LayerCalls, LayerRelevance, stacked
+from lrpfx.freeze import versions
 from lrpfx.graph import (
     HELD,
     Record,
@@ -114,6 +115,9 @@ class Explainer:
             them: (1,) for the number of tokens, (2, 3) for height and width. Those that the model
             fixes by how it computes stay fixed. Other sizes are checked against the model when
             they are first met.
+        freeze: Promise that parameters and buffers stay as they are: with ``ledger=False`` what
+            depends on them only is then computed once, at the cost of the memory it takes. A
+            promise that is seen to be broken is an error.
 
     Raises:
         LrpError: As ``explain``, for everything that concerns model and rules.
@@ -126,7 +130,9 @@ class Explainer:
         rules: RulesLike = None,
         *,
         dynamic: Sequence[int] = (),
+        freeze: bool = False,
     ) -> None:
+        self._versions = versions(model) if freeze and isinstance(model, nn.Module) else None
         with TRACING:  # meanwhile another thread's trace may hold fake tensors in the model
             self._set_up(model, example_inputs, rules, dynamic)
 
@@ -264,7 +270,11 @@ class Explainer:
             found = find_taps(self._module.graph, self._live, paths, self._captured.prefix)
             taps = [tap for calls in found.values() for tap in calls]
             plan = self._plan.assignments
-            module = instrument(self._module, plan, self._live, list(self._starts), taps, fast=fast)
+            frozen = self._versions is not None
+            starts = list(self._starts)
+            module = instrument(
+                self._module, plan, self._live, starts, taps, fast=fast, frozen=frozen
+            )
             calls_of = {path: len(calls) for path, calls in found.items()}
             self._instrumented[paths, fast] = module, calls_of
         return self._instrumented[paths, fast]
@@ -279,6 +289,13 @@ class Explainer:
                 "the model's parameters changed form since it was captured.",
                 where=[f"{n}: {self._forms[n]} -> {forms.get(n)}" for n in changed[:5]],
                 fix="make a new Explainer after .to(), .half() or a change of architecture.",
+            )
+        if self._versions is not None and versions(model) != self._versions:
+            now = versions(model)
+            raise CaptureError(
+                "the model's parameters changed, though they were promised to stay (freeze=True).",
+                where=[n for n in self._versions if now.get(n) != self._versions[n]][:5],
+                fix="make a new Explainer, or leave freeze=False.",
             )
         state: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         state.update(model.named_buffers(remove_duplicate=False))

@@ -125,10 +125,17 @@ class Site:
 
 @dataclass(frozen=True)
 class Call:
-    """A Site at run time, with the values of its slots."""
+    """A Site at run time.
+
+    Args:
+        site: The op.
+        values: Of its slots.
+        memory: Where parts of constant weights are kept between calls; None if weights may change.
+    """
 
     site: Site
     values: tuple[Any, ...]
+    memory: dict[Any, Tensor] | None = None
 
     @property
     def op(self) -> Op:

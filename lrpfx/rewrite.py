@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from lrpfx.assign import Assignment
 from lrpfx.attention import Fused, find_fused, output_of, record_attention
 from lrpfx.carriers import find_carriers
+from lrpfx.freeze import freeze
 from lrpfx.graph import (
     explained_leaves,
     is_floating,
@@ -95,6 +96,7 @@ class Twin:
         reads_input: Whether the rule reads the live inputs' values.
         reads_output: Whether the rule reads the clean output.
         carry: What it receives and hands on where relevance is computed fast, else None.
+        memory: Where it may keep parts of weights that stay as they are, else None.
     """
 
     name: str
@@ -104,6 +106,7 @@ class Twin:
     reads_input: bool
     reads_output: bool
     carry: Carry | None = None
+    memory: dict[Any, Tensor] | None = None
 
     def __post_init__(self) -> None:
         """Name the callable for fx, which writes it into the generated code."""
@@ -127,7 +130,7 @@ class Twin:
         """Relevance of the live inputs from the relevance of the output."""
         if self.rule is None or self.site is None:
             return R
-        call = Call(self.site, values)
+        call = Call(self.site, values, self.memory)
         if self.reads_input:
             x = tuple(values[i] for i in self.site.live)
         else:
@@ -218,6 +221,7 @@ def instrument(
     taps: Sequence[Tap] = (),
     *,
     fast: bool = False,
+    frozen: bool = False,
 ) -> fx.GraphModule:
     """The graph as ``explain`` runs it, with the two streams apart.
 
@@ -229,6 +233,8 @@ def instrument(
         taps: Further places whose relevance and activation are wanted.
         fast: Let edges carry multipliers where they can. Then no ledger is kept, and the relevance
             has no derivatives; its values are the same up to round-off.
+        frozen: With ``fast``: the parameters stay as they are, and what depends on them only is
+            computed once.
 
     Returns:
         A GraphModule that takes the flat inputs and a ledger (or None), and returns five lists:
@@ -243,7 +249,7 @@ def instrument(
     while name in names:  # an argument of the model's own may be called that
         name += "_"
     ledger = graph.placeholder(name)
-    shortcuts = _shortcuts(module.graph, plan, live, starts, taps) if fast else _PLAIN
+    shortcuts = _shortcuts(module.graph, plan, live, starts, taps, frozen) if fast else _PLAIN
     clean, phantoms = _two_streams(
         module.graph, graph, plan, live, ledger, {}, copied, taps, shortcuts
     )
@@ -257,7 +263,8 @@ def instrument(
             [(clean[tap.activation], phantoms[tap.relevance]) for tap in taps],
         )
     )
-    return _finish(module, graph)
+    finished = _finish(module, graph)
+    return freeze(finished) if shortcuts.frozen else finished
 
 
 @dataclass(frozen=True)
@@ -266,6 +273,7 @@ class _Shortcuts:
 
     carriers: Mapping[fx.Node, Carry]
     fused: Mapping[fx.Node, Fused]
+    frozen: bool = False
 
 
 _PLAIN = _Shortcuts({}, {})
@@ -277,10 +285,11 @@ def _shortcuts(
     live: Container[fx.Node],
     starts: Sequence[fx.Node],
     taps: Sequence[Tap],
+    frozen: bool,
 ) -> _Shortcuts:
     tapped = {node for tap in taps for node in (tap.relevance, tap.activation)}
     carriers = find_carriers(graph, plan, live, starts, tapped)
-    return _Shortcuts(carriers, find_fused(graph, plan, live, carriers))
+    return _Shortcuts(carriers, find_fused(graph, plan, live, carriers), frozen)
 
 
 def _two_streams(
@@ -335,7 +344,10 @@ def _two_streams(
                 )
                 phantoms[node] = graph.call_function(_View(node.target), args, kwargs)
             else:
-                phantoms[node] = _twin_of(graph, node, assignment, clean, phantoms, keywords, carry)
+                memory: dict[Any, Tensor] | None = {} if shortcuts.frozen else None
+                phantoms[node] = _twin_of(
+                    graph, node, assignment, clean, phantoms, keywords, carry, memory
+                )
     return clean, phantoms
 
 
@@ -423,6 +435,7 @@ def _twin_of(
     phantoms: Mapping[fx.Node, fx.Node],
     keywords: dict[str, fx.Node],
     carry: Carry | None,
+    memory: dict[Any, Tensor] | None,
 ) -> fx.Node:
     rule, site = assignment.rule, assignment.record.site
     slots = slot_nodes(node)
@@ -434,7 +447,7 @@ def _twin_of(
         reads_input = reads_input or not all(carry.gives)
     elif carry is not None:
         reads_output = reads_output or carry.takes
-    twin = Twin(node.name, rule, site, len(site.live), reads_input, reads_output, carry)
+    twin = Twin(node.name, rule, site, len(site.live), reads_input, reads_output, carry, memory)
     live = set(site.live)
     values = [clean[n] if i not in live or reads_input else None for i, n in enumerate(slots)]
     return _beside(

@@ -205,3 +205,28 @@ def test_a_wrong_shortcut_is_seen(part: str, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(lrpfx.AlphaBeta, "terms", off)
     model, x = zoo.torchvision_model("resnet18"), zoo.images(1, 3, 32, 32)
     assert error(lrpfx.Explainer(model, x, "epsilon_alpha2_beta1"), x, 1) > 1e-4
+
+
+# Parameters promised constant --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rules", COMPOSITES, ids=lambda rules: str(rules)[:24])
+def test_a_frozen_explainer_gives_the_same_again_and_again(rules: Any) -> None:
+    model, x = zoo.torchvision_model("resnet18"), zoo.images(2, 3, 32, 32)
+    frozen = lrpfx.Explainer(model, x, rules, freeze=True)
+    expected = lrpfx.explain(model, x, 1, rules=rules).relevance
+    for _ in range(2):
+        got = frozen(x, 1, ledger=False).relevance
+        assert laws.relative([got], [expected.detach()]) < TOLERANCE
+    assert "batch_norm" not in frozen._instrument((), fast=True)[0].code
+    assert "rsqrt" not in frozen._instrument((), fast=True)[0].code
+
+
+def test_a_frozen_explainer_sees_that_parameters_have_changed() -> None:
+    model, x = zoo.torchvision_model("resnet18"), zoo.images(1, 3, 32, 32)
+    frozen = lrpfx.Explainer(model, x, "epsilon_plus", freeze=True)
+    frozen(x, 1, ledger=False)
+    with torch.no_grad():
+        model.fc.bias.add_(1.0)
+    with pytest.raises(lrpfx.errors.CaptureError, match=r"promised to stay[\s\S]*fc\.bias"):
+        frozen(x, 1, ledger=False)

@@ -179,7 +179,7 @@ class AffineRule(Rule):
         self, call: Call, x: tuple[Tensor, ...], z: Tensor, m: Any, carry: Carry
     ) -> tuple[Tensor, ...]:
         """c_x = sum over terms and parts of W_i's."""
-        f = self._parameters(call.affine(x))
+        f = self._parameters(replace(call.affine(x), memory=call.memory))
         found: list[Signal] = []
         for term in self.terms(Input(x, call.nonneg, fast=True, above=carry.above), f, z):
             parts = [(part, W) for part, W in term.parts if part is not None]
@@ -410,8 +410,8 @@ class Gamma(AffineRule):
     def terms(self, x: Input, f: AffineMap, z: Tensor) -> Sequence[Term]:
         """Outputs above zero favour positive contributions, outputs below zero negative ones."""
         g = self.gamma
-        up = f.with_weight(lambda w: w + g * positive(w))
-        down = f.with_weight(lambda w: w + g * negative(w))
+        up = f.with_weight(lambda w: w + g * positive(w), f"up {g}")
+        down = f.with_weight(lambda w: w + g * negative(w), f"down {g}")
         bias_up = _part(lambda b: b + g * positive(b), f.bias)
         bias_down = _part(lambda b: b + g * negative(b), f.bias)
         above, below = (z > 0).to(z.dtype), (z < 0).to(z.dtype)

@@ -1,0 +1,49 @@
+"""What depends on parameters only -> computed once, for models whose parameters stay."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+
+def freeze(module: fx.GraphModule) -> fx.GraphModule:
+    """``conv(x, w * scale)`` -> ``conv(x, w')``: what no input enters is computed once.
+
+    Folded batch norms, masks and tables of positions become buffers of the graph.
+    """
+    graph = module.graph
+    values: dict[fx.Node, Any] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            values[node] = operator.attrgetter(str(node.target))(module)
+        elif isinstance(node.target, torch._ops.OpOverload) and all(
+            n in values for n in node.all_input_nodes
+        ):
+            args, kwargs = (
+                fx.node.map_arg(a, values.__getitem__) for a in (node.args, node.kwargs)
+            )
+            with torch.no_grad():
+                values[node] = node.target(*args, **kwargs)
+    for node in list(values):
+        value = values[node]
+        if node.op == "get_attr" or not isinstance(value, Tensor):
+            continue
+        if all(user in values for user in node.users):
+            continue
+        name = f"frozen_{node.name}"
+        module.register_buffer(name, value.detach(), persistent=False)
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(graph.get_attr(name))
+    graph.eliminate_dead_code()
+    graph.lint()
+    module.recompile()
+    return module
+
+
+def versions(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """What tells of each parameter and buffer whether it has been replaced or written into."""
+    state = [*model.named_parameters(), *model.named_buffers()]
+    return {name: (id(t), t._version) for name, t in state}
