@@ -58,7 +58,8 @@ def residual(blocks: int, batch: int = 1, width: int = 32, side: int = 32) -> Wo
     torch.manual_seed(0)
     stem = [nn.Conv2d(3, width, 3, padding=1), nn.ReLU()]
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10)]
-    model = randomize(nn.Sequential(*stem, *(Block(width) for _ in range(blocks)), *head))
+    network = nn.Sequential(*stem, *(Block(width) for _ in range(blocks)), *head)
+    model = randomize(network, torch.randn(8, 3, side, side))
     return Work(f"{blocks} blocks", model, torch.randn(batch, 3, side, side), works.score_of_class)
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.coverage import declare_missing_ops, randomize
+from benchmarks.coverage import randomize
 from benchmarks.measure import Work
+from benchmarks.zoos import declare_missing_ops
 
 try:
     import torchvision
@@ -36,8 +37,10 @@ def image_work(
     """One of torchvision's classification models, on noise."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = randomize(torchvision.models.get_model(name, weights=None)).to(dtype)
-        x = torch.randn(batch, 3, side, side, dtype=dtype).clamp(-3, 3)
+        x = torch.randn(batch, 3, side, side).clamp(-3, 3)
+        noise = torch.randn(4, 3, side, side)
+        model = randomize(torchvision.models.get_model(name, weights=None), noise).to(dtype)
+        x = x.to(dtype)
     return Work(f"{name}, batch {batch}", model, x, score_of_class)
 
 

@@ -60,7 +60,13 @@ def each_target(leaves: Sequence[Any], target: Any) -> list[Tensor]:
     n, size = output.shape
     if isinstance(target, str):
         return list(torch.arange(size, device=output.device)[:, None].expand(size, n))
-    rows = [list(torch.as_tensor(row).flatten()) for row in target]
+    try:
+        rows = [list(torch.as_tensor(row, device=output.device)) for row in target]
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TargetError(
+            f"targets {target!r} cannot be read as classes: {error}.",
+            fix="give a list of as many classes for each sample.",
+        ) from error
     if len(rows) != n or len({len(row) for row in rows}) != 1 or not rows[0]:
         raise TargetError(
             f"there are {n} samples, and targets for {len(rows)} of them: "

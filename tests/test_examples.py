@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import lrpfx
 from lrpfx.composites import AttnLRP
 from tests import zoo  # noqa: F401  (before transformers, see there)
-from tests.test_transformers import Secant, attention, draw, error, half, layer_norm
+from tests.families import draw, error
+from tests.test_transformers import Secant, attention, half, layer_norm
 
 # isort: split
 import transformers as tf

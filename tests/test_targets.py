@@ -387,7 +387,9 @@ def test_several_targets_are_the_single_ones_stacked(rules: str) -> None:
     assert "3 targets of each sample" in repr(several.report)
 
 
-@pytest.mark.parametrize("target", [[[1, 2]], [[1], [2, 3]], [[], []], [[1], [9]], [[1.5], [2.0]]])
+@pytest.mark.parametrize(
+    "target", [[[None], [1]], [[1, 2]], [[1], [2, 3]], [[], []], [[1], [9]], [[1.5], [2.0]]]
+)
 def test_several_targets_that_do_not_fit_are_refused(target: list[list[int]]) -> None:
     model, x = nn.Linear(3, 4), torch.randn(2, 3)
     with pytest.raises(lrpfx.errors.TargetError):
