@@ -27,6 +27,7 @@ class AffineMap:
         bias_shape: Shape that makes ``bias`` broadcast to z, None where it does already.
         coefficients_one: The map of an op without weights with all its coefficients set to one
             (what Flat means there), None where the map itself serves.
+        flat: Makes the map with every weight one, where there is a cheaper way than by the weights.
         memory: Where parts of constant weights are kept between calls; None if weights may change.
     """
 
@@ -36,6 +37,7 @@ class AffineMap:
     bias: Tensor | None = None
     bias_shape: tuple[int, ...] | None = None
     coefficients_one: Callable[[Signal], Tensor] | None = None
+    flat: Callable[[], AffineMap] | None = None
     memory: dict[Any, Tensor] | None = None
 
     def __call__(self, x: Signal, bias: Tensor | None = None) -> Tensor:
@@ -84,6 +86,8 @@ class AffineMap:
     @property
     def ones(self) -> AffineMap:
         """The map with every weight one."""
+        if self.flat is not None:
+            return self.flat()
         if self.weight is not None:
             return self.with_weight(torch.ones_like, "ones")
         if self.coefficients_one is not None:
@@ -154,8 +158,26 @@ def convolution(args: Arguments, live: Live, run: Run) -> AffineMap:
         c = conv_transpose(s, w, None, stride, pads, output_padding, groups, dilation)
         return (c if edges is None else F.pad(c, [-e for e in edges]),)
 
+    def flat() -> AffineMap:
+        """All channels see the same sums: one channel of ones in the place of all."""
+        one = weight.new_ones(()).expand(1, 1, *kernel)
+
+        def spread(x: Signal, w: Any, b: Tensor | None) -> Tensor:
+            z: Tensor = conv(x[0].sum(1, keepdim=True), one, None, stride, pads, dilation)
+            return z.expand(-1, len(weight), *z.shape[2:])
+
+        def gather(s: Tensor, w: Any, x: Signal) -> Signal:
+            (a,) = x
+            (c,) = backward(s.sum(1, keepdim=True), one, (a[:, :1],))
+            return (c.expand(a.shape),)
+
+        return AffineMap(spread, gather)
+
+    whole = groups == 1 and edges is None
     bias = args.get("bias")
-    return AffineMap(forward, backward, weight, bias, (-1,) + (1,) * n)
+    return AffineMap(
+        forward, backward, weight, bias, (-1,) + (1,) * n, flat=flat if whole else None
+    )
 
 
 def _per_dim(sizes: Sequence[int], edges: Sequence[int]) -> list[tuple[int, int, int]]:

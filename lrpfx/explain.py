@@ -447,13 +447,13 @@ class Explainer:
             target = f"{len(found)} targets of each sample, one-hot times output"
             found = stacked(found)
         started = found.seed.detach().sum(dtype=torch.float64).item()
-        lost = found.absorbed.detach().sum(dtype=torch.float64).item()
+        arrived = [r for r in pytree.tree_leaves(found.relevance) if isinstance(r, Tensor)]
         report = with_ledger(
             self._report,
             {} if book is None else book.bookings(),
             target=target,
             started=started,
-            reached=started - lost,
+            reached=sum(r.detach().sum(dtype=torch.float64).item() for r in arrived),
         )
         return replace(found, report=report)
 
