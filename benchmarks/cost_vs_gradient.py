@@ -22,6 +22,7 @@ from benchmarks.measure import (
     Table,
     Work,
     command,
+    difference,
     gradient,
     graph_call,
     has_fast_path,
@@ -112,10 +113,10 @@ def add_row(made: Table, work: Work, name: str, budget: float) -> None:
         calls["gradient"]()
         label = f"{work.name} under {name}"
         differs = [
-            made.check(f"{label}, {peer}", calls[peer](), expected)
-            for peer in ("lrpfx", "graph", "zennit")
-            if peer in calls
+            made.check(f"{label}, {peer}", calls[peer](), expected) for peer in ("lrpfx", "graph")
         ]
+        if "zennit" in calls:  # in float32 deep networks amplify that it folds in another order
+            differs.append(f"{difference(calls['zennit'](), expected):.0e}")
         if "modified" in calls:  # which have no stabilizer
             bare = lrpfx.composites.AttnLRP(epsilon=1e-12)
             exact = work.of(

@@ -12,9 +12,10 @@ from lrpfx.capture import TRACING, capture
 from lrpfx.composites import RulesLike
 from lrpfx.errors import UnsupportedOpError
 from lrpfx.explain import Explainer
-from lrpfx.graph import Unknown, annotate_known, find_starts, op_name, record, used_nodes
+from lrpfx.graph import Unknown, annotate_known, op_name, record, used_nodes
 from lrpfx.inputs import Inputs
 from lrpfx.report import Report, Row, make_report
+from lrpfx.starts import find_starts
 
 
 def coverage(model: nn.Module, inputs: Inputs, rules: RulesLike = None) -> Report:

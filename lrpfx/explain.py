@@ -30,8 +30,6 @@ from lrpfx.graph import (
     annotate,
     explained_leaves,
     final_softmax,
-    find_starts,
-    index_places,
     output_leaves,
     reachable,
     record,
@@ -44,6 +42,7 @@ from lrpfx.preserve import preserved
 from lrpfx.report import Report, make_report, with_ledger
 from lrpfx.rewrite import instrument, rewrite
 from lrpfx.rules import Stop
+from lrpfx.starts import find_starts, index_places
 from lrpfx.taps import find_taps
 from lrpfx.targets import Seed, Target, each_target, is_several, make_seed
 
@@ -158,6 +157,11 @@ class Explainer:
             self._plan = assign(self._records(), rules, model, kinds=kinds)
             which = ", ".join(sorted({r.kind for r in stopped}))
             notes.append(f"{len(stopped)} nodes count as constants by rule Stop: {which}")
+        self._places = {
+            start: index_places(self._module, start, source)
+            for start, source in self._starts.items()
+            if start is not source
+        }
         self._forms = _state_forms(model)
         self._met = {self._sizes(flatten_inputs(example_inputs)[0])}
         self._public = rewrite(self._module, self._plan.assignments, self._live)
@@ -480,10 +484,9 @@ class Explainer:
             if start is placeholder:
                 found[i] = torch.zeros_like(leaves[i]) if r is None else r
             elif r is not None:
-                places = index_places(self._module, start, placeholder)
                 ids = leaves[i]
                 own = torch.arange(ids.numel(), device=ids.device).reshape(ids.shape)
-                at = places(*leaves[:i], own, *leaves[i + 1 :]).flatten()
+                at = self._places[start](*leaves[:i], own, *leaves[i + 1 :]).flatten()
                 vectors = r.new_zeros(ids.numel(), r.shape[-1])
                 vectors = vectors.index_add(0, at, r.reshape(-1, r.shape[-1]))
                 before = per_feature[i]

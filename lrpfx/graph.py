@@ -229,80 +229,6 @@ def nodes_in(argument: Any) -> list[fx.Node]:
     return found
 
 
-def find_starts(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """The nodes that relevance is wanted for, each with the placeholder it belongs to.
-
-    Floating inputs are their own start. Integer inputs have none, but where they index an
-    embedding, its output stands for them.
-    """
-    starts = {}
-    for node in graph.nodes:
-        if node.op == "placeholder" and is_floating(node.meta.get("val")):
-            starts[node] = node
-        elif node.target is torch.ops.aten.embedding.default:
-            source = node.args[1]
-            while (before := _step_before(source)) is not None:
-                source = before
-            if source.op == "placeholder" and isinstance(source.meta.get("val"), Tensor):
-                starts[node] = source
-    return starts
-
-
-_aten = torch.ops.aten
-#: What may happen to token ids on the way to their embedding besides being moved.
-_RENUMBERED = {_aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.clamp.default}
-_RENUMBERED |= {_aten.clamp_min.default, _aten.clamp_max.default, _aten.remainder.Scalar}
-_RENUMBERED |= {_aten.masked_fill.Scalar, _aten.where.ScalarOther, _aten.where.ScalarSelf}
-_RENUMBERED |= {_aten.detach.default, _aten.bitwise_and.Scalar}
-
-
-def _step_before(node: fx.Node) -> fx.Node | None:
-    """The one tensor whose values the node moves or renumbers, each by itself."""
-    tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
-    if node.op != "call_function" or len(tensors) != 1:
-        return None
-    return tensors[0] if node.target in _RENUMBERED or _moves(node, tensors) else None
-
-
-def _moves(node: fx.Node, tensors: Container[fx.Node]) -> bool:
-    op = ops.find(node.target, frozenset(_live_names(node, tensors)))
-    return op is not None and op.family == "move"
-
-
-def index_places(module: fx.GraphModule, start: fx.Node, source: fx.Node) -> fx.GraphModule:
-    """A graph that tells which of the token ids each vector of an embedding belongs to.
-
-    Args:
-        module: A canonized graph.
-        start: The embedding.
-        source: The placeholder of the token ids.
-
-    Returns:
-        A GraphModule that takes what ``module`` takes, flat, with the ids' own positions in the
-        place of the ids, and returns the positions as they index the embedding.
-    """
-    graph = fx.Graph()
-    copied = {n: graph.node_copy(n) for n in module.graph.nodes if n.op == "placeholder"}
-    (index, *_) = nodes_in(start.args[1:])
-    chain = [index]
-    while chain[-1] is not source:
-        before = _step_before(chain[-1])
-        assert before is not None
-        chain.append(before)
-    for node in reversed(chain[:-1]):
-        before = _step_before(node)
-        assert before is not None
-        if not _moves(node, [before]):
-            copied[node] = copied[before]
-            continue
-        for size in node.all_input_nodes:  # sizes that may vary, of any input
-            if size not in copied:
-                copied[size] = graph.node_copy(size, copied.__getitem__)
-        copied[node] = graph.node_copy(node, copied.__getitem__)
-    graph.output(copied[chain[0]])
-    return fx.GraphModule(module, graph)
-
-
 def annotate(
     graph: fx.Graph,
     starts: Container[fx.Node],
@@ -316,7 +242,7 @@ def annotate(
 
     Args:
         graph: A canonized graph.
-        starts: The nodes that relevance is wanted for, see ``find_starts``.
+        starts: The nodes that relevance is wanted for, see ``starts.find_starts``.
         prefix: What to strip from module paths.
         held: Names of nodes that count as constants.
 
@@ -402,7 +328,7 @@ def _liveness(
         if getattr(node.target, "__name__", "") == "getitem":
             live[node] = _PICK
             continue
-        op = ops.find(node.target, frozenset(_live_names(node, live)))
+        op = ops.find(node.target, frozenset(live_names(node, live)))
         if op is None or op.family != "constant":
             live[node] = op or _UNKNOWN
     return live
@@ -479,7 +405,7 @@ def _live_inputs(node: fx.Node, carrying: Container[fx.Node]) -> tuple[str, ...]
     return tuple(dict.fromkeys(names))
 
 
-def _live_names(node: fx.Node, live: Container[fx.Node]) -> tuple[str, ...]:
+def live_names(node: fx.Node, live: Container[fx.Node]) -> tuple[str, ...]:
     """Names of the arguments that hold live nodes, in schema order."""
     if not isinstance(node.target, (torch._ops.OpOverload, ops.Composed)) and (
         node.target is not ops.product
@@ -504,7 +430,7 @@ def _site(op: Op, node: fx.Node, carrying: set[fx.Node], nonneg: set[fx.Node]) -
         target=node.target,
         arguments=template,
         live=live_slots,
-        live_names=_live_names(node, carrying),
+        live_names=live_names(node, carrying),
         nonneg=all(slots[i] in nonneg for i in live_slots),
         several_outputs=not isinstance(node.meta["val"], Tensor),
     )
@@ -542,7 +468,7 @@ def _unknown(
     return Unknown(
         name=node.name,
         target=node.target,
-        live=_live_names(node, carrying),
+        live=live_names(node, carrying),
         modules=module_calls(node, prefix),
         source=source_line(node),
         inputs=_live_inputs(node, carrying),
