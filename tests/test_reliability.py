@@ -439,8 +439,12 @@ def test_an_interrupt_at_any_time(name: str, monkeypatch: pytest.MonkeyPatch) ->
         for k in {*range(0, calls, 1 + calls // points), *range(calls - points, calls)}:
             fuse.k, fuse.touched = k, 0
             with assert_process_untouched(model, inputs):
-                with pytest.raises(KeyboardInterrupt, match="planted"):
+                try:
                     lrpfx.explain(model, inputs)
+                except KeyboardInterrupt as error:
+                    assert "planted" in str(error)
+                else:  # sets of nodes are walked in any order, and may need a few calls less
+                    assert k > calls - 10
     assert lrpfx.explain(model, inputs).output is not None
 
 
