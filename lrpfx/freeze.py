@@ -46,4 +46,5 @@ def freeze(module: fx.GraphModule) -> fx.GraphModule:
 def versions(model: nn.Module) -> dict[str, tuple[int, int]]:
     """What tells of each parameter and buffer whether it has been replaced or written into."""
     state = [*model.named_parameters(), *model.named_buffers()]
-    return {name: (id(t), t._version) for name, t in state}
+    # Tensors made in inference mode keep no count of writes.
+    return {name: (id(t), 0 if t.is_inference() else t._version) for name, t in state}
