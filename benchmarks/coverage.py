@@ -12,11 +12,18 @@ printed per model, and a whole run replaces the zoo's section of docs/coverage.m
 - agreed: whether forward, ledger and oracle are within their tolerances;
 - nodes with a rule; seconds for all of it.
 
-There are two oracles. Where the network is piecewise linear, LRP-0 (``EpsilonAll(epsilon=0)``) in
-float64 is held against gradient times input of the model itself ("gradient"): biases stay in the
-denominators, so the two are equal. Elsewhere, under the default rules: relevance of a sample in a
-batch of two against that of the sample alone, in float64 ("batch"), and float32 against float64
-("float32"); "batch float32" for models that cannot run in float64, or that round to float32 inside.
+Relevance is held against others in float64, under the default rules unless said otherwise:
+
+- gradient: LRP-0 (``EpsilonAll(epsilon=0)``) against gradient times input of the model itself,
+  where the network is piecewise linear; biases stay in the denominators, so the two are equal;
+- batch: a sample in a batch of two against the same sample alone;
+- multiplier: the form in which edges carry multipliers and no ledger is kept, against the plain;
+- layout: inputs in channels_last, or with gaps in memory, against the same in one piece;
+- derivative: that of the relevance by inputs and parameters, along a random direction, against
+  central differences; of models that are explained within a second ("rounded": of models that
+  round to float32 inside, which the differences see);
+- float32: the relevance in float32 against that in float64;
+- "batch float32" in the place of all: for models that cannot run in float64, or round inside.
 """
 
 from __future__ import annotations
@@ -46,7 +53,18 @@ PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
 
 #: What counts as equal. Forward and ledger are in float32, and so is one side of "float32".
 FORWARD, LEDGER = 1e-3, 1e-4
-TOLERANCES = {"gradient": 1e-9, "batch": 1e-6, "batch float32": 1e-1, "float32": 1e-1}
+TOLERANCES = {"gradient": 1e-9, "batch": 1e-6, "multiplier": 1e-6, "layout": 1e-6}
+TOLERANCES |= {
+    "derivative": 1e-3,
+    "derivative, rounded": 1e-2,
+    "float32": 1e-1,
+    "batch float32": 1e-1,
+}
+
+#: Seconds that one explanation may take for its derivative to be measured, too.
+SMALL = 1.0
+#: Steps of the differences: each trades the round-off of float64 against kinks that it meets.
+STEPS = (1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 1e-6, 1e-7, 1e-8)
 
 #: Kinds of op for which LRP-0 is gradient times input.
 PIECEWISE_LINEAR = {"conv", "linear", "batch_norm", "avg_pool", "reduction", "interpolate", "sum"}
@@ -154,9 +172,10 @@ def _measure(case: Case, row: Row) -> None:
     single = relevance_of(explanation)
     linear = {r.kind for r in report.rows} <= PIECEWISE_LINEAR and not _holds_statistics(explainer)
     del explainer, explanation, got
-    errors = _in_doubles(model, inputs, target, None if linear else single)
+    errors = _in_doubles(model, inputs, target, single, linear)
     if errors is None:
-        errors = {"batch float32": _batch(model.float(), inputs, target)["batch"]}
+        together, alone, _ = _batch(model.float(), inputs, target)
+        errors = {"batch float32": _relative_error([t[-1:] for t in together], alone)}
     row.oracle = ", ".join(f"{name} {error:.0e}" for name, error in errors.items())
     missed = [f"{k} by {e:.0e}" for k, e in errors.items() if not e < TOLERANCES[k]]
     row.reason = "; ".join(filter(None, [row.reason, *missed]))
@@ -179,12 +198,23 @@ def _gradient(model: nn.Module, inputs: Any, target: Callable[[Any], Tensor]) ->
 
 
 def _in_doubles(
-    model: nn.Module, inputs: Any, target: Callable[..., Tensor], single: list[Tensor] | None
+    model: nn.Module,
+    inputs: Any,
+    target: Callable[..., Tensor],
+    single: Sequence[Tensor],
+    linear: bool,
 ) -> dict[str, float] | None:
-    """The oracles in float64; None for a model that cannot run so, or not to full precision.
+    """Errors by oracle in float64; None for a model that cannot run so, or not to full precision.
 
     Some make float32 tensors of their own. Others round to float32 on the way, where differences
     of 1e-16 flip a bit now and then, and are refused as not computing what the model computes.
+
+    Args:
+        model: With its parameters in float32.
+        inputs: Two samples, in float32.
+        target: See ``target_for``.
+        single: The relevance of the inputs in float32.
+        linear: Whether the network is piecewise linear.
     """
     inputs = _mapped(_double, inputs)
     try:
@@ -193,30 +223,90 @@ def _in_doubles(
     except RuntimeError:
         return None
     try:
-        if single is None:
-            return _gradient(model, inputs, target)
-        return _batch(model, inputs, target, single)
+        errors = _gradient(model, inputs, target) if linear else {}
+        together, alone, explainer = _batch(model, inputs, target)
     except lrpfx.errors.CaptureError:
         return None
+    errors["batch"] = _relative_error([t[-1:] for t in together], alone)
+    errors["float32"] = _relative_error(single, together)
+    sample = _last(inputs)
+
+    def explained(inputs: Any, **options: Any) -> list[Tensor]:
+        return relevance_of(explainer(inputs, lambda out: target(out, 1), **options))
+
+    start = time.perf_counter()
+    errors["multiplier"] = _relative_error(fast := explained(sample, ledger=False), alone)
+    seconds = time.perf_counter() - start
+    laid_out = _mapped(_other_layout, sample)
+    errors["layout"] = _relative_error(explained(laid_out, ledger=False), fast)
+    if seconds < SMALL:
+        rounded = any(_is_float32(n.meta.get("val")) for n in explainer._module.graph.nodes)
+        name = "derivative, rounded" if rounded else "derivative"
+        errors[name] = _derivative(model, explainer, sample, lambda out: target(out, 1))
+    return errors
 
 
 def _batch(
-    model: nn.Module,
-    inputs: Any,
-    target: Callable[..., Tensor],
-    single: Sequence[Tensor] = (),
-) -> dict[str, float]:
-    """A sample in a batch of two against the same sample alone; the batch against ``single``."""
+    model: nn.Module, inputs: Any, target: Callable[..., Tensor]
+) -> tuple[list[Tensor], list[Tensor], lrpfx.Explainer]:
+    """Relevance of the batch, that of its last sample alone, and what explains such samples."""
     explainer = lrpfx.Explainer(model, inputs)
     together = relevance_of(explainer(inputs, target))
-    sample = _mapped(lambda t: t[1:] if t.ndim else t, inputs)
+    sample = _last(inputs)
     if any("captured for a batch of" in note for note in explainer.report.notes):
         explainer = lrpfx.Explainer(model, sample)
-    alone = relevance_of(explainer(sample, lambda output: target(output, 1)))
-    errors = {"batch": _relative_error([t[1:] for t in together], alone)}
-    if single:
-        errors["float32"] = _relative_error(single, together)
-    return errors
+    return together, relevance_of(explainer(sample, lambda out: target(out, 1))), explainer
+
+
+def _last(inputs: Any) -> Any:
+    """The last sample of the batch."""
+    return _mapped(lambda t: t[1:] if t.ndim else t, inputs)
+
+
+def _is_float32(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.float32
+
+
+def _other_layout(t: Tensor) -> Tensor:
+    """The same values in another order in memory."""
+    if t.ndim == 4 and t.shape[1] > 1:
+        return t.contiguous(memory_format=torch.channels_last)
+    return torch.stack([t, t], -1)[..., 0]
+
+
+def _derivative(
+    model: nn.Module,
+    explainer: lrpfx.Explainer,
+    sample: Any,
+    target: Callable[[Any], Tensor],
+) -> float:
+    """The derivative of a random projection of the relevance, against central differences."""
+    sample = _mapped(lambda t: t.clone().requires_grad_(t.is_floating_point()), sample)
+    variables = [t for t in tensors_in(sample) if t.requires_grad]
+    variables += [p for p in model.parameters() if p.requires_grad and p.is_floating_point()]
+    directions = [torch.randn_like(v) * v.detach().square().mean().sqrt() for v in variables]
+    explanation = explainer(sample, target, create_graph=True, ledger=False)
+    relevance = [t for t in pytree.tree_leaves(explanation.relevance) if isinstance(t, Tensor)]
+    weights = [torch.randn_like(r) for r in relevance]
+
+    def projected(relevance: Sequence[Tensor]) -> Tensor:
+        return torch.stack([(r * w).sum() for r, w in zip(relevance, weights, strict=True)]).sum()
+
+    grads = torch.autograd.grad(projected(relevance), variables, allow_unused=True)
+    pairs = zip(grads, directions, strict=True)
+    exact = sum(float((g * u).sum()) for g, u in pairs if g is not None)
+
+    @torch.no_grad()
+    def moved(by: float) -> float:
+        for v, u in zip(variables, directions, strict=True):
+            v.add_(u, alpha=by)
+        value = projected(relevance_of(explainer(sample, target, ledger=False)))
+        for v, u in zip(variables, directions, strict=True):
+            v.add_(u, alpha=-by)
+        return float(value)
+
+    differences = [(moved(h) - moved(-h)) / (2 * h) for h in STEPS]
+    return min(abs(d - exact) for d in differences) / max(abs(exact), 1e-300)
 
 
 def target_for(score: Callable[[Any], Any], expected: Any) -> Callable[..., Tensor]:

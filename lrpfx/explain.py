@@ -433,7 +433,7 @@ class Explainer:
             relevance=self._structured(by_input, inputs),
             output=self._rebuild(clean),
             target=seed.classes,
-            seed=seeds[0],
+            seed=seeds[0] if len(seeds) == 1 else tuple(seeds),
             absorbed=_absorbed(seeds, arrived),
             report=self._report,
             layers=layers,
@@ -450,14 +450,13 @@ class Explainer:
         if isinstance(found, list):
             target = f"{len(found)} targets of each sample, one-hot times output"
             found = stacked(found)
-        started = found.seed.detach().sum(dtype=torch.float64).item()
         arrived = [r for r in pytree.tree_leaves(found.relevance) if isinstance(r, Tensor)]
         report = with_ledger(
             self._report,
             {} if book is None else book.bookings(),
             target=target,
-            started=started,
-            reached=sum(r.detach().sum(dtype=torch.float64).item() for r in arrived),
+            started=_total(pytree.tree_leaves(found.seed)),
+            reached=_total(arrived),
         )
         return replace(found, report=report)
 
@@ -559,6 +558,10 @@ def _absorbed(seeds: Sequence[Tensor], relevance: Sequence[Tensor]) -> Tensor:
         return (sums if per_sample else sums[0]).to(seeds[0].dtype)
 
     return total(seeds) - total(relevance)
+
+
+def _total(tensors: Sequence[Tensor]) -> float:
+    return sum(t.detach().sum(dtype=torch.float64).item() for t in tensors)
 
 
 def _layers(

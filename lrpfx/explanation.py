@@ -61,7 +61,8 @@ class Explanation:
             for what is not explained. Per sample it sums to the seed, less ``absorbed``.
         output: What the model returned.
         target: The explained class per sample, shape (N,), None where the target is no class.
-        seed: Relevance of the output that the backward pass started from.
+        seed: Relevance of the output that the backward pass started from, shaped like it; a tuple
+            where a callable target read several of the outputs.
         absorbed: Relevance that did not reach the inputs, per sample, shape (N,); one total where
             the samples share an input.
         layers: Per requested module path, relevance and activation of its calls.
@@ -74,7 +75,7 @@ class Explanation:
     relevance: Any
     output: Any
     target: Tensor | None
-    seed: Tensor
+    seed: Tensor | tuple[Tensor, ...]
     absorbed: Tensor
     report: Report
     layers: Mapping[str, LayerCalls] = field(default_factory=dict)
@@ -138,10 +139,10 @@ class Explanation:
         return token_text(ids, relevance, tokenizer)
 
     def _titles(self, n: int) -> list[str] | None:
-        started = self.seed.detach()
-        if started.ndim == 0 or len(started) != n:
+        seeds = [seed.detach() for seed in pytree.tree_leaves(self.seed)]
+        if any(seed.ndim == 0 or len(seed) != n for seed in seeds):
             return None
-        sums = started.reshape(n, -1).sum(1).tolist()
+        sums = torch.stack([seed.reshape(n, -1).sum(1) for seed in seeds]).sum(0).tolist()
         if self.target is None:
             return [f"{value:.3g}" for value in sums]
         return [f"class {c}: {v:.3g}" for c, v in zip(self.target.tolist(), sums, strict=True)]

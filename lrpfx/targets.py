@@ -227,10 +227,7 @@ def _from_callable(
 ) -> Seed:
     """Gradient times output: one-hot times the value where the callable picks outputs."""
     keep = torch.is_grad_enabled()
-    inner = [
-        leaf if keep and isinstance(leaf, Tensor) and leaf.requires_grad else _variable(leaf)
-        for leaf in leaves
-    ]
+    inner = [_variable(leaf, keep) for leaf in leaves]
     variables = [t for t in inner if isinstance(t, Tensor) and t.requires_grad]
     name = getattr(target, "__name__", type(target).__name__)
     with torch.enable_grad():
@@ -266,10 +263,13 @@ def _from_callable(
     return Seed(seeds, None, f"callable {name}, its gradient times output")
 
 
-def _variable(leaf: Any) -> Any:
-    if isinstance(leaf, Tensor) and leaf.is_floating_point():
-        return leaf.detach().requires_grad_()
-    return leaf
+def _variable(leaf: Any, keep: bool) -> Any:
+    """The leaf as a variable of its own: of two outputs one may be computed from the other."""
+    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+        return leaf
+    if keep and leaf.requires_grad:
+        return leaf.view_as(leaf)
+    return leaf.detach().requires_grad_()
 
 
 def unflatten(spec: pytree.TreeSpec) -> Callable[[Sequence[Any]], Any]:

@@ -374,6 +374,35 @@ def test_callable_of_several_outputs() -> None:
     torch.testing.assert_close(both, one + other)
 
 
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_callable_of_an_output_that_others_are_computed_from(create_graph: bool) -> None:
+    """As a model returns its encoder's last state: the seed of that is by its own use alone."""
+    model = trained(
+        Apply(
+            lambda m, x: (m.head(h := m.body(x).tanh()), h),
+            body=nn.Linear(3, 4),
+            head=nn.Linear(4, 2),
+        )
+    ).double()
+    x = draw(2, 3).double().requires_grad_(create_graph)
+    explainer = lrpfx.Explainer(model, x)
+
+    def both(out: Any) -> Tensor:
+        return out[0][:, 1] + 3 * out[1][:, 0]
+
+    explanation = explainer(x, both, create_graph=create_graph)
+    one = explainer(x, lambda out: out[0][:, 1])
+    other = explainer(x, lambda out: 3 * out[1][:, 0])
+    torch.testing.assert_close(explanation.relevance.detach(), one.relevance + other.relevance)
+    report = explanation.report
+    assert report.started == pytest.approx(one.report.started + other.report.started)
+    assert report.unaccounted == pytest.approx(0.0, abs=1e-12)
+    assert [s.shape for s in explanation.seed] == [(2, 2), (2, 4)]
+    if create_graph:
+        derivative = torch.autograd.gradcheck
+        assert derivative(lambda t: explainer(t, both, create_graph=True).relevance, (x,))
+
+
 # -- rules ----------------------------------------------------------------------------------------
 
 
