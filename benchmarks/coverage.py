@@ -65,7 +65,7 @@ TOLERANCES |= {
 SMALL = 1.0
 #: Steps of the differences, tried in turn: round-off wants large ones, kinks want small ones, and
 #: a model that rounds to float32 inside wants very large ones.
-STEPS = (1e-6, 1e-7, 1e-5, 1e-8, 1e-4, 1e-3, 3e-4, 3e-5)
+STEPS = (1e-7, 1e-9, 1e-6, 1e-8, 1e-10, 1e-5, 1e-4, 1e-3, 3e-4, 3e-5)
 
 #: Kinds of op for which LRP-0 is gradient times input.
 PIECEWISE_LINEAR = {"conv", "linear", "batch_norm", "avg_pool", "reduction", "interpolate", "sum"}

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from lrpfx.assign import Assignment
 from lrpfx.functionalize import insert
 from lrpfx.graph import bound_arguments
-from lrpfx.rules import Bilinear, Epsilon, Gradient, Norm, Taylor
 from lrpfx.rules.base import Carry
 
 aten = torch.ops.aten
@@ -67,13 +66,14 @@ class Fused:
 
     Args:
         call: The call of the kernel.
-        live: The live ones of queries, keys and values.
-        shares: What each gets of the relevance, see ``rules.bilinear.Attended``.
+        shares: By slot of the live ones of queries, keys and values: what each gets of its
+            gradient. 1/4 for queries and keys and 1/2 for values, 1 for values alone.
+
+    Source: Achtibat et al. 2024 (AttnLRP, arXiv 2402.05602), Prop. 3.1 and 3.3, composed.
     """
 
     call: fx.Node
-    live: tuple[fx.Node, ...]
-    shares: tuple[float, ...]
+    shares: Mapping[int, float]
 
 
 def find_fused(
@@ -103,8 +103,14 @@ def find_fused(
         scores = [n for n in parts if n is not node and plan[n.name].record.kind == "matmul"]
         through = ways[node] * (ways[scores[0]] if scores else 1)
         shares = (1 / through, 1 / through, 1 / ways[node])
-        of = [(n, share) for n, share in zip(qkv, shares, strict=True) if _enters(n, parts, live)]
-        found[node] = Fused(call, tuple(n for n, _ in of), tuple(share for _, share in of))
+        found[node] = Fused(
+            call,
+            {
+                slot: share
+                for slot, (n, share) in enumerate(zip(qkv, shares, strict=True))
+                if _enters(n, parts, live)
+            },
+        )
     return found
 
 
@@ -125,33 +131,9 @@ def _is_plain(
     """Whether the node's multiplier is its Jacobian's, up to a number."""
     if node not in carriers:
         return False
-    rule, site = plan[node.name].rule, plan[node.name].record.site
-    if isinstance(rule, (Epsilon, Norm, Bilinear)):
-        return not rule.needs(site, True)[1]
-    return isinstance(rule, (Taylor, Gradient)) and rule.carries(site, True)
+    assignment = plan[node.name]
+    return assignment.rule.gradient_shares(assignment.record.site) is not None
 
 
 def _enters(node: fx.Node, parts: Sequence[fx.Node], live: Container[fx.Node]) -> bool:
     return node in live and any(user in parts for user in node.users)
-
-
-class Recorded(NamedTuple):
-    """A run of the kernel with what its backward pass needs."""
-
-    out: Tensor
-    leaves: tuple[Tensor, ...]
-
-
-def record_attention(live: Sequence[int], *args: Any, **kwargs: Any) -> Recorded:
-    """Call the kernel with gradients for the arguments at the positions ``live``."""
-    with torch.enable_grad():
-        given = [
-            a.detach().requires_grad_(i in live) if isinstance(a, Tensor) and i < 3 else a
-            for i, a in enumerate(args)
-        ]
-        return Recorded(SDPA(*given, **kwargs), tuple(given[i] for i in live))
-
-
-def output_of(recorded: Recorded) -> Tensor:
-    """The output of a recorded run."""
-    return recorded.out.detach()

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 import lrpfx
 from lrpfx import composites
+from lrpfx.rules.affine import AffineRule
 from lrpfx.rules.base import Carry
 from tests import laws, zoo
 from tests.test_laws import cases
@@ -113,8 +114,8 @@ def test_attention_is_fused_only_where_its_parts_cancel() -> None:
     for rules, fused in [("attnlrp", True), ("cplrp", True), ("epsilon_all", False)]:
         explainer = lrpfx.Explainer(model, x, rules)
         module = explainer._instrument((), fast=True)[0]
-        assert ("record_attention" in module.code) is fused
-        assert "record_attention" not in explainer.graph_module.code
+        assert ("gradient_of_scaled_dot_product_attention" in module.code) is fused
+        assert "gradient_of" not in explainer.graph_module.code
 
 
 def test_no_attention_weights_are_kept() -> None:
@@ -182,16 +183,18 @@ def test_relevance_that_is_not_finite_is_traced_to_its_node() -> None:
             lrpfx.explain(Model(), x, 0, rules=rules, ledger=ledger)
 
 
-@pytest.mark.parametrize("part", ["multiplier", "denominator"])
+@pytest.mark.parametrize("part", ["multiplier", "denominator", "share"])
 def test_a_wrong_shortcut_is_seen(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparison can fail: each shortcut is broken by a thousandth."""
     if part == "multiplier":
-        right = lrpfx.Pass.multiply
+        right = AffineRule.multiply
 
         def wrong(self: Any, call: Any, x: Any, z: Any, m: Any, carry: Carry) -> Any:
             return tuple(1.001 * c for c in right(self, call, x, z, m, carry))
 
-        monkeypatch.setattr(lrpfx.Pass, "multiply", wrong)
+        monkeypatch.setattr(AffineRule, "multiply", wrong)
+    elif part == "share":
+        monkeypatch.setattr(lrpfx.Gradient, "gradient_shares", lambda self, site: (1.001,))
     else:
         terms = lrpfx.AlphaBeta.terms
 

@@ -169,6 +169,18 @@ class AffineRule(Rule):
         """R_x = x * c where every part of the input is the input itself."""
         return self.proportional == "always" or (self.proportional == "nonneg" and site.nonneg)
 
+    def gradient_shares(self, site: Site) -> tuple[float, ...] | None:
+        """All, where the denominator is z itself; a norm's depends on its input."""
+        follows = self._exact(site) and site.op.family == "affine"
+        return (1.0,) * len(site.live) if follows else None
+
+    @property
+    def multiplies_by_output(self) -> bool:
+        """Whether ``multiply`` reads z only as a factor of the multiplier that arrives."""
+        if isinstance(self, (Epsilon, Norm)) and not self.zero_params:
+            return not callable(self._stabilizer) and not is_zero(self._stabilizer)
+        return True
+
     def needs(self, site: Site, taken: bool) -> tuple[bool, bool]:
         """Inputs for denominators other than z, and for the standard deviation of a norm."""
         if isinstance(self, (Epsilon, Norm)) and not self.zero_params:

@@ -204,6 +204,10 @@ class Rule:
         """
         return False
 
+    def gradient_shares(self, site: Site) -> tuple[float, ...] | None:
+        """Shares by which multipliers follow the gradient, c_x = share J'c; None if they do not."""
+        return None
+
     def needs(self, site: Site, taken: bool) -> tuple[bool, bool]:
         """Whether ``multiply`` reads the values of inputs and output."""
         return True, True
@@ -255,6 +259,10 @@ class Gradient(Rule):
     def carries(self, site: Site, taken: bool) -> bool:
         """Where values are moved or picked, z c = J'(x c), so c follows the gradient, too."""
         return taken and site.op.family in ("move", "select")
+
+    def gradient_shares(self, site: Site) -> tuple[float, ...] | None:
+        """All, under the same condition."""
+        return (1.0,) * len(site.live) if self.carries(site, True) else None
 
     def needs(self, site: Site, taken: bool) -> tuple[bool, bool]:
         """A linear op has the same Jacobian everywhere."""

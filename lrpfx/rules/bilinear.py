@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from lrpfx.rules.base import (
@@ -50,14 +49,14 @@ class Uniform(Rule):
     ) -> Flow:
         """R_i = R / n."""
         assert isinstance(R, Tensor)
-        shares = self._shares(call)
+        shares = self.gradient_shares(call.site)
         return Flow(tuple((R * c).sum_to_size(t.shape) for c, t in zip(shares, x, strict=True)))
 
-    def _shares(self, call: Call) -> list[float]:
-        live = call.site.live
+    def gradient_shares(self, site: Site) -> tuple[float, ...]:
+        """1 / n, or by the order of the products."""
         if self.pairwise:
-            return _halved(list(call.site.arguments.values()), live)
-        return [1 / len(live)] * len(live)
+            return tuple(_halved(list(site.arguments.values()), site.live))
+        return (1 / len(site.live),) * len(site.live)
 
     def carries(self, site: Site, taken: bool) -> bool:
         """R / n = a (b c / n)."""
@@ -71,7 +70,7 @@ class Uniform(Rule):
         self, call: Call, x: tuple[Tensor, ...], z: Tensor, m: Any, carry: Carry
     ) -> tuple[Tensor, ...]:
         """c_a = b c / n."""
-        shares = zip(self._shares(call), call.pull_back(x, m), strict=True)
+        shares = zip(self.gradient_shares(call.site), call.pull_back(x, m), strict=True)
         return tuple(c * part for part, c in shares)
 
 
@@ -126,6 +125,10 @@ class Bilinear(Rule):
         """R_a = a * (s b')."""
         return True
 
+    def gradient_shares(self, site: Site) -> tuple[float, ...] | None:
+        """An equal part for each, where no stabilizer takes one."""
+        return (1 / len(site.live),) * len(site.live) if is_zero(self.stabilizer) else None
+
     def needs(self, site: Site, taken: bool) -> tuple[bool, bool]:
         """Without a stabilizer s = c / n, whatever the output is."""
         return True, not (taken and is_zero(self.stabilizer))
@@ -173,6 +176,10 @@ class Taylor(Rule):
         """The expansion multiplies by x in any case."""
         return True
 
+    def gradient_shares(self, site: Site) -> tuple[float, ...] | None:
+        """With R = y c this is the softmax's derivative."""
+        return (1.0,)
+
     def needs(self, site: Site, taken: bool) -> tuple[bool, bool]:
         """The output is enough."""
         return False, True
@@ -183,36 +190,3 @@ class Taylor(Rule):
         """c_x = R - y * sum R."""
         R = z * m if carry.takes else m
         return (R - z * R.sum(call.argument("dim"), keepdim=True),)
-
-
-@dataclass(frozen=True)
-class Attended(Rule):
-    """Fused attention, as Bilinear, Taylor and Bilinear without stabilizers make it.
-
-    The kernel's own backward pass is the multiplier of each of its inputs, up to their shares, so
-    no weights (T, T) need be kept. It has no derivative: the plain form has the parts instead.
-
-    Args:
-        shares: Of each live input: 1/4 for queries and keys, 1/2 for values; 1 for values alone.
-
-    Source: Achtibat et al. 2024 (AttnLRP, arXiv 2402.05602), Prop. 3.1 and 3.3, composed.
-    """
-
-    shares: tuple[float, ...]
-
-    def carries(self, site: Site, taken: bool) -> bool:
-        """It has no other form."""
-        return True
-
-    def needs(self, site: Site, taken: bool) -> tuple[bool, bool]:
-        """The kernel keeps what it needs."""
-        return False, not taken
-
-    def multiply(
-        self, call: Call, x: tuple[Tensor, ...], z: Tensor, m: Any, carry: Carry
-    ) -> tuple[Tensor, ...]:
-        """c = share * J'c."""
-        out, leaves = call.values[-1]
-        s = share(m, z, 0.0, carry.takes)
-        pulled = torch.autograd.grad(out, leaves, s, retain_graph=True)
-        return tuple(c * part for c, part in zip(pulled, self.shares, strict=True))

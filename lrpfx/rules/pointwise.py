@@ -40,6 +40,10 @@ class Pass(Rule):
         """f(x) c = x (f(x) / x) c: where f(0) is not 0, x = 0 would lose its relevance."""
         return taken and site.vanishes
 
+    def gradient_shares(self, site: Site) -> tuple[float, ...] | None:
+        """A ReLU's f(x) / x is its derivative."""
+        return (1.0,) if site.op.kind == "relu" else None
+
     def needs(self, site: Site, taken: bool) -> tuple[bool, bool]:
         """Both for the quotient; of a ReLU's input the sign is enough."""
         return True, site.op.kind != "relu"

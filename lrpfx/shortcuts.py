@@ -1,0 +1,359 @@
+"""The two streams where relevance is wanted fast: no ledger, and no derivatives of its own.
+
+What the edges carry is in ``carriers``. On top of that:
+
+- Where multipliers follow the plain gradient, ``c_x = share * J'c``, the op itself is run with
+  autograd on, and its own backward is the rule. It keeps what the gradient keeps.
+- An affine node whose output goes through one ReLU has its twin behind the ReLU: where that is
+  zero nothing arrives, elsewhere it is the output. So only one of the two is kept.
+- Weights that are computed from parameters (folded batch norms) are computed again in the
+  backward pass, unless the parameters are frozen.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lrpfx.assign import Assignment
+from lrpfx.attention import Fused, find_fused
+from lrpfx.carriers import find_carriers
+from lrpfx.graph import op_name, record, slot_nodes
+from lrpfx.ledger import Ledger
+from lrpfx.ops import Call, argument_names
+from lrpfx.rules import Gradient
+from lrpfx.rules.affine import AffineRule
+from lrpfx.rules.base import Carry, share
+from lrpfx.twins import Form, Step, Streams, Twin
+
+aten = torch.ops.aten
+#: Elements from which on a weight is computed again in the place of being kept.
+_LARGE = 4096
+
+
+def begin(clean: Tensor) -> Tensor:
+    """A phantom that is a leaf, and has the value of ``clean``."""
+    return clean.detach().requires_grad_()
+
+
+class Native:
+    """An op that runs with autograd on, whatever the grad mode: its backward is its rule."""
+
+    def __init__(self, target: Any) -> None:
+        self.target, self.__name__ = target, f"gradient_of_{op_name(target)}"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the op returns, with its graph."""
+        with torch.enable_grad():
+            return self.target(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Native:
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class _FastStep(Step):
+    """A step whose phantom is the activation itself, for ops that are run on it."""
+
+    def __call__(self, clean: Any, *rest: Any, ledger: Ledger | None = None) -> Any:
+        """Values that carry a graph of their own are read without it."""
+        phantoms, values = rest[: self.arity], rest[self.arity :]
+        return super().__call__(_plain(clean), *phantoms, *map(_plain, values))
+
+    def phantom(self, clean: Tensor) -> Tensor:
+        """The activation, as a start of a graph."""
+        return clean
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach() if value.requires_grad else value
+    return tuple(map(_plain, value)) if isinstance(value, (tuple, list)) else value
+
+
+@dataclass(frozen=True, eq=False)
+class Exchange(_FastStep):
+    """Between two ops: multiplies what the edge carries, or turns R into R / a or back.
+
+    Args:
+        share: A number to multiply by.
+        into: "" to leave it as it is, "multiplier" for R -> R / a, "relevance" for c -> a c.
+    """
+
+    share: float
+    into: str
+
+    def propagate(
+        self,
+        R: tuple[Tensor, ...],
+        z: Tensor,
+        values: tuple[Any, ...],
+        forms: Sequence[Form],
+        ledger: Ledger | None,
+    ) -> tuple[Tensor, ...]:
+        """What the one phantom gets."""
+        (m,) = R
+        if self.into == "multiplier":
+            m = share(m, z, 0.0, False)
+        elif self.into == "relevance":
+            m = m * z
+        return (m if self.share == 1 else m * self.share,)
+
+
+#: How a slot is computed from values that are given after the slots: its index, the function, and
+#: the places of the function's arguments.
+Derived = tuple[int, Callable[..., Tensor], tuple[int, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class _FastTwin(Twin, _FastStep):
+    """A twin whose edges carry multipliers or relevance.
+
+    Args:
+        carry: What it receives and hands on.
+        memory: Where it may keep parts of weights that stay as they are, else None.
+        derived: The slots that are computed again.
+    """
+
+    carry: Carry
+    memory: dict[Any, Tensor] | None
+    derived: Sequence[Derived]
+
+    def propagate(
+        self,
+        R: tuple[Tensor, ...],
+        z: Tensor,
+        values: tuple[Any, ...],
+        forms: Sequence[Form],
+        ledger: Ledger | None,
+    ) -> tuple[Tensor, ...]:
+        """Multipliers or relevance of the live inputs, as each edge carries it."""
+        slots = list(values)
+        for index, make, places in self.derived:
+            slots[index] = make(*(values[i] for i in places))
+        call = Call(self.site, tuple(slots), self.memory)
+        x, m, carry = self.live_inputs(slots, forms), self.received(R), self.carry
+        if not self.rule.carries(self.site, carry.takes):
+            return self.rule.propagate(call, x, z, z * m if carry.takes else m).relevance
+        found = self.rule.multiply(call, x, z, m, carry)
+        return tuple(
+            c if gives else a * c for a, c, gives in zip(x, found, carry.gives, strict=True)
+        )
+
+
+class FastStreams(Streams):
+    """``Streams`` with what the module's docstring lists.
+
+    Args:
+        source: The canonized, annotated graph.
+        graph: What to build, with nothing but placeholders in it.
+        plan: Assignments by node name.
+        live: Nodes that carry relevance.
+        clean: The placeholders' copies.
+        starts: Nodes whose relevance is wanted; so is that of ``tapped`` ones.
+        tapped: See ``starts``.
+        frozen: Whether the parameters stay as they are.
+    """
+
+    def __init__(
+        self,
+        source: fx.Graph,
+        graph: fx.Graph,
+        plan: Mapping[str, Assignment],
+        live: Container[fx.Node],
+        clean: Mapping[fx.Node, fx.Node],
+        starts: Container[fx.Node],
+        tapped: Container[fx.Node],
+        frozen: bool,
+    ) -> None:
+        super().__init__(graph, plan, live, clean)
+        self.carriers = find_carriers(source, plan, live, starts, tapped)
+        self.fused = find_fused(source, plan, live, self.carriers)
+        self.frozen = frozen
+        #: ReLUs, and of each the node whose twin stands behind it.
+        self.before = {relu: n for n in self.carriers if (relu := self._one_relu(n)) is not None}
+        self.derived = set() if frozen else _derived(source)
+
+    def inputs_of(self, node: fx.Node) -> Sequence[fx.Node]:
+        """Of an attention that is fused, those of the kernel."""
+        whole = self.fused.get(node)
+        return (node if whole is None else whole.call).all_input_nodes
+
+    def add(self, node: fx.Node) -> None:
+        """Add one node; the ops that are their own rule are in both streams."""
+        if node in self.fused:
+            self._attend(node, self.fused[node])
+        elif node in self.before.values():  # its twin comes with the ReLU
+            self.clean[node] = self.graph.node_copy(node, self.clean.__getitem__)
+        elif node in self.carriers and node not in self.before and self._is_native(node):
+            self._run(node)
+        else:
+            super().add(node)
+            if node in self.live and node.target is operator.getitem:
+                self.clean[node] = self.phantoms[node]
+            elif node.op == "get_attr" or node.target is operator.getitem:
+                self.clean[node] = self.result(node)  # no gradient of it is wanted
+
+    def begin(self, node: fx.Node) -> fx.Node:
+        """A leaf with a value, for ops that are run on it."""
+        return self.graph.call_function(begin, (self.clean[node],))
+
+    def result(self, node: fx.Node) -> fx.Node:
+        """Without the graph of what was run with autograd on."""
+        return self.graph.call_function(aten.detach.default, (self.clean[node],))
+
+    # -- ops that are their own rule
+
+    def _is_native(self, node: fx.Node) -> bool:
+        carry, assignment = self.carriers[node], self.plan[node.name]
+        if assignment.rule.gradient_shares(assignment.record.site) is None:
+            return False
+        if isinstance(assignment.rule, Gradient):  # moves relevance as it moves multipliers
+            return all(gives == carry.takes for gives in carry.gives)
+        return carry.takes and all(carry.gives)
+
+    def _run(self, node: fx.Node) -> None:
+        assignment = self.plan[node.name]
+        site = assignment.record.site
+        found = assignment.rule.gradient_shares(site)
+        assert found is not None
+        shares = dict(zip(site.live, found, strict=True))
+        self.clean[node], self.phantoms[node] = self._native(node, node, shares)
+
+    def _attend(self, node: fx.Node, fused: Fused) -> None:
+        """Put a fused attention in the place of its parts, whose last is ``node``."""
+        self.clean[node], phantom = self._native(node, fused.call, fused.shares, exact=True)
+        if not self.carriers[node].takes:
+            phantom = self._exchange(node, phantom, into="multiplier")
+        self.phantoms[node] = phantom
+
+    def _native(
+        self, node: fx.Node, call: fx.Node, shares: Mapping[int, float], exact: bool = False
+    ) -> tuple[fx.Node, fx.Node]:
+        """Run a call with autograd on: its value, and what stands for it in the phantom stream.
+
+        Args:
+            node: The node that it stands for.
+            call: The call.
+            shares: By live slot, the share of the gradient that the rule hands on.
+            exact: Whether multipliers are handed on, also to edges that carry relevance.
+        """
+        common = min(shares.values())
+        slots = iter(range(len(slot_nodes(call))))
+
+        def given(n: fx.Node) -> fx.Node:
+            slot = next(slots)
+            if slot not in shares:
+                return self.clean[n]
+            into = "relevance" if exact and not self._takes(n) else ""
+            return self._exchange(n, self.phantoms[n], shares[slot] / common, into)
+
+        # As the slots are counted: in the order of the schema.
+        names = argument_names(call.target)
+        keywords = {name: call.kwargs[name] for name in names if name in call.kwargs}
+        args: Any = fx.node.map_arg(call.args, given)
+        value = self.graph.call_function(
+            Native(call.target),
+            args,
+            fx.node.map_arg(keywords, given),
+        )
+        return value, self._exchange(node, value, common)
+
+    def _exchange(
+        self, node: fx.Node, phantom: fx.Node, share: float = 1.0, into: str = ""
+    ) -> fx.Node:
+        if share == 1 and not into:
+            return phantom
+        step = Exchange(f"{node.name}_edge", 1, bool(into), share, into)
+        return self.beside(step, self.clean[node] if into else phantom, [phantom])
+
+    def _takes(self, node: fx.Node) -> bool:
+        """Whether the edge at a node's output carries multipliers."""
+        while record(node) is None and node not in self.carriers and node.op != "placeholder":
+            node = node.all_input_nodes[0]  # getitem: as the node that it picks from
+        return node in self.carriers and self.carriers[node].takes
+
+    # -- the others
+
+    def twin(self, node: fx.Node) -> fx.Node:
+        """The twin of a node, or that of the node before its ReLU."""
+        before = self.before.get(node, node)
+        assignment, carry = self.plan[before.name], self.carriers[before]
+        rule, site = assignment.rule, assignment.record.site
+        if rule.carries(site, carry.takes):
+            reads_input, reads_output = rule.needs(site, carry.takes)
+            reads_input = reads_input or not all(carry.gives)
+        else:
+            reads_input = rule.reads_input and not (isinstance(rule, Gradient) and site.op.linear)
+            reads_output = rule.reads_output or carry.takes
+        phantoms, values = self.read(before, reads_input)
+        derived: list[Derived] = []
+        for slot, n in enumerate(slot_nodes(before)):
+            if n in self.derived and values[slot] is not None:
+                make, leaves = _recipe(n)
+                places = tuple(range(len(values), len(values) + len(leaves)))
+                values += [self.clean[leaf] for leaf in leaves]
+                values[slot] = None
+                derived.append((slot, make, places))
+        memory: dict[Any, Tensor] | None = {} if self.frozen else None
+        step = _FastTwin(
+            name=before.name,
+            arity=len(phantoms),
+            reads_output=reads_output,
+            rule=rule,
+            site=site,
+            reads_input=reads_input,
+            carry=carry,
+            memory=memory,
+            derived=derived,
+        )
+        return self.beside(step, self.clean[node], phantoms, values)
+
+    def _one_relu(self, node: fx.Node) -> fx.Node | None:
+        """The ReLU that all relevance of an affine node comes through, if only that of y > 0 does.
+
+        The rule then multiplies by the output, which is that of the ReLU where anything arrives.
+        """
+        users = [user for user in node.users if user in self.live]
+        rule, carry = self.plan[node.name].rule, self.carriers[node]
+        if len(users) != 1 or not carry.above or not isinstance(rule, AffineRule):
+            return None
+        return users[0] if rule.multiplies_by_output else None
+
+
+#: What folding computes weights by; as cheap as reading them.
+_CHEAP = {aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.neg.default}
+_CHEAP |= {aten.rsqrt.default, aten.reshape.default}
+
+
+def _derived(graph: fx.Graph) -> set[fx.Node]:
+    """Large constants that are computed from parameters at little cost."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        if node.target in _CHEAP and all(n.op == "get_attr" or n in found for n in inputs):
+            found.add(node)
+    return {n for n in found if n.meta["val"].numel() >= _LARGE}
+
+
+def _recipe(node: fx.Node) -> tuple[Callable[..., Tensor], list[fx.Node]]:
+    """How a constant is computed, and the parameters it is computed from."""
+    graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
+
+    def copy(n: fx.Node) -> fx.Node:
+        if n not in copied:
+            if n.op == "get_attr":
+                copied[n] = graph.placeholder(n.name)
+            else:
+                for before in n.all_input_nodes:
+                    copy(before)
+                copied[n] = graph.node_copy(n, copied.__getitem__)
+        return copied[n]
+
+    graph.output(copy(node))
+    return fx.GraphModule({}, graph), [n for n in copied if n.op == "get_attr"]

@@ -1,0 +1,299 @@
+"""One node -> its twin: the one autograd.Function, and the streams it stands between.
+
+The clean activations flow through the original nodes. A twin's forward returns a phantom, a tensor
+of the activation's shape without memory of its own that is never read; its backward applies the
+node's rule to the relevance that arrives, using the clean activations saved as inputs. So
+relevance is the ordinary gradient of the phantom stream, and its own derivatives are exact: they
+run through the clean stream, which carries the true gradient.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lrpfx.assign import Assignment
+from lrpfx.graph import is_floating, record, slot_nodes
+from lrpfx.ledger import Ledger
+from lrpfx.ops import Call, Site
+from lrpfx.rules import Gradient, Rule
+
+#: Shape, dtype and device of a phantom.
+Form = tuple[torch.Size, torch.dtype, torch.device]
+
+
+class _Relevance(torch.autograd.Function):
+    """Forward: phantoms shaped like the clean output. Backward: the rule.
+
+    Everything that backward reads is an input of the Function. Saving its own output, or a value
+    computed inside forward, would cut off the relevance's own derivatives without a word.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, step: Step, ledger: Ledger | None, clean: Any, *rest: Any) -> Any:
+        phantoms, values = rest[: step.arity], rest[step.arity :]
+        ctx.step, ctx.ledger = step, ledger
+        ctx.forms = [(p.shape, p.dtype, p.device) for p in phantoms]
+        ctx.is_tensor = [isinstance(v, Tensor) for v in values]
+        ctx.statics = [None if isinstance(v, Tensor) else v for v in values]
+        tensors = [v for v in values if isinstance(v, Tensor)]
+        ctx.save_for_backward(clean if step.reads_output else None, *tensors)
+        if isinstance(clean, Tensor):
+            return step.phantom(clean)
+        return tuple(step.phantom(t) if is_floating(t) else None for t in clean)
+
+    @staticmethod
+    def backward(ctx: Any, *relevance: Any) -> Any:
+        z, *tensors = ctx.saved_tensors
+        saved = iter(tensors)
+        values = tuple(
+            next(saved) if is_tensor else static
+            for is_tensor, static in zip(ctx.is_tensor, ctx.statics, strict=True)
+        )
+        R = tuple(r for r in relevance if r is not None)
+        passed = ctx.step.propagate(R, z, values, ctx.forms, ctx.ledger)
+        return None, None, None, *passed, *(None for _ in values)
+
+
+def phantom(like: Tensor) -> Tensor:
+    """Zeros of a tensor's shape, dtype and device that take no memory."""
+    return like.new_zeros(()).expand(like.shape)
+
+
+def begin(clean: Tensor) -> Tensor:
+    """A phantom that is a leaf: what becomes its gradient is the relevance of ``clean``."""
+    return phantom(clean.detach()).requires_grad_()
+
+
+@dataclass(frozen=True, eq=False)  # fx hashes it, and fields of rules need not be hashable
+class Step:
+    """The target of a node of the phantom stream: a frozen callable, one step of the backward pass.
+
+    Called as ``step(clean, *phantoms, *values, ledger=...)`` with a clean output, the phantoms that
+    enter, and what else ``propagate`` reads.
+
+    Args:
+        name: For the generated code.
+        arity: Number of phantoms.
+        reads_output: Whether ``propagate`` reads the clean output.
+    """
+
+    name: str
+    arity: int
+    reads_output: bool
+
+    def __post_init__(self) -> None:
+        """Name the callable for fx, which writes it into the generated code."""
+        object.__setattr__(self, "__name__", f"relevance_of_{self.name}")
+
+    def __call__(self, clean: Any, *rest: Any, ledger: Ledger | None = None) -> Any:
+        """Phantoms of the outputs."""
+        # The clean stream may run without autograd; the phantom stream never does.
+        with torch.enable_grad():
+            return _Relevance.apply(self, ledger, clean, *rest)  # type: ignore[no-untyped-call]
+
+    def phantom(self, clean: Tensor) -> Tensor:
+        """What stands for an output in the phantom stream."""
+        return phantom(clean)
+
+    def propagate(
+        self,
+        R: tuple[Tensor, ...],
+        z: Tensor,
+        values: tuple[Any, ...],
+        forms: Sequence[Form],
+        ledger: Ledger | None,
+    ) -> tuple[Tensor, ...]:
+        """What the phantoms that entered get, from what arrives at the outputs."""
+        raise NotImplementedError
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a rewritten graph cannot be pickled: the rules would be lost on loading. "
+            "Save the model, and make the Explainer again from it."
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Step:
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class Join(Step):
+    """Where the two streams meet, at an output: its value, with relevance as its gradient."""
+
+    def __call__(self, clean: Any, *rest: Any, ledger: Ledger | None = None) -> Any:
+        """The output; in the caller's grad mode, so that no_grad gives plain tensors."""
+        return _Relevance.apply(self, ledger, clean, *rest)  # type: ignore[no-untyped-call]
+
+    def phantom(self, clean: Tensor) -> Tensor:
+        """The output itself."""
+        return clean.clone()
+
+    def propagate(
+        self,
+        R: tuple[Tensor, ...],
+        z: Tensor,
+        values: tuple[Any, ...],
+        forms: Sequence[Form],
+        ledger: Ledger | None,
+    ) -> tuple[Tensor, ...]:
+        """R."""
+        return R
+
+
+@dataclass(frozen=True, eq=False)
+class Twin(Step):
+    """Beside a node: carries its rule.
+
+    The values it is called with are those of the slots of its Site, None for what is not read.
+
+    Args:
+        rule: The node's rule.
+        site: How to run the op again.
+        reads_input: Whether the rule reads the live inputs' values.
+    """
+
+    rule: Rule
+    site: Site
+    reads_input: bool
+
+    def live_inputs(self, values: Sequence[Any], forms: Sequence[Form]) -> tuple[Tensor, ...]:
+        """The clean live inputs; of those that the rule does not read only the shapes count."""
+        if self.reads_input:
+            return tuple(values[i] for i in self.site.live)
+        return tuple(
+            torch.zeros((), dtype=dtype, device=device).expand(shape)
+            for shape, dtype, device in forms
+        )
+
+    def received(self, R: tuple[Tensor, ...]) -> Any:
+        """What arrives as the rule takes it: a tuple only from ops with several outputs."""
+        return R[0] if len(R) == 1 and not self.site.several_outputs else R
+
+    def propagate(
+        self,
+        R: tuple[Tensor, ...],
+        z: Tensor,
+        values: tuple[Any, ...],
+        forms: Sequence[Form],
+        ledger: Ledger | None,
+    ) -> tuple[Tensor, ...]:
+        """Relevance of the live inputs from the relevance of the output."""
+        call = Call(self.site, values)
+        x = self.live_inputs(values, forms)
+        flow = self.rule.propagate(call, x, z, self.received(R))
+        if ledger is not None:
+            ledger.book(self.name, R, flow)
+        return flow.relevance
+
+
+class Streams:
+    """Copies the clean nodes into a graph and puts every live node's twin beside it.
+
+    Args:
+        graph: What to build, with nothing but placeholders in it.
+        plan: Assignments by node name.
+        live: Nodes that carry relevance.
+        clean: The placeholders' copies.
+        own: Placeholders that are their own phantoms, so that relevance becomes their gradient;
+            elsewhere the phantom stream begins at new leaves.
+        ledger: The node that books are passed by, if any.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        plan: Mapping[str, Assignment],
+        live: Container[fx.Node],
+        clean: Mapping[fx.Node, fx.Node],
+        own: Container[fx.Node] = (),
+        ledger: fx.Node | None = None,
+    ) -> None:
+        self.graph, self.plan, self.live, self.own = graph, plan, live, own
+        self.clean, self.phantoms = dict(clean), dict[fx.Node, fx.Node]()
+        self._keywords = {} if ledger is None else {"ledger": ledger}
+
+    def run(self, source: fx.Graph, ends: Sequence[fx.Node]) -> None:
+        """Add every node that ``ends`` depend on."""
+        used = self.needed(ends)
+        for node in source.nodes:
+            # Left to itself, fx keeps dead nodes that draw random numbers.
+            if node in used or node.op == "placeholder":
+                self.add(node)
+
+    def needed(self, ends: Sequence[fx.Node]) -> set[fx.Node]:
+        """All that ``ends`` depend on."""
+        reached: set[fx.Node] = set()
+        stack = list(ends)
+        while stack:
+            node = stack.pop()
+            if node not in reached:
+                reached.add(node)
+                stack.extend(self.inputs_of(node))
+        return reached
+
+    def inputs_of(self, node: fx.Node) -> Sequence[fx.Node]:
+        """The nodes that a node is computed from."""
+        return node.all_input_nodes
+
+    def add(self, node: fx.Node) -> None:
+        """Add one node of the clean stream, and what stands for it in the phantom stream."""
+        if node not in self.clean:
+            self.clean[node] = self.graph.node_copy(node, self.clean.__getitem__)
+        if node not in self.live:
+            return
+        if node in self.own:
+            self.phantoms[node] = self.clean[node]
+        elif record(node) is not None:
+            self.phantoms[node] = self.twin(node)
+        elif node.target is operator.getitem:
+            parent, index = node.args
+            assert isinstance(parent, fx.Node)
+            args = (self.phantoms[parent], index)
+            self.phantoms[node] = self.graph.call_function(operator.getitem, args)
+        else:
+            self.phantoms[node] = self.begin(node)
+
+    def begin(self, node: fx.Node) -> fx.Node:
+        """Where relevance is wanted: a leaf."""
+        return self.graph.call_function(begin, (self.clean[node],))
+
+    def result(self, node: fx.Node) -> fx.Node:
+        """The clean value of a node, to be returned."""
+        return self.clean[node]
+
+    def twin(self, node: fx.Node) -> fx.Node:
+        """The twin of a node with a rule."""
+        assignment = self.plan[node.name]
+        rule, site = assignment.rule, assignment.record.site
+        # A linear op has the same Jacobian everywhere: its gradient needs no activation kept.
+        reads_input = rule.reads_input and not (isinstance(rule, Gradient) and site.op.linear)
+        step = Twin(node.name, len(site.live), rule.reads_output, rule, site, reads_input)
+        return self.beside(step, self.clean[node], *self.read(node, reads_input))
+
+    def read(self, node: fx.Node, reads_input: bool) -> tuple[list[fx.Node], list[fx.Node | None]]:
+        """Phantoms of a node's live inputs, and values of its slots."""
+        site, slots = self.plan[node.name].record.site, slot_nodes(node)
+        live = set(site.live)
+        values = [
+            self.clean[n] if i not in live or reads_input else None for i, n in enumerate(slots)
+        ]
+        return [self.phantoms[slots[i]] for i in site.live], values
+
+    def beside(
+        self,
+        step: Step,
+        clean: fx.Node,
+        phantoms: Sequence[fx.Node],
+        values: Sequence[fx.Node | None] = (),
+    ) -> fx.Node:
+        """A node of the phantom stream."""
+        keywords = self._keywords if isinstance(step, Twin) else {}
+        args = (clean, *phantoms, *values)
+        name = f"{step.name}_lrp"
+        return self.graph.create_node("call_function", step, args, dict(keywords), name=name)
