@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from lrpfx.assign import assign
+from lrpfx.backward import at_a_time, pull
 from lrpfx.canonize import canonize
 from lrpfx.capture import TRACING, Captured, capture, check_faithful, run_model
 from lrpfx.composites import RulesLike
@@ -163,7 +164,10 @@ class Explainer:
             if start is not source
         }
         self._forms = _state_forms(model)
-        self._met = {self._sizes(flatten_inputs(example_inputs)[0])}
+        leaves = flatten_inputs(example_inputs)[0]
+        self._met = {self._sizes(leaves)}
+        #: Bytes of the largest activation, per element of the inputs.
+        self._widest = max(_bytes(n.meta.get("val")) for n in self._live) / _elements(leaves)
         self._public = rewrite(self._module, self._plan.assignments, self._live)
         self._instrumented: dict[
             tuple[tuple[str, ...], bool], tuple[fx.GraphModule, dict[str, int]]
@@ -236,20 +240,27 @@ class Explainer:
                 self._refuse_if_the_model_does(leaves)
                 raise
             targets = each_target(explained, target) if several else [target]
-            parts = []
-            for k, one in enumerate(targets):
-                seed = make_seed(explained, one, self._finish)
+            seeds = [make_seed(explained, one, self._finish) for one in targets]
+            for seed in seeds:
                 if not all(bool(s.isfinite().all()) for s in seed.seeds if s is not None):
                     self._refuse_seed(seed, explained, kept)
-                keep = create_graph or k + 1 < len(targets)  # the forward pass serves them all
-                relevance, at_taps = self._pull(seed, phantoms, starts, taps, create_graph, keep)
-                if not all(bool(r.isfinite().all()) for r in relevance if r is not None):
+            found = pull(
+                seeds,
+                phantoms,
+                starts,
+                [relevance for _, relevance in taps],
+                together=1 if create_graph else at_a_time(self._widest * _elements(leaves)),
+                create_graph=create_graph,
+            )
+            parts = []
+            for one, seed, pulled in zip(targets, seeds, found, strict=True):
+                if not all(bool(r.isfinite().all()) for r in pulled.starts if r is not None):
                     if book is None:  # the plain form can name the place
                         self._explain(inputs, one, layers, create_graph, ledger=True)
                     self._refuse_relevance(book.bookings() if book is not None else {})
-                at = _layers(calls, taps, at_taps)
-                parts.append(self._explanation(inputs, leaves, clean, seed, relevance, at))
-        return self._reported(parts if several else parts[0], book, seed.description)
+                at = _layers(calls, taps, pulled.taps)
+                parts.append(self._explanation(inputs, leaves, clean, seed, pulled.starts, at))
+        return self._reported(parts if several else parts[0], book, seeds[0].description)
 
     # -- set-up -----------------------------------------------------------------------------------
 
@@ -369,38 +380,6 @@ class Explainer:
                 where=[str(r), *filter(None, [r.source])] if r else [str(finder.found)],
                 fix="look at the activations that enter this op; the inputs are finite.",
             )
-
-    def _pull(
-        self,
-        seed: Seed,
-        phantoms: Sequence[Tensor | None],
-        starts: Sequence[Tensor | None],
-        taps: Sequence[tuple[Tensor, Tensor]],
-        create_graph: bool,
-        keep: bool,
-    ) -> tuple[list[Tensor | None], list[Tensor]]:
-        """Relevance at the starts and at the taps: the ordinary gradient of the phantom stream."""
-        pairs = [(p, s) for p, s in zip(phantoms, seed.seeds, strict=True) if s is not None]
-        if not any(p is not None for p, _ in pairs):
-            raise TargetError(
-                f"{seed.description}: this output does not depend on the explained inputs.",
-                fix="choose another output by a callable target.",
-            )
-        begun = [(p, s) for p, s in pairs if p is not None]
-        reached = [start for start in starts if start is not None]
-        ends = [*reached, *(relevance for _, relevance in taps)]
-        grads = torch.autograd.grad(
-            [p for p, _ in begun],
-            ends,
-            [s for _, s in begun],
-            create_graph=create_graph,
-            retain_graph=keep,
-            allow_unused=True,
-        )
-        found = [torch.zeros_like(e) if g is None else g for g, e in zip(grads, ends, strict=True)]
-        at_starts = iter(found[: len(reached)])
-        relevance = [None if start is None else next(at_starts) for start in starts]
-        return relevance, found[len(reached) :]
 
     def _refuse_relevance(self, bookings: dict[str, Booking]) -> None:
         """Raise the error of relevance that is not finite, with the place if it is known."""
@@ -558,6 +537,21 @@ def _absorbed(seeds: Sequence[Tensor], relevance: Sequence[Tensor]) -> Tensor:
         return (sums if per_sample else sums[0]).to(seeds[0].dtype)
 
     return total(seeds) - total(relevance)
+
+
+def _elements(leaves: Sequence[Any]) -> int:
+    return sum(t.numel() for t in leaves if isinstance(t, Tensor))
+
+
+def _bytes(value: Any) -> int:
+    """Of the largest tensor in a node's value, as it was captured."""
+    tensors = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
+    sizes = [math.prod(map(_captured_size, t.shape)) * t.dtype.itemsize for t in tensors]
+    return max(sizes, default=1)
+
+
+def _captured_size(size: int | torch.SymInt) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def _total(tensors: Sequence[Tensor]) -> float:

@@ -1,5 +1,6 @@
 """target= -> seed: every form of a target, and every way to get it wrong."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -396,3 +397,80 @@ def test_several_targets_that_do_not_fit_are_refused(target: list[list[int]]) ->
         lrpfx.explain(model, x, target)
     with pytest.raises(lrpfx.errors.TargetError):
         lrpfx.explain(nn.Conv1d(3, 4, 1), torch.randn(2, 3, 5), "all")
+
+
+def several(explainer: lrpfx.Explainer, x: Tensor, targets: list[int]) -> tuple[Tensor, Tensor]:
+    """Relevance for the targets at once, and for one after the other."""
+    with torch.no_grad():
+        together = explainer(x, [targets] * len(x), ledger=False).relevance
+        return together, torch.stack([explainer(x, t, ledger=False).relevance for t in targets])
+
+
+class Attending(nn.Module):
+    """Convolution, norm, attention and an activation: an op of each kind that has its own form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.bn = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)
+        self.norm, self.attention = nn.LayerNorm(4), nn.MultiheadAttention(4, 2, batch_first=True)
+        self.head = nn.Linear(4, 5)
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = nn.functional.max_pool2d(self.bn(self.conv(x)).relu(), 2)
+        tokens = self.norm(a.flatten(2).mT)
+        tokens = tokens + self.attention(tokens, tokens, tokens, need_weights=False)[0]
+        return self.head(nn.functional.gelu(tokens).mean(1))
+
+
+COMPOSITES = ["epsilon_all", "epsilon_plus_flat", "epsilon_alpha2_beta1", "attnlrp", "cplrp"]
+COMPOSITES += ["guided_backprop", lrpfx.composites.EpsilonGammaBox(-3, 3)]
+
+
+@pytest.mark.parametrize("rules", COMPOSITES, ids=lambda rules: str(rules)[:20])
+@pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.parametrize("bound", [None, 1, 3000])
+def test_targets_at_once_are_those_one_after_the_other(
+    rules: Any, freeze: bool, bound: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in parts that keep to a bound on memory."""
+    if bound is not None:
+        monkeypatch.setattr("lrpfx.backward.BOUND", bound)
+    x = draw(2, 1, 8, 8).double()
+    explainer = lrpfx.Explainer(Attending(), x, rules, freeze=freeze)
+    together, alone = several(explainer, x, [4, 0, 1, 2, 0])
+    torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-14)
+
+
+def test_what_rules_compute_of_activations_is_computed_once() -> None:
+    runs = []
+
+    def stabilizer(z: Tensor) -> Tensor:
+        runs.append(z.shape)
+        return z + torch.where(z >= 0, 1e-6, -1e-6)
+
+    x = draw(2, 5).double()
+    model = trained(nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 6))).double()
+    explainer = lrpfx.Explainer(model, x, lrpfx.composites.EpsilonAll(stabilizer))
+    several(explainer, x, [0])
+    runs.clear()
+    explainer(x, "all")
+    assert runs == [(2, 6), (2, 4)]
+
+
+def test_a_rule_that_takes_no_batch_of_targets() -> None:
+    """They are explained one after the other."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Halved(lrpfx.Epsilon):
+        def propagate(self, call: Any, x: Any, z: Any, R: Any) -> Any:
+            return super().propagate(call, x, z, R if R.sum() > 0 else R / 2)
+
+        def carries(self, site: Any, taken: bool) -> bool:
+            return False
+
+    x = draw(2, 5).double()
+    model = trained(nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 6))).double()
+    together, alone = several(lrpfx.Explainer(model, x, [("linear", Halved())]), x, [0, 3, 5])
+    torch.testing.assert_close(together, alone)

@@ -148,7 +148,7 @@ def share(m: Tensor, z: Tensor, stabilizer: StabilizerLike, taken: bool) -> Tens
         return divide(m, z, stabilizer)[0]
     # As ``divide`` has it, with one tensor of its own.
     stable = torch.where(z >= 0, z.new_tensor(stabilizer), z.new_tensor(-stabilizer)).add_(z)
-    return torch.div(m, stable, out=stable)
+    return m / stable
 
 
 @dataclass(frozen=True)

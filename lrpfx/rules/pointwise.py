@@ -55,7 +55,7 @@ class Pass(Rule):
         if call.op.kind == "relu":
             return (torch.ops.aten.threshold_backward(m, x[0], 0),)
         ratio = z / x[0]
-        return (ratio.masked_fill_(x[0] == 0, 0.0).mul_(m),)
+        return (ratio.masked_fill_(x[0] == 0, 0.0) * m,)
 
 
 @dataclass(frozen=True)

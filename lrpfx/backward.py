@@ -1,0 +1,137 @@
+"""seed -> relevance: the ordinary gradient of the phantom stream, for one target or many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lrpfx.errors import LrpError, TargetError
+from lrpfx.targets import Seed
+
+#: What the largest activation may take when targets are pulled back together, times the number of
+#: targets; a few tensors of this size exist at once.
+BOUND = 2**27
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """Relevance of one target, at the starts (None where there is none) and at the taps."""
+
+    starts: list[Tensor | None]
+    taps: list[Tensor]
+
+
+def at_a_time(largest: float) -> int:
+    """How many targets go through the backward pass together.
+
+    Args:
+        largest: Bytes of the largest activation.
+    """
+    return max(1, int(BOUND // max(largest, 1.0)))
+
+
+def pull(
+    seeds: Sequence[Seed],
+    phantoms: Sequence[Tensor | None],
+    starts: Sequence[Tensor | None],
+    taps: Sequence[Tensor],
+    *,
+    together: int = 1,
+    create_graph: bool = False,
+) -> Iterator[Pulled]:
+    """Pull the seeds back to the starts, one after the other or several at a time.
+
+    Args:
+        seeds: One per target.
+        phantoms: Of the output leaves, None where no relevance can start.
+        starts: Phantoms whose relevance is wanted, None where no output depends on it.
+        taps: Further such phantoms.
+        together: How many targets go through the backward pass at a time. What a rule computes of
+            the activations is then computed once for all of them.
+        create_graph: See ``lrpfx.explain``.
+
+    Raises:
+        TargetError: The outputs in question do not depend on the explained inputs.
+    """
+    done = 0
+    while done < len(seeds):
+        some = seeds[done : done + together]
+        done += len(some)
+        keep = create_graph or done < len(seeds)
+        if len(some) > 1:
+            try:
+                yield from _pull_together(some, phantoms, starts, taps)
+                continue
+            except LrpError:
+                raise
+            except RuntimeError:  # an op, or a stabilizer of the user's, that knows no batches
+                together = 1
+        for k, seed in enumerate(some):
+            retain = keep or k + 1 < len(some)
+            yield _pull(seed, phantoms, starts, taps, create_graph, retain)
+
+
+def _pull(
+    seed: Seed,
+    phantoms: Sequence[Tensor | None],
+    starts: Sequence[Tensor | None],
+    taps: Sequence[Tensor],
+    create_graph: bool,
+    keep: bool,
+) -> Pulled:
+    begun = _begun(seed, phantoms)
+    ends = [*(start for start in starts if start is not None), *taps]
+    grads = torch.autograd.grad(
+        [p for p, _ in begun],
+        ends,
+        [s for _, s in begun],
+        create_graph=create_graph,
+        retain_graph=keep,
+        allow_unused=True,
+    )
+    found = [torch.zeros_like(e) if g is None else g for g, e in zip(grads, ends, strict=True)]
+    return _sorted(found, starts)
+
+
+def _pull_together(
+    seeds: Sequence[Seed],
+    phantoms: Sequence[Tensor | None],
+    starts: Sequence[Tensor | None],
+    taps: Sequence[Tensor],
+) -> list[Pulled]:
+    begun = [_begun(seed, phantoms) for seed in seeds]
+    ends = [*(start for start in starts if start is not None), *taps]
+    grads = torch.autograd.grad(
+        [p for p, _ in begun[0]],
+        ends,
+        [torch.stack(column) for column in zip(*([s for _, s in b] for b in begun), strict=True)],
+        retain_graph=True,  # also for the one after the other, should this fail
+        allow_unused=True,
+        is_grads_batched=True,
+    )
+    each = [
+        [torch.zeros_like(e) if g is None else g[k] for g, e in zip(grads, ends, strict=True)]
+        for k in range(len(seeds))
+    ]
+    return [_sorted(found, starts) for found in each]
+
+
+def _begun(seed: Seed, phantoms: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
+    """The phantoms that relevance starts from, each with its seed."""
+    pairs = [(p, s) for p, s in zip(phantoms, seed.seeds, strict=True) if s is not None]
+    begun = [(p, s) for p, s in pairs if p is not None]
+    if not begun:
+        raise TargetError(
+            f"{seed.description}: this output does not depend on the explained inputs.",
+            fix="choose another output by a callable target.",
+        )
+    return begun
+
+
+def _sorted(found: Sequence[Tensor], starts: Sequence[Tensor | None]) -> Pulled:
+    rest = iter(found)
+    at_starts = [None if start is None else next(rest) for start in starts]
+    return Pulled(at_starts, list(rest))
