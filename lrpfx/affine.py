@@ -12,6 +12,14 @@ from torch.nn import functional as F
 
 Signal = tuple[Tensor, ...]
 
+#: Dtypes too short for denominators: in float16 1e-9 is zero, and the square of 256 infinite.
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def widened(t: Tensor) -> Tensor:
+    """``t``, in float32 if its own dtype is too short for denominators."""
+    return t.float() if t.dtype in HALVES else t
+
 
 @dataclass(frozen=True)
 class AffineMap:
@@ -334,7 +342,8 @@ def _normalized(
 
     Source: Ali et al. 2022 (arXiv 2202.07304), eq. 10; Achtibat et al. 2024, Prop. 3.4.
     """
-    centred = x - x.mean(dims, keepdim=True) if mean else x
+    centred = widened(x)
+    centred = centred - centred.mean(dims, keepdim=True) if mean else centred
     scale = torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
     if gain is not None:
         scale = scale * gain
@@ -360,8 +369,10 @@ def layer_norm(args: Arguments, live: Live, run: Run) -> AffineMap:
 def rms_norm(args: Arguments, live: Live, run: Run) -> AffineMap:
     """RMS norm over the last dimensions."""
     dims = list(range(-len(args["normalized_shape"]), 0))
-    eps = torch.finfo(args["input"].dtype).eps if args["eps"] is None else args["eps"]
-    return _normalized(args["input"], dims, eps, None, args["weight"], False)
+    x: Tensor = args["input"]
+    own = torch.float32 if x.dtype in HALVES else x.dtype  # as PyTorch has it
+    eps = torch.finfo(own).eps if args["eps"] is None else args["eps"]
+    return _normalized(x, dims, eps, None, args["weight"], False)
 
 
 def group_norm(args: Arguments, live: Live, run: Run) -> AffineMap:

@@ -84,7 +84,7 @@ def _fold_back(bn: fx.Node, affine: fx.Node) -> None:
         if arguments["bias"] is not None:
             scaled = insert(bn, aten.mul.Tensor, (arguments["bias"], scale))
             shift = insert(bn, aten.add.Tensor, (scaled, shift))
-        arguments.update(weight=folded, bias=shift)
+        arguments.update(weight=_like(weight, folded), bias=_like(weight, shift))
         new = insert(affine, affine.target, tuple(arguments.values()))
     new.meta["folded_calls"] = module_calls(bn)
     new.meta["unfolded"] = affine
@@ -107,7 +107,7 @@ def _fold_ahead(bn: fx.Node, affine: fx.Node) -> None:
         bias = insert(bn, aten.sum.dim_IntList, (spread, list(range(1, len(shape)))))
         if arguments["bias"] is not None:
             bias = insert(bn, aten.add.Tensor, (bias, arguments["bias"]))
-        arguments.update(weight=folded, bias=bias)
+        arguments.update(weight=_like(weight, folded), bias=_like(weight, bias))
         name = next(iter(arguments))
         arguments[name] = bn.args[0]
         new = insert(affine, affine.target, tuple(arguments.values()))
@@ -115,6 +115,14 @@ def _fold_ahead(bn: fx.Node, affine: fx.Node) -> None:
     affine.replace_all_uses_with(new)
     affine.graph.erase_node(affine)
     bn.graph.erase_node(bn)
+
+
+def _like(weight: fx.Node, new: fx.Node) -> fx.Node:
+    """``new`` in the dtype of ``weight``: autocast leaves the parameters of batch norm alone."""
+    dtype = weight.meta["val"].dtype
+    if new.meta["val"].dtype == dtype:
+        return new
+    return insert(new, aten.to.dtype, (new, dtype))
 
 
 def _scaled(

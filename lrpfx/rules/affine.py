@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from lrpfx.affine import AffineMap, Signal, negative, positive
+from lrpfx.affine import HALVES, AffineMap, Signal, negative, positive
 from lrpfx.errors import RuleError
 from lrpfx.rules.base import (
     Absorbed,
@@ -204,10 +204,7 @@ class AffineRule(Rule):
                 assert d is not None
                 R = z * m if carry.takes else m
                 R = R if whole else R * term.gate
-                if term.positive and isinstance(self._stabilizer, float) and self._stabilizer > 0:
-                    s = R / d.add_(self._stabilizer)
-                else:
-                    s = share(R, d, self._stabilizer, False)
+                s = share(R, d, self._stabilizer, False, term.positive)
             found += [W.T(s, x) for _, W in parts]
         return tuple(_sum(c) for c in zip(*found, strict=True))
 
@@ -384,7 +381,8 @@ class AlphaBeta(AffineRule):
         if self.beta == 0:
             return [plus]
         minus = Term(_opposing(x, f), _part(negative, f.bias), gate=-float(self.beta))
-        if x.fast and not self.zero_params:  # d1 + d2 = z
+        # d1 + d2 = z; rounded to a half type, the difference is nothing like d2.
+        if x.fast and not self.zero_params and z.dtype not in HALVES:
             d = _denominator([(x.all, f.pos)], plus.bias)
             return [replace(plus, total=d, positive=True), replace(minus, total=z - d)]
         return [plus, minus]

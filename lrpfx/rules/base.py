@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from lrpfx.affine import HALVES, widened
 from lrpfx.errors import RuleError
 
 if TYPE_CHECKING:
     from lrpfx.ops import Call, Op, Site
 
-#: What a rule needs stabilised division by: a number (epsilon) or a callable ``z -> st(z)``.
+#: What a rule needs stabilised division by: a number (epsilon) or a callable ``z -> st(z)``, which
+#: gets float16 and bfloat16 as float32.
 StabilizerLike = float | Callable[[Tensor], Tensor]
 
 #: Relevance that stops at a node, by cause; each tensor broadcasts to the node's output.
@@ -87,7 +89,18 @@ def divide(R: Tensor, z: Tensor, stabilizer: StabilizerLike) -> tuple[Tensor, Te
 
     That case needs epsilon = 0 (LRP-0) or a norm-scaled stabilizer on a row of zeros: there is
     nothing to share relevance by, so it is absorbed instead of becoming NaN.
+
+    For float16 and bfloat16, st(z) and the quotient are computed in float32, where no epsilon is
+    lost, and the quotient is rounded to the dtype of ``z``. It is zero where ``z`` is (there are
+    no summands to share by, or rounding took them), and no larger than that dtype can hold; what
+    stays for either reason is absorbed.
     """
+    if z.dtype in HALVES:
+        s, stable = divide(R.float(), z.float(), stabilizer)
+        most = torch.finfo(z.dtype).max
+        # Relevance that is infinite already stays so, and is reported.
+        s = torch.where(R.isfinite(), s.clamp(-most, most), s).masked_fill(z == 0, 0.0)
+        return s.to(z.dtype), stable
     if callable(stabilizer):
         stable = _called(stabilizer, z)
     elif stabilizer > 0:
@@ -132,20 +145,25 @@ class Carry:
     above: bool
 
 
-def share(m: Tensor, z: Tensor, stabilizer: StabilizerLike, taken: bool) -> Tensor:
+def share(
+    m: Tensor, z: Tensor, stabilizer: StabilizerLike, taken: bool, positive: bool = False
+) -> Tensor:
     """``R / st(z)`` with R = z m if ``taken``, else R = m; without a derivative.
 
-    Where nothing is added to the denominator and a multiplier is taken, ``z`` is not read.
+    Where nothing is added to the denominator and a multiplier is taken, ``z`` is not read. Where
+    it is known to be ``positive``, it is the caller's to give away.
     """
-    if callable(stabilizer):
-        return divide(z * m if taken else m, z, stabilizer)[0]
-    if taken:  # z / st(z) = |z| / (|z| + epsilon)
-        if stabilizer == 0:
-            return m
-        size = z.abs()
-        return (m * size).div_(size.add_(stabilizer))
+    if taken and is_zero(stabilizer):
+        return m
+    if taken and not callable(stabilizer):  # z / st(z) = |z| / (|z| + epsilon)
+        size = widened(z.abs())
+        return (m * size).div_(size.add_(stabilizer)).to(z.dtype)
+    if callable(stabilizer) or z.dtype in HALVES:
+        return divide(widened(z) * m if taken else m, z, stabilizer)[0]
     if stabilizer == 0:
         return divide(m, z, stabilizer)[0]
+    if positive:
+        return m / z.add_(stabilizer)
     # As ``divide`` has it, with one tensor of its own.
     stable = torch.where(z >= 0, z.new_tensor(stabilizer), z.new_tensor(-stabilizer)).add_(z)
     return m / stable
@@ -297,9 +315,8 @@ def sum_all(tensors: Sequence[Tensor]) -> Tensor:
     Summed in the tensors' own precision (float32 for halves): PyTorch's sums are pairwise, and
     summing float32 in float64 takes thirty times as long on a CPU.
     """
-    halves = (torch.float16, torch.bfloat16)
     totals = [
-        t.detach().sum(dtype=torch.float32 if t.dtype in halves else None).double() for t in tensors
+        t.detach().sum(dtype=torch.float32 if t.dtype in HALVES else None).double() for t in tensors
     ]
     return torch.stack(totals).sum() if totals else torch.zeros((), dtype=torch.float64)
 

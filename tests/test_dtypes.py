@@ -1,0 +1,324 @@
+"""float16, bfloat16 and autocast: relevance is finite, and that of float32 within a tolerance.
+
+Relevance is compared as whole maps, in the Euclidean norm, because single entries cancel to almost
+nothing. Explained is the largest output: relevance sums to it, and one near zero is all rounding.
+"""
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lrpfx
+from lrpfx import composites
+from lrpfx.rules.base import divide, share
+from tests import families, zoo
+from tests.conftest import Apply, assert_untouched
+from tests.families import tf
+
+BF16, FP16 = torch.bfloat16, torch.float16
+HALVES = [BF16, FP16]
+#: What README states: the least cosine and the largest relative error, of any sample. Measured, on
+#: the residual network: 0.995 and 0.10 in bfloat16, 0.9993 and 0.037 in float16. Its roundings let
+#: other entries win in max pooling; transformers and the perceptron are within 0.02 and 0.014.
+TOLERANCE = {BF16: (0.99, 0.15), FP16: (0.999, 0.05)}
+EITHER = pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
+
+
+# Models ------------------------------------------------------------------------------------------
+
+
+def _residual(m: Any, x: Tensor) -> Tensor:
+    x = F.max_pool2d(m.stem(x).relu(), 2)
+    for block in m.blocks:
+        x = (x + block(x)).relu()
+    return m.head(x.mean((2, 3)))
+
+
+def residual_network() -> nn.Module:
+    """Convolutions with batch norm; some outputs see zeros only, and have nothing to share by."""
+
+    def convolution(channels: int) -> nn.Module:
+        bias = channels == 3
+        return nn.Sequential(nn.Conv2d(channels, 8, 3, padding=1, bias=bias), nn.BatchNorm2d(8))
+
+    blocks = (nn.Sequential(convolution(8), nn.ReLU(), convolution(8)) for _ in range(2))
+    parts = dict(stem=convolution(3), blocks=nn.ModuleList(blocks), head=nn.Linear(8, 5))
+    return zoo.randomize(Apply(_residual, **parts))
+
+
+def perceptron() -> nn.Module:
+    torch.manual_seed(0)
+    layers = nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 5)
+    return nn.Sequential(*layers).eval()
+
+
+def vision_transformer() -> nn.Module:
+    return drawn(families.FAMILIES["vit"](), lambda m, x: m.model(pixel_values=x).logits)
+
+
+def language_model() -> nn.Module:
+    """A Llama of one layer; time is spent on capture."""
+    config = tf.LlamaConfig(**families.GROUPED | families.ONE)
+    model = tf.LlamaForCausalLM(config)
+    return drawn(model, lambda m, x: m.model(input_ids=x, use_cache=False).logits[:, -1])
+
+
+def drawn(model: nn.Module, forward: Callable[..., Tensor]) -> nn.Module:
+    torch.manual_seed(0)
+    families.draw(model)
+    return Apply(forward, model=model)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[str, ...]]] = {
+    "residual": (residual_network, ("epsilon_plus", "alpha_beta", "gamma_box")),
+    "perceptron": (perceptron, ("epsilon_all",)),
+    "vit": (
+        vision_transformer,
+        ("epsilon_plus", "attnlrp"),
+    ),
+    "llama": (
+        language_model,
+        ("attnlrp", "cplrp"),
+    ),
+}
+RULES: dict[str, Callable[[float], composites.Composite]] = {
+    "epsilon_all": composites.EpsilonAll,
+    "epsilon_plus": lambda e: composites.EpsilonPlus(epsilon=e, stabilizer=e),
+    "alpha_beta": lambda e: composites.EpsilonAlpha2Beta1(epsilon=e, stabilizer=e),
+    "gamma_box": lambda e: composites.EpsilonGammaBox(-3, 3, epsilon=e, stabilizer=e),
+    "attnlrp": lambda e: composites.AttnLRP(),
+    "cplrp": lambda e: composites.CPLRP(),
+}
+EVERY = [(model, rules) for model, (_, all_rules) in MODELS.items() for rules in all_rules]
+every = pytest.mark.parametrize(("name", "rules"), EVERY)
+
+
+def model_of(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    return MODELS[name][0]().to(dtype)
+
+
+def inputs_of(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    if name == "llama":
+        return families.inputs_of("llama")["input_ids"]
+    shape = {"residual": (3, 3, 16, 16), "perceptron": (3, 12), "vit": (3, 3, 32, 32)}[name]
+    x = zoo.images(*shape).to(dtype)
+    if name == "residual":
+        x[..., :6] = 0.0  # a black border
+    return x
+
+
+@functools.cache
+def exact(name: str, rules: str) -> lrpfx.Explainer:
+    return lrpfx.Explainer(model_of(name), inputs_of(name), RULES[rules](1e-6))
+
+
+@functools.cache
+def target_of(name: str) -> Tensor:
+    with torch.no_grad():
+        return model_of(name)(inputs_of(name)).abs().argmax(1)
+
+
+@functools.cache
+def expected(name: str, rules: str, ledger: bool) -> Tensor:
+    return exact(name, rules)(inputs_of(name), target_of(name), ledger=ledger).relevance.detach()
+
+
+def assert_close(got: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
+    """Check that relevance is that of float32 within what ``dtype`` may lose."""
+    cosine, relative = TOLERANCE[dtype]
+    got, wanted = got.detach().double().flatten(1), wanted.double().flatten(1)
+    assert families.error(got, wanted) < relative
+    assert F.cosine_similarity(got, wanted).min() > cosine
+
+
+# Models in a half type ---------------------------------------------------------------------------
+
+
+@EITHER
+@every
+def test_a_model_in_a_half_type(name: str, rules: str, dtype: torch.dtype) -> None:
+    x = inputs_of(name, dtype)
+    explainer = lrpfx.Explainer(model_of(name, dtype), x, RULES[rules](1e-6))
+    for ledger in (True, False):
+        explanation = explainer(x, target_of(name), ledger=ledger)
+        assert explanation.relevance.dtype == explanation.output.dtype == dtype
+        assert_close(explanation.relevance, expected(name, rules, ledger), dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "rules"),
+    [("residual", rules) for rules in MODELS["residual"][1]] + [("perceptron", "epsilon_all")],
+)
+def test_an_epsilon_that_float16_does_not_have(name: str, rules: str) -> None:
+    x = inputs_of(name, FP16)
+    explainer = lrpfx.Explainer(model_of(name, FP16), x, RULES[rules](1e-9))
+    for ledger in (True, False):
+        relevance = explainer(x, target_of(name), ledger=ledger).relevance
+        assert_close(relevance, expected(name, rules, ledger), FP16)
+
+
+def test_small_negative_contributions_are_computed_and_not_a_difference() -> None:
+    parts = dict(first=nn.Conv2d(3, 8, 3), second=nn.Conv2d(8, 8, 3), head=nn.Linear(8, 5))
+    zoo.randomize(model := Apply(positive_network, **parts)).bfloat16()
+    for layer in (model.first, model.second):
+        negative = layer.weight.data < 0
+        layer.weight.data = torch.where(negative, layer.weight / 100, layer.weight).detach()
+    x = zoo.images(3, 3, 16, 16).abs()
+    wanted = lrpfx.explain(model.float(), x.float(), 1, rules="epsilon_alpha2_beta1").relevance
+    explainer = lrpfx.Explainer(model.bfloat16(), x.bfloat16(), "epsilon_alpha2_beta1")
+    for ledger in (True, False):
+        got = explainer(x.bfloat16(), 1, ledger=ledger).relevance.detach()
+        assert families.error(got.float(), wanted.detach()) < 0.03
+
+
+def positive_network(m: Any, x: Tensor) -> Tensor:
+    return m.head(m.second(m.first(x).relu()).relu().mean((2, 3)))
+
+
+NORMS = {
+    "layer norm of small": (nn.LayerNorm(32, eps=1e-12), 1e-3),
+    "layer norm of large": (nn.LayerNorm(32), 1e3),
+    "rms norm of small": (nn.RMSNorm(32), 1e-3),
+    "group norm of large": (nn.GroupNorm(4, 32), 1e3),
+}
+
+
+@pytest.mark.parametrize(("norm", "size"), NORMS.values(), ids=NORMS)
+def test_norms_of_what_float16_cannot_square(norm: nn.Module, size: float) -> None:
+    torch.manual_seed(0)
+    parts = dict(first=nn.Linear(12, 32), norm=norm, head=nn.Linear(32, 5))
+    model = Apply(lambda m, x: m.head(m.norm(m.first(x) * size)), **parts)
+    x = inputs_of("perceptron")
+    with torch.no_grad():
+        target = model(x).abs().argmax(1)
+    wanted = lrpfx.explain(model, x, target, rules="epsilon_all").relevance
+    for dtype in HALVES:
+        half = copy.deepcopy(model).to(dtype)
+        explainer = lrpfx.Explainer(half, x.to(dtype), "epsilon_all")
+        for ledger in (True, False):
+            assert_close(explainer(x.to(dtype), target, ledger=ledger).relevance, wanted, dtype)
+
+
+# The division ------------------------------------------------------------------------------------
+
+SIZES = [0.0, 6e-8, 1e-6, 1e-4, 0.3, 7.0, 300.0]
+STABILIZERS = {
+    "1e-6": 1e-6,
+    "1e-9": 1e-9,
+    "1": 1,
+    "clip": lrpfx.Stabilizer(1e-9, clip=True),
+    "norm": lrpfx.Stabilizer(1e-3, norm_scale=True),
+}
+
+
+@EITHER
+@pytest.mark.parametrize("stabilizer", STABILIZERS.values(), ids=STABILIZERS)
+def test_the_quotient_is_that_of_float32(stabilizer: Any, dtype: torch.dtype) -> None:
+    """But for zero, where there is nothing to share by, and for what the dtype cannot hold."""
+    sizes = torch.tensor(SIZES, dtype=dtype)
+    z = torch.cat([sizes, -sizes]).expand(4, -1).contiguous()
+    R = torch.tensor([[2.0], [-0.1], [1e-5], [0.0]], dtype=dtype).expand(z.shape).contiguous()
+    exact, _ = divide(R.double(), z.double(), stabilizer)
+    most = torch.finfo(dtype).max
+    wanted = exact.masked_fill(z == 0, 0.0).clamp(-most, most).to(dtype)
+    got, _ = divide(R, z, stabilizer)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, wanted, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+    assert torch.equal(share(R, z.clone(), stabilizer, taken=False), got)
+    assert torch.equal(share(R.abs(), z.abs(), stabilizer, False, positive=True), got.abs())
+    taken = share(R, z, stabilizer, taken=True)
+    wanted = divide(z.double() * R.double(), z.double(), stabilizer)[0].to(dtype)
+    torch.testing.assert_close(taken, wanted, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+
+
+@EITHER
+def test_relevance_that_is_not_finite_is_not_hidden(dtype: torch.dtype) -> None:
+    z = torch.tensor([1.0, -2.0, 1e-7], dtype=dtype)
+    for bad in (torch.inf, torch.nan):
+        for found in (divide(torch.full_like(z, bad), z, 1e-6)[0], share(z * bad, z, 1e-6, False)):
+            assert not found.isfinite().any()
+
+
+@EITHER
+def test_relevance_that_stays_is_booked(dtype: torch.dtype) -> None:
+    """Every output is zero, and so has nothing to share its relevance by."""
+    model = Apply(lambda m, x: m.fc(x), fc=nn.Linear(3, 2, bias=False)).to(dtype)
+    nn.init.zeros_(model.fc.weight)
+    x, seed = torch.ones(1, 3, dtype=dtype), torch.ones(1, 2, dtype=dtype)
+    explanation = lrpfx.explain(model, x, seed, rules="epsilon_all")
+    assert not explanation.relevance.any()
+    assert explanation.report.absorbed["dead"] == 2.0
+
+
+# autocast ----------------------------------------------------------------------------------------
+
+
+@EITHER
+@every
+def test_autocast_around_the_call(name: str, rules: str, dtype: torch.dtype) -> None:
+    """It holds for the explanation as it would for the model."""
+    x, model = inputs_of(name), exact(name, rules)
+    for ledger in (True, False):
+        with assert_untouched(None, x), torch.autocast("cpu", dtype=dtype):
+            before = autocast_state()
+            explanation = model(x, target_of(name), ledger=ledger)
+            assert autocast_state() == before
+        assert explanation.output.dtype == dtype
+        assert explanation.relevance.dtype == torch.float32
+        assert_close(explanation.relevance, expected(name, rules, ledger), dtype)
+
+
+def autocast_state() -> tuple[Any, ...]:
+    enabled, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+    return enabled, dtype, torch.is_autocast_cache_enabled()
+
+
+@pytest.mark.parametrize(
+    ("name", "rules", "dtype"),
+    [
+        ("residual", "alpha_beta", BF16),
+        ("residual", "epsilon_plus", FP16),
+        ("perceptron", "epsilon_all", FP16),
+        ("vit", "attnlrp", BF16),
+    ],
+)
+def test_autocast_in_forward(name: str, rules: str, dtype: torch.dtype) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=dtype):
+            return m.model(x)
+
+    x, model = inputs_of(name), Apply(forward, model=model_of(name))
+    explainer = lrpfx.Explainer(model, x, RULES[rules](1e-6))
+    for ledger in (True, False):
+        explanation = explainer(x, target_of(name), ledger=ledger)
+        assert explanation.relevance.dtype == torch.float32
+        assert explanation.output.dtype == model(x).dtype == dtype
+        assert_close(explanation.relevance, expected(name, rules, ledger), dtype)
+
+
+def test_autocast_around_the_capture_is_not_kept() -> None:
+    x = inputs_of("residual")
+    with torch.autocast("cpu", dtype=BF16):
+        explainer = lrpfx.Explainer(
+            model_of("residual"), x, RULES["epsilon_plus"](1e-6), freeze=True
+        )
+        explainer(x, target_of("residual"), ledger=False)
+    for ledger in (True, False):
+        relevance = explainer(x, target_of("residual"), ledger=ledger).relevance
+        torch.testing.assert_close(relevance, expected("residual", "epsilon_plus", ledger))
+
+
+def test_autocast_keeps_no_weights_without_a_gradient() -> None:
+    """Under autocast PyTorch remembers the weights that it has cast, here without autograd."""
+    x, explainer = inputs_of("residual"), exact("residual", "epsilon_plus")
+    model = explainer._captured.model
+    with torch.autocast("cpu", dtype=BF16):
+        explainer(x, 1)
+        (gradient,) = torch.autograd.grad(model(x).sum(), model.stem[0].weight)
+    assert gradient.any()
