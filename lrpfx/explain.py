@@ -15,6 +15,7 @@ from lrpfx.assign import assign
 from lrpfx.backward import at_a_time, pull
 from lrpfx.canonize import canonize
 from lrpfx.capture import TRACING, Captured, capture, check_faithful, run_model
+from lrpfx.carriers import find_carriers
 from lrpfx.composites import RulesLike
 from lrpfx.errors import (
     CaptureError,
@@ -183,7 +184,9 @@ class Explainer:
         quotients = [n for n in graph.nodes if n.meta.get(HELD) == DIVISOR]
         if divisors := [n for n in quotients if not reachable(n.args).isdisjoint(self._starts)]:
             notes.append(f"{len(divisors)} divisors of live tensors count as constants")
-        self._report = make_report(self._plan, constants, notes)
+        carriers = find_carriers(graph, self._plan.assignments, self._live, self._starts, ())
+        multipliers = {node.name: carry.takes for node, carry in carriers.items()}
+        self._report = make_report(self._plan, constants, notes, multipliers)
         self._instrument(())
 
     @property

@@ -270,6 +270,7 @@ def _report_from(stored: dict[str, Any]) -> Report:
                 "shape": tuple(row["shape"]),
                 "folded": tuple(row["folded"]),
                 "inputs": tuple(row.get("inputs", ())),  # version 0.1.0 did not store them
+                "edge": row.get("edge", ""),
             }
         )
         for row in stored["rows"]

@@ -26,6 +26,10 @@ _COLUMNS = (
     Column("rule", 13),
     Column("why", 16),
     Column("shape", 12),
+)
+_PLANNED = (*_COLUMNS, Column("edge", 5))
+_BOOKED = (
+    *_COLUMNS,
     Column("R in", 9, right=True),
     Column("R out", 9, right=True),
     Column("absorbed", 9, right=True),
@@ -51,6 +55,8 @@ class Row:
         relevance_out: Relevance handed on to its inputs.
         absorbed: What stayed, by cause.
         inputs: Names of the nodes its relevance goes to: further rows, or where it is wanted for.
+        edge: What arrives at its output where no ledger is kept: relevance "R", or "R / a", the
+            multiplier of the activation a.
     """
 
     node: str
@@ -66,6 +72,7 @@ class Row:
     relevance_out: float | None = None
     absorbed: dict[str, float] = field(default_factory=dict)
     inputs: tuple[str, ...] = ()
+    edge: str = ""
 
     @property
     def path(self) -> tuple[str, ...]:
@@ -200,6 +207,7 @@ class Report(Tabular):
                     "relevance_out": row.relevance_out,
                     "absorbed": dict(row.absorbed),
                     "inputs": list(row.inputs),
+                    "edge": row.edge,
                 }
                 for row in self.rows
             ],
@@ -242,8 +250,11 @@ class Report(Tabular):
 
     def table(self) -> Table:
         """One line per row, 120 characters wide; numbers where they are known."""
-        columns = _COLUMNS if self.has_ledger else _COLUMNS[:5]
-        cells = [_cells(row)[: len(columns)] for row in self.rows]
+        if self.has_ledger:
+            cells = [[*_cells(row), *_booked(row)] for row in self.rows]
+            return Table(self.summary(), _BOOKED, cells, width=120)
+        columns = _PLANNED if any(row.edge for row in self.rows) else _COLUMNS
+        cells = [[*_cells(row), row.edge][: len(columns)] for row in self.rows]
         return Table(self.summary(), columns, cells, width=120)
 
     def leaks(self, top: int | None = 5) -> Leaks:
@@ -296,8 +307,21 @@ class Report(Tabular):
         return to_mermaid(self)
 
 
-def make_report(plan: Plan, constant_nodes: int, notes: Sequence[str]) -> Report:
-    """The report before any explanation: coverage and rules."""
+def make_report(
+    plan: Plan,
+    constant_nodes: int,
+    notes: Sequence[str],
+    multipliers: Mapping[str, bool] | None = None,
+) -> Report:
+    """The report before any explanation: coverage and rules.
+
+    Args:
+        plan: A rule for each live node.
+        constant_nodes: See ``Report``.
+        notes: See ``Report``.
+        multipliers: By node name, whether a multiplier arrives where no ledger is kept.
+    """
+    edges = {name: "R / a" if taken else "R" for name, taken in (multipliers or {}).items()}
     rows = []
     for name, assignment in plan.assignments.items():
         r = assignment.record
@@ -313,6 +337,7 @@ def make_report(plan: Plan, constant_nodes: int, notes: Sequence[str]) -> Report
                 folded=tuple(dict.fromkeys(c.path for c in r.folded[-1:])),
                 source=r.source,
                 inputs=r.inputs,
+                edge=edges.get(name, ""),
             )
         )
     return Report(tuple(rows), plan.rules, constant_nodes, tuple(notes))
@@ -360,6 +385,11 @@ def _cells(row: Row) -> list[str]:
         row.rule or "no rule",
         entry or composite,
         "x".join(str(size) for size in row.shape),
+    ]
+
+
+def _booked(row: Row) -> list[str]:
+    return [
         number(row.relevance_in),
         number(row.relevance_out),
         number(sum(row.absorbed.values()) if row.relevance_in is not None else None),

@@ -87,6 +87,7 @@ class _Tree:
             f"{html.escape(row.rule or 'no rule')}</span>",
             html.escape(row.why),
             html.escape("x".join(map(str, row.shape))),
+            *([] if booked else [html.escape(row.edge)]),
             *self._flow(row.relevance_in, sum(row.absorbed.values()) if booked else None),
             html.escape(causes),
             f'<code title="{html.escape(row.source)}">{html.escape(row.place)}</code>',

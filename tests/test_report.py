@@ -567,3 +567,23 @@ def test_golden(name: str) -> None:
     if os.environ.get("LRPFX_GOLDEN") == "write":
         path.write_text(text, encoding="utf-8")
     assert text == path.read_text(encoding="utf-8")
+
+
+# -- what edges carry -----------------------------------------------------------------------------
+
+
+def test_the_plan_says_what_edges_carry_without_a_ledger() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)
+    )
+    x = torch.ones(1, 1, 6, 6)
+    explainer = lrpfx.Explainer(model, x, "epsilon_plus")
+    edges = {row.node: row.edge for row in explainer.report.rows}
+    assert list(edges.values()) == ["R / a"] * 5 + ["R"]
+    assert "edge" in repr(explainer.report) and "R / a" in explainer.report.to_html()
+    booked = explainer(x, 0).report
+    assert "R / a" not in repr(booked) and "R / a" not in booked.to_html()
+    assert "R / a" in repr(explainer(x, 0, ledger=False).report)
+    # Below convolutions whose input may be negative, z-plus gives no multiplier.
+    signed = lrpfx.Explainer(nn.Sequential(model[0], model[2]), x, "epsilon_plus").report
+    assert [row.edge for row in signed.rows] == ["R", "R"]
