@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -308,7 +308,7 @@ class FastStreams(Streams):
             rule=rule,
             site=site,
             reads_input=reads_input,
-            carry=carry,
+            carry=replace(carry, cut=before is not node),
             memory=memory,
             derived=derived,
         )

@@ -78,14 +78,16 @@ class Term:
         bias: In the op's own layout; None if the denominator has no bias.
         gate: Factor on R: a number or a tensor shaped like z.
         total: d where it is known already, to save computing it.
-        positive: Whether d is a sum of what is not negative.
+        sign: 1 if d is known to be >= 0, -1 if it is known to be <= 0, else 0.
+        where: The term shares only what arrives where this is positive; everywhere if None.
     """
 
     parts: Sequence[tuple[Signal | None, AffineMap]]
     bias: Tensor | None = None
     gate: float | Tensor = 1.0
     total: Tensor | None = None
-    positive: bool = False
+    sign: int = 0
+    where: Tensor | None = None
 
 
 ZeroParams = str | Sequence[str] | None
@@ -192,21 +194,29 @@ class AffineRule(Rule):
     ) -> tuple[Tensor, ...]:
         """c_x = sum over terms and parts of W_i's."""
         f = self._parameters(replace(call.affine(x), memory=call.memory))
-        found: list[Signal] = []
-        for term in self.terms(Input(x, call.nonneg, fast=True, above=carry.above), f, z):
+        terms = self.terms(Input(x, call.nonneg, fast=True, above=carry.above), f, z)
+        if isinstance(self, (Epsilon, Norm)) and not self.zero_params:  # d = z
+            return f.T(share(m, z, self._stabilizer, carry.takes, int(carry.cut)), x)
+        R = z * m if carry.takes else m
+        found: list[tuple[float, Signal]] = []
+        for term in terms:
             parts = [(part, W) for part, W in term.parts if part is not None]
-            whole = isinstance(term.gate, float) and term.gate == 1
-            if isinstance(self, (Epsilon, Norm)) and not self.zero_params:  # d = z
-                s = share(m, z, self._stabilizer, carry.takes)
-            else:
-                known = term.total is not None and not self.zero_params
-                d = term.total if known else _denominator(parts, term.bias)
-                assert d is not None
-                R = z * m if carry.takes else m
-                R = R if whole else R * term.gate
-                s = share(R, d, self._stabilizer, False, term.positive)
-            found += [W.T(s, x) for _, W in parts]
-        return tuple(_sum(c) for c in zip(*found, strict=True))
+            gate, gated = term.gate, R if term.where is None else _above(term.where, R)
+            if isinstance(gate, Tensor):
+                gate, gated = 1.0, gated * gate
+            s = self._share(gated, term, parts)
+            found += [(gate, W.T(s, x)) for _, W in parts]
+        return tuple(_weighted_sum([(gate, c[i]) for gate, c in found]) for i in range(len(x)))
+
+    def _share(self, R: Tensor, term: Term, parts: Sequence[tuple[Signal, AffineMap]]) -> Tensor:
+        """R / st(d)."""
+        stabilizer, bias = self._stabilizer, term.bias
+        if term.total is not None and not self.zero_params:
+            return share(R, term.total, stabilizer, False, term.sign)
+        if term.sign > 0 and bias is not None and not callable(stabilizer) and stabilizer > 0:
+            if R.dtype not in HALVES:  # added where the bias is, it takes no pass of its own
+                return R / _denominator(parts, bias + stabilizer)
+        return share(R, _denominator(parts, bias), stabilizer, False, term.sign)
 
     @property
     def _stabilizer(self) -> StabilizerLike:
@@ -230,6 +240,20 @@ def _sum(terms: Sequence[Tensor]) -> Tensor:
     total = terms[0]
     for term in terms[1:]:
         total = total + term
+    return total
+
+
+def _above(where: Tensor, R: Tensor) -> Tensor:
+    """R where ``where`` is positive, else 0."""
+    passed: Tensor = torch.ops.aten.threshold_backward(R, where, 0)
+    return passed
+
+
+def _weighted_sum(terms: Sequence[tuple[float, Tensor]]) -> Tensor:
+    gate, first = terms[0]
+    total = first if gate == 1 else first * gate
+    for gate, term in terms[1:]:
+        total = torch.add(total, term, alpha=gate)
     return total
 
 
@@ -338,7 +362,7 @@ class ZPlus(AffineRule):
 
     def terms(self, x: Input, f: AffineMap, z: Tensor) -> Sequence[Term]:
         """The positive contributions."""
-        return [Term(_agreeing(x, f), _part(positive, f.bias), positive=True)]
+        return [Term(_agreeing(x, f), _part(positive, f.bias), sign=1)]
 
 
 @dataclass(frozen=True)
@@ -384,7 +408,7 @@ class AlphaBeta(AffineRule):
         # d1 + d2 = z; rounded to a half type, the difference is nothing like d2.
         if x.fast and not self.zero_params and z.dtype not in HALVES:
             d = _denominator([(x.all, f.pos)], plus.bias)
-            return [replace(plus, total=d, positive=True), replace(minus, total=z - d)]
+            return [replace(plus, total=d, sign=1), replace(minus, total=z - d, sign=-1)]
         return [plus, minus]
 
 
@@ -421,14 +445,26 @@ class Gamma(AffineRule):
         """Outputs above zero favour positive contributions, outputs below zero negative ones."""
         g = self.gamma
         up = f.with_weight(lambda w: w + g * positive(w), f"up {g}")
-        down = f.with_weight(lambda w: w + g * negative(w), f"down {g}")
         bias_up = _part(lambda b: b + g * positive(b), f.bias)
+        if x.above and x.nonneg:  # nothing arrives elsewhere
+            d = _denominator([(x.all, up)], bias_up).clamp_min_(0.0)
+            return [Term([(x.all, up)], bias_up, total=d, sign=1)]
+        down = f.with_weight(lambda w: w + g * negative(w), f"down {g}")
         bias_down = _part(lambda b: b + g * negative(b), f.bias)
-        above, below = (z > 0).to(z.dtype), (z < 0).to(z.dtype)
-        over = Term([(x.pos, up), (x.neg, down)], bias_up, gate=above)
-        if x.above:  # nothing arrives elsewhere
-            return [replace(over, gate=1.0)]
-        return [over, Term([(x.pos, down), (x.neg, up)], bias_down, gate=below)]
+        over = Term([(x.pos, up), (x.neg, down)], bias_up)
+        under = Term([(x.pos, down), (x.neg, up)], bias_down)
+        if not x.fast:
+            above, below = (z > 0).to(z.dtype), (z < 0).to(z.dtype)
+            return [replace(over, gate=above), replace(under, gate=below)]
+        over, under = replace(over, where=z), replace(under, where=-z)
+        if x.nonneg and not self.zero_params and z.dtype not in HALVES:
+            # d1 = z + g d and d2 = z + g (z - d), with d what contributes positively; where a term
+            # counts, its denominator has the sign of z.
+            d = _denominator([(x.all, f.pos)], _part(positive, f.bias))
+            over = replace(over, total=torch.add(z, d, alpha=g).clamp_min_(0.0), sign=1)
+            d2 = torch.sub((1 + g) * z, d, alpha=g)
+            under = replace(under, total=d2.clamp_max_(0.0), sign=-1)
+        return [over, under]
 
 
 @dataclass(frozen=True, eq=False)  # fields may be tensors, which do not compare to a bool

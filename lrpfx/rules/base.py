@@ -138,35 +138,40 @@ class Carry:
         takes: Whether a multiplier arrives at its output, and not relevance.
         gives: Per live input, whether a multiplier is handed to it.
         above: Whether nothing arrives where the output is not positive.
+        cut: Whether the output is given with zeros there, as a ReLU makes them.
     """
 
     takes: bool
     gives: tuple[bool, ...]
     above: bool
+    cut: bool = False
 
 
-def share(
-    m: Tensor, z: Tensor, stabilizer: StabilizerLike, taken: bool, positive: bool = False
-) -> Tensor:
+def share(m: Tensor, z: Tensor, stabilizer: StabilizerLike, taken: bool, sign: int = 0) -> Tensor:
     """``R / st(z)`` with R = z m if ``taken``, else R = m; without a derivative.
 
-    Where nothing is added to the denominator and a multiplier is taken, ``z`` is not read. Where
-    it is known to be ``positive``, it is the caller's to give away.
+    Where nothing is added to the denominator and a multiplier is taken, ``z`` is not read.
+
+    Args:
+        m: What arrives.
+        z: The denominator.
+        stabilizer: See ``divide``.
+        taken: Whether a multiplier arrives.
+        sign: 1 or -1 for a denominator that has no other; 0 if it is not known.
     """
     if taken and is_zero(stabilizer):
         return m
     if taken and not callable(stabilizer):  # z / st(z) = |z| / (|z| + epsilon)
-        size = widened(z.abs())
-        return (m * size).div_(size.add_(stabilizer)).to(z.dtype)
+        size = widened(z if sign > 0 else z.abs())
+        return (m * size).div_(size + stabilizer).to(z.dtype)
     if callable(stabilizer) or z.dtype in HALVES:
         return divide(widened(z) * m if taken else m, z, stabilizer)[0]
     if stabilizer == 0:
         return divide(m, z, stabilizer)[0]
-    if positive:
-        return m / z.add_(stabilizer)
-    # As ``divide`` has it, with one tensor of its own.
-    stable = torch.where(z >= 0, z.new_tensor(stabilizer), z.new_tensor(-stabilizer)).add_(z)
-    return m / stable
+    if sign:
+        return m / (z + sign * stabilizer)
+    # As ``divide`` has it, in less time: -0.0 counts as positive, too, and -0.0 + 0.0 is 0.0.
+    return m / torch.copysign(z.new_tensor(stabilizer), z + 0.0).add_(z)
 
 
 @dataclass(frozen=True)
