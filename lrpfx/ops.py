@@ -387,16 +387,12 @@ _add(
     nonneg=lambda args, inputs: inputs and args["interpolation_mode"] != 2,  # 2 is cubic
 )
 _add([aten.col2im.default], "reduction", "affine", nonneg=inherited)
-_add([aten.grid_sampler.default], "interpolate", "affine", ["input"])
-for _target in (
-    aten.index_add.default,
-    aten.scatter_add.default,
-    aten._unsafe_index_put.default,  # index_put with accumulate
+for _target, _added in (
+    (aten.index_add.default, "source"),
+    (aten.scatter_add.default, "src"),
+    (aten._unsafe_index_put.default, "values"),  # index_put with accumulate
 ):
-    _added = ("src", "source", "values")
-    _patterns: list[str | tuple[str, ...]]
-    _patterns = ["self", *_added, *(("self", name) for name in _added)]
-    _add([_target], "sum", "affine", _patterns, affine=maps.affine_op)
+    _add([_target], "sum", "affine", ["self", _added, ("self", _added)], affine=maps.affine_op)
 
 
 def _nonneg_sum(args: dict[str, Any], inputs: bool) -> bool:
@@ -555,7 +551,7 @@ _add(
 )
 _add(
     [aten.amax.default, aten.amin.default, aten.max.dim, aten.min.dim]
-    + [aten.max.default, aten.min.default, aten.topk.default],
+    + [aten.max.default, aten.min.default],
     "max",
     "select",
     nonneg=inherited,
@@ -574,8 +570,7 @@ def _padded(args: dict[str, Any], inputs: bool) -> bool:
 
 
 _add(
-    [aten.view.default, aten.reshape.default, aten._unsafe_view.default]
-    + [aten.flatten.using_ints, aten.unflatten.int]
+    [aten.reshape.default, aten.flatten.using_ints, aten.unflatten.int]
     + [aten.permute.default, aten.transpose.int, aten.t.default, aten.numpy_T.default]
     + [aten.mT.default, aten.swapaxes.default, aten.swapdims.default, aten.movedim.int]
     + [aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist]
@@ -586,8 +581,7 @@ _add(
     + [aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes, aten.chunk.default]
     + [aten.unsafe_split.Tensor, aten.unsafe_chunk.default, aten.unbind.int]
     + [aten.tensor_split.sections, aten.tensor_split.indices, aten.diagonal.default]
-    + [aten.clone.default, aten.contiguous.default, aten.alias.default, aten.to.dtype]
-    + [aten.to.device, aten.to.dtype_layout, aten._to_copy.default]
+    + [aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default]
     + [aten.unfold.default, aten.tril.default, aten.triu.default],
     "reshape",
     "move",
@@ -641,13 +635,8 @@ _add(
     ["self", "src", ("self", "src")],
 )
 _add([aten.index_put.default], "scatter", "move", ["self", "values", ("self", "values")])
-_add(
-    [aten.scatter.src, aten.index_copy.default],
-    "scatter",
-    "move",
-    ["self", "src", ("self", "src"), "source", ("self", "source")],
-)
-
+_add([aten.scatter.src], "scatter", "move", ["self", "src", ("self", "src")])
+_add([aten.index_copy.default], "scatter", "move", ["self", "source", ("self", "source")])
 _add([aten.fill.Tensor], "scatter", "move", ["value", ("self", "value")])
 
 # -- piecewise constant ops: relevance ends here --------------------------------------------------
@@ -657,13 +646,7 @@ _add(
     + [aten.round.default, aten.trunc.default, aten.zeros_like.default, aten.ones_like.default]
     + [aten.full_like.default, aten.empty_like.default, aten.new_zeros.default]
     + [aten.new_ones.default, aten.new_full.default, aten.new_empty.default]
-    + [
-        aten.fill.Scalar,
-        aten.fill.Tensor,
-        aten.zero.default,
-        aten.floor_divide.default,
-        aten.bernoulli.default,
-    ],
+    + [aten.fill.Scalar, aten.fill.Tensor, aten.zero.default, aten.floor_divide.default],
     "constant",
     "constant",
 )

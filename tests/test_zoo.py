@@ -1,0 +1,333 @@
+"""Models of torchvision and transformers, and what they leave of the op table, against oracles.
+
+A sample of what ``benchmarks.coverage`` measures, small enough for every change. The oracles and
+their tolerances are that script's.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from math import prod
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.coverage import measure
+from benchmarks.zoos import ZOOS, Case, images
+from lrpfx import ops
+
+aten = torch.ops.aten
+
+#: What is fast, and different from the others.
+TRANSFORMERS = "llama gpt2 gpt_neo mixtral mamba opt bert deberta-v2 whisper vit".split()
+TRANSFORMERS += "convnextv2 regnet poolformer wavlm clip".split()
+TORCHVISION = ["squeezenet1_1", "resnet18"]
+
+# -- what no model of the sample uses -------------------------------------------------------------
+
+Weight = Callable[..., Tensor]
+Parts = Callable[[Tensor, Weight], Sequence[Tensor]]
+
+
+class Mixed(nn.Module):
+    """A linear head on all that ``parts`` makes of the input (N, 4, 6, 6).
+
+    Args:
+        parts: Takes the input and what gives it constants of any shape.
+    """
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__()
+        self.parts = parts
+        self.gain = nn.Parameter(torch.rand(4, 6, 6) + 0.5)
+        self.weights = nn.Parameter(torch.randn(200))
+        with torch.no_grad():
+            size = self.flat(torch.randn(2, 4, 6, 6)).shape[1]
+        self.head = nn.Linear(size, 3)
+
+    def weight(self, *shape: int) -> Tensor:
+        return self.weights[: prod(shape)].reshape(shape)
+
+    def flat(self, x: Tensor) -> Tensor:
+        return torch.cat([part.flatten(1) for part in self.parts(x * self.gain, self.weight)], 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.flat(x))
+
+
+def convolutions(x: Tensor, w: Weight) -> Sequence[Tensor]:
+    sequence, volume = x.flatten(2), x.unflatten(1, (2, 2))
+    row, steps = x.flatten(1), torch.arange(4, dtype=x.dtype)
+    return [
+        F.conv1d(sequence, w(3, 4, 3), w(3), padding="same"),
+        F.conv2d(x, w(3, 4, 1, 3), padding="same"),
+        F.conv3d(volume, w(3, 2, 2, 2, 3), w(3)),
+        F.conv3d(volume, w(3, 2, 1, 3, 3), padding="same"),
+        F.conv_transpose1d(sequence, w(4, 3, 3), w(3), stride=2),
+        F.conv_transpose2d(x, w(4, 3, 3, 3), w(3), stride=2, padding=1),
+        F.conv_transpose3d(volume, w(2, 3, 2, 2, 2), w(3)),
+        F.batch_norm(x.abs(), steps, steps + 1, w(4), w(4)),
+        x @ w(6, 6),
+        torch.mm(row, w(1, 144).t()),
+        torch.mm(w(1, 144), row.t()).t(),
+        torch.addmm(w(1, 1), row, w(1, 144).t()),
+        torch.addmm(w(1, 1), w(1, 144), row.t()).t(),
+        torch.bmm(x[:, 0], w(1, 6, 6).expand(x.shape[0], 6, 6)),
+        torch.bmm(w(1, 6, 6).expand(x.shape[0], 6, 6), x[:, 0]),
+    ]
+
+
+def pools(x: Tensor, w: Weight) -> Sequence[Tensor]:
+    sequence, volume = x.flatten(2), x.unflatten(1, (2, 2))
+    twice = dict(scale_factor=2.0)
+    return [
+        F.avg_pool1d(sequence, 3, 2, 1),
+        F.avg_pool3d(volume, 2),
+        F.adaptive_avg_pool1d(sequence, 5),
+        F.adaptive_avg_pool3d(volume, 2),
+        F.fold(x.reshape(-1, 4, 36)[:, :, :9], (4, 4), (2, 2)),
+        F.interpolate(sequence, 5, mode="linear"),
+        F.interpolate(volume, mode="trilinear", **twice),
+        F.interpolate(x, mode="bilinear", **twice),
+        F.interpolate(x, (3, 3), mode="bilinear", antialias=True),
+        F.interpolate(x, (3, 4), mode="bicubic", antialias=True),
+        F.interpolate(x, (9, 5), mode="bicubic"),
+        F.interpolate(sequence, **twice),
+        F.interpolate(x, **twice),
+        F.interpolate(volume, **twice),
+        F.interpolate(sequence, 5, mode="nearest-exact"),
+        F.interpolate(x, (4, 9), mode="nearest-exact"),
+        F.interpolate(volume, (3, 4, 5), mode="nearest-exact"),
+        F.grid_sample(x, w(1, 3, 5, 2).expand(x.shape[0], 3, 5, 2).tanh(), align_corners=False),
+    ]
+
+
+def sums(x: Tensor, w: Weight) -> Sequence[Tensor]:
+    return [
+        w(6) + x,
+        w(6) - x,
+        torch.rsub(x, x.flip(1), alpha=2),
+        torch.rsub(x, w(6)),
+        aten.add.Scalar(x, 0.5),
+        aten.sub.Scalar(x, 0.5),
+        2 - x,
+        aten.mul.Scalar(x, 3),
+        aten.div.Scalar(x, 3),
+    ]
+
+
+def writes(x: Tensor, w: Weight) -> Sequence[Tensor]:
+    """Into what is live, of what is live, and both."""
+    row = x.flatten(1)
+    fixed = w(144).expand(x.shape[0], 144)
+    places, once, twice = fixed[:, :70].argsort(1), torch.tensor([3, 0]), torch.tensor([1, 1])
+    found = []
+    for into, values in ((row, row.flip(1)), (row, fixed), (fixed, row)):
+        found += [
+            into.index_add(1, twice, values[:, :2]),
+            into.scatter_add(1, places // 2, values[:, :70]),
+            aten.index_put(into, [None, twice], values[:, :2], True),
+            into.index_copy(1, once, values[:, :2]),
+            into.scatter(1, places, values[:, :70]),
+            aten.index_put(into, [None, once], values[:, :2]),
+            into.slice_scatter(values[:, :2], 1, 2, 4),
+            into.select_scatter(values[:, 0], 1, 2),
+            torch.where(w(144) > 0, into, values),
+        ]
+    return found
+
+
+def views(x: Tensor, w: Weight) -> Sequence[Tensor]:
+    row, fixed = x.flatten(1), w(4, 6, 6).expand(x.shape[0], 4, 6, 6)
+    return [
+        x.mT,
+        x.swapaxes(1, 2),
+        x.swapdims(1, 3),
+        x.movedim(1, -1),
+        x.movedim((1, 2), (3, 1)),
+        x.moveaxis(1, -1),
+        x.moveaxis((1, 2), (3, 1)),
+        row.T.T,
+        x[:, :1, :1].squeeze((1, 2)),
+        torch.broadcast_to(x[:, None], (-1, 2, 4, 6, 6)),
+        x.narrow(2, 1, 3),
+        aten.split.sizes(x, [1, 3], 1)[1],
+        x.unsafe_split(3, 2)[0],
+        x.unsafe_chunk(2, 1)[1],
+        x.tensor_split(3, 1)[1],
+        x.tensor_split((1, 2), 1)[2],
+        x.diagonal(dim1=2, dim2=3),
+        x.unfold(2, 3, 2),
+        x.tril(),
+        x.triu(),
+        row.view_as(x),
+        row.view_as(fixed),
+        x.reshape_as(row),
+        row.reshape_as(fixed),
+        x[:, :1].expand_as(x),
+        x[:, :1].expand_as(fixed),
+        x.repeat(1, 2, 1, 1),
+        x.tile((1, 2)),
+        x.flip((1, 3)),
+        x.rot90(1, (2, 3)),
+        F.pixel_shuffle(x, 2),
+        F.pixel_unshuffle(x, 2),
+        F.channel_shuffle(x, 2),
+        x.roll(1, 2),
+        F.unfold(x, (3, 2)),
+        x[:, torch.tensor([2, 0])],
+        x.index_select(1, torch.tensor([2, 0])),
+    ]
+
+
+def moves(x: Tensor, w: Weight) -> Sequence[Tensor]:
+    row, volume, mask = x.flatten(1), x.unflatten(1, (2, 2)), w(6, 6) > 0
+    return [
+        torch.concat([x, x.flip(1)], 1),
+        torch.hstack([row, -row]),
+        torch.vstack([row.T, row.T]).T,
+        torch.dstack([x, x]),
+        F.pad(x, (1, 2)),
+        aten.constant_pad_nd(x, (1, 2)),
+        aten.reflection_pad1d(row[:, None], (2, 1)),
+        aten.reflection_pad2d(x, (2, 1, 1, 0)),
+        aten.reflection_pad3d(volume, (2, 1, 1, 0, 1, 1)),
+        aten.replication_pad1d(row[:, None], (2, 1)),
+        aten.replication_pad2d(x, (2, 1, 1, 0)),
+        aten.replication_pad3d(volume, (2, 1, 1, 0, 1, 1)),
+        torch.where(mask, 0.5, x),
+        x.masked_fill(mask, w(1)[0]),
+    ]
+
+
+def constants(x: Tensor, w: Weight) -> Sequence[Tensor]:
+    n, wide = x.shape[0], x.to(torch.float64)
+    rows = w(1, 144).expand(n, 144).clone()
+    steps = [x.sign(), x.floor(), x.ceil(), x.round(), x.trunc(), x.detach().sign()]
+    steps += [(x // 2).detach()]  # which autograd has no derivative of
+    filled = [torch.zeros_like(x), torch.ones_like(x), torch.full_like(x, 2.0)]
+    filled += [x.new_zeros(n, 4, 6, 6), x.new_ones(4, 6, 6), x.new_full((4, 6, 6), 2.0)]
+    filled += [torch.fill(x, 2.0), torch.fill(x, w(1)[0]), aten.zero(x)]
+    filled += [torch.fill(torch.empty_like(x), 2.0), torch.fill(x.new_empty(4, 6, 6), 2.0)]
+    filled += [rows.view_as(x), rows.reshape_as(x), w(4, 6, 6).expand_as(x)]
+    return [
+        *[x * step for step in steps],
+        *[x * filling + filling for filling in filled],
+        wide.type_as(x),
+        wide.type_as(w(1)),
+        aten.to.other(wide, x),
+        aten.to.other(wide, w(1)),
+        (wide * w(6).type_as(wide)).type_as(x),
+        (wide * aten.to.other(w(6), wide)).type_as(x),
+        x.to("cpu", torch.float64).type_as(x),
+        aten._to_copy(x, dtype=torch.float64).type_as(x),
+        aten.to.dtype_layout(x, dtype=torch.float64).type_as(x),
+    ]
+
+
+def selections(x: Tensor, w: Weight) -> Sequence[Tensor]:
+    sequence, volume = x.flatten(2), x.unflatten(1, (2, 2))
+    found = [
+        F.max_pool1d(sequence, 3, 2, 1),
+        F.max_pool3d(volume, 2),
+        F.max_pool1d(sequence, 2, return_indices=True)[0],
+        F.max_pool2d(x, 2, return_indices=True)[0],
+        F.max_pool3d(volume, 2, return_indices=True)[0],
+        F.adaptive_max_pool1d(sequence, 3),
+        F.adaptive_max_pool2d(x, 2),
+        F.adaptive_max_pool3d(volume, 2),
+        x.amax((2, 3)),
+        x.amin(1),
+        x.max(1).values,
+        x.min(2).values,
+        F.relu6(x),
+        F.leaky_relu(x, 0.2),
+        F.prelu(x, w(4)),
+        x.abs(),
+    ]
+    for pick in (torch.maximum, torch.minimum, aten.max.other, aten.min.other):
+        found += [pick(x, x.flip(1)), pick(x, w(6)), pick(w(6), x)]
+    return found
+
+
+def sorts(x: Tensor, w: Weight) -> Sequence[Tensor]:
+    return [x.sort(1).values, x.sort(dim=2, stable=True).values, x.topk(2, 3).values]
+
+
+def activations(x: Tensor, w: Weight) -> Sequence[Tensor]:
+    size = x.abs() + 0.5
+    functions = [F.elu, F.selu, F.celu, F.mish, F.hardswish, F.hardsigmoid, F.hardtanh]
+    functions += [F.logsigmoid, F.hardshrink, F.softshrink]
+    functions += [torch.exp, torch.sin, torch.cos, torch.erf, torch.square, F.rrelu]
+    return [
+        *[function(x) for function in functions],
+        *[function(size) for function in (torch.log, torch.log1p, torch.sqrt)],
+        *[function(size) for function in (torch.reciprocal, torch.rsqrt)],
+        x**3,
+        x.clamp(-1, 1),
+        x.clamp_min(-0.5),
+        x.clamp_max(0.5),
+        x.clamp(w(6) - 1, w(6) + 1),
+        F.threshold(x, 0.1, 0.0),
+    ]
+
+
+def norms_and_products(x: Tensor, w: Weight) -> Sequence[Tensor]:
+    row = x.flatten(1)
+    return [
+        F.instance_norm(x, weight=w(4), bias=w(4)),
+        F.rms_norm(x, (6,), w(6)),
+        x * x.flip(1) * x.flip(2),
+        torch._softmax(x, -1, False),
+        torch.matmul(x, x.mT),
+        torch.einsum("nchw,ncwk->nchk", x, x),
+        torch.mm(row, row.T).diagonal()[:, None],
+    ]
+
+
+def of_one_sample(x: Tensor, w: Weight) -> Sequence[Tensor]:
+    """What would mix the samples, were it of the whole batch."""
+    found = []
+    for one in x:
+        sizes = [one.mean(), one.sum(), one.max(), one.min()]
+        parts = [torch.stack(sizes), one[:1].squeeze(), torch.fill(one, one[0, 0, 0])]
+        parts += [torch.fill(w(6), one[0, 0, 1])]
+        parts.append(one.take_along_dim(torch.zeros(4, 1, 6, dtype=torch.long), 1))
+        found.append(torch.cat([part.flatten() for part in parts]))
+    return [torch.stack(found)]
+
+
+MIXED = [convolutions, pools, sums, writes, views, moves, constants, selections, sorts, activations]
+MIXED += [norms_and_products, of_one_sample]
+
+
+def cases() -> dict[str, Case]:
+    """The sample of the zoo, images of 32 x 32, and the models above."""
+    found = {}
+    for zoo, names in (("transformers", TRANSFORMERS), ("torchvision", TORCHVISION)):
+        found |= {case.name: case for case in ZOOS[zoo]() if case.name in names}
+        assert found.keys() >= set(names)
+    for name in TORCHVISION:
+        found[name] = replace(found[name], inputs=images(3, 32, 32))
+    for parts in MIXED:
+        name = parts.__name__
+        found[name] = Case(name, functools.partial(Mixed, parts), images(4, 6, 6))
+    return found
+
+
+CASES = cases()
+row_of = functools.cache(lambda name: measure(CASES[name]))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_model_agrees_with_every_oracle(name: str) -> None:
+    assert row_of(name).agreed == "yes", row_of(name).reason
+
+
+def test_every_row_of_the_op_table_is_reached() -> None:
+    """With every choice of live arguments that it has, by a model of the test above."""
+    table = {(target, live) for target, op in ops.rows() for live in op.live}
+    missing = table - set().union(*(row_of(name).reached for name in CASES))
+    assert not missing, sorted(f"{target} with live {sorted(live)}" for target, live in missing)
