@@ -136,6 +136,27 @@ def test_no_attention_weights_are_kept() -> None:
     assert square == {False: True, True: False}
 
 
+def test_batch_norm_of_a_slice_whose_gradient_comes_in_another_order() -> None:
+    """PyTorch's own backward of it is wrong: it takes the gradient's strides for the input's."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.norm = nn.Conv2d(2, 6, 1), nn.BatchNorm2d(4)
+            self.norm.running_var.uniform_(0.5, 2)
+            self.norm.weight.data.uniform_(0.5, 2)
+            self.head = nn.Linear(4, 3)
+            self.double().eval()
+
+        def forward(self, x: Tensor) -> Tensor:
+            part = self.norm(self.conv(x).split([2, 4], 1)[1])
+            return self.head(part.flatten(2).transpose(1, 2)).square().mean(1)
+
+    x = torch.randn(1, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert error(lrpfx.Explainer(Model(), x, composites.EpsilonAll(0.0)), x, 1) < TOLERANCE
+
+
 @pytest.mark.parametrize(
     "f", [torch.sigmoid, F.softplus, torch.exp, torch.cos, lambda x: (1 + x) * torch.sigmoid(x)]
 )

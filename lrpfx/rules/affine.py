@@ -172,8 +172,12 @@ class AffineRule(Rule):
         return self.proportional == "always" or (self.proportional == "nonneg" and site.nonneg)
 
     def gradient_shares(self, site: Site) -> tuple[float, ...] | None:
-        """All, where the denominator is z itself; a norm's depends on its input."""
-        follows = self._exact(site) and site.op.family == "affine"
+        """All, where the denominator is z itself; a norm's depends on its input.
+
+        Not batch norm: PyTorch's own backward of it mixes up channels if the gradient of a single
+        sample comes in channels_last strides while the input is a slice of channels.
+        """
+        follows = self._exact(site) and site.op.family == "affine" and site.op.kind != "batch_norm"
         return (1.0,) * len(site.live) if follows else None
 
     @property
