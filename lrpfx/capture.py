@@ -142,10 +142,21 @@ def check_faithful(captured: Captured, module: fx.GraphModule, inputs: Inputs) -
         expected = tensors_in(run_model(model, copies(leaves), spec))
         args, kwargs = pytree.tree_unflatten(copies(leaves), spec)
         got = tensors_in(captured.rebuild(module(*args, **kwargs)))
-    same = len(expected) == len(got)
-    pairs = zip(expected, got, strict=True) if same else ()
-    worst = max((_difference(e, g) for e, g in pairs), default=0.0 if same else float("inf"))
+    worst = _worst(expected, got)
     if not worst <= 1.0:
+        near = [_next(leaf) for leaf in copies(leaves)]
+        with preserved(model):
+            again, rounded = (
+                _worst(expected, tensors_in(run_model(model, given, spec)))
+                for given in (copies(leaves), near)
+            )
+        if again <= 1.0 and not rounded <= 1.0:
+            raise CaptureError(
+                "the model makes so much of rounding errors that its output cannot be told from "
+                f"another's (inputs changed by one rounding: {rounded:.1e} times the tolerance).",
+                where=[f"{type(model).__name__}, in {_dtypes(expected)}"],
+                fix="explain it in float64: model.double() and inputs.double().",
+            )
         raise CaptureError(
             "the captured graph does not compute what the model computes "
             f"(difference {worst:.1e} times the tolerance).",
@@ -153,6 +164,24 @@ def check_faithful(captured: Captured, module: fx.GraphModule, inputs: Inputs) -
             fix="look for random numbers, counters or other Python state in forward(); "
             "they were baked in when the model was traced.",
         )
+
+
+def _worst(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
+    """The largest ``_difference`` of two outputs."""
+    if len(expected) != len(got):
+        return float("inf")
+    return max((_difference(e, g) for e, g in zip(expected, got, strict=True)), default=0.0)
+
+
+def _next(leaf: Any) -> Any:
+    """A floating tensor with every element changed by about one rounding."""
+    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+        return leaf
+    return leaf * (1 + 2 * torch.finfo(leaf.dtype).eps)
+
+
+def _dtypes(tensors: Sequence[Tensor]) -> str:
+    return ", ".join(dict.fromkeys(str(t.dtype).removeprefix("torch.") for t in tensors))
 
 
 def _difference(expected: Tensor, got: Tensor) -> float:

@@ -244,6 +244,25 @@ def through_numpy(m: Any, x: Tensor) -> Tensor:
     return m.fc(torch.from_numpy(np.tanh(x.detach().numpy())))
 
 
+def chaotic() -> nn.Module:
+    """Rounding errors of the first layer double at every step."""
+
+    class Chaotic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.norm = nn.Conv1d(3, 3, 1), nn.BatchNorm1d(3)
+            self.norm.running_var.fill_(0.7)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(self.conv(x)).sigmoid()
+            for _ in range(40):
+                y = 3.99 * y * (1 - y)
+            return y.flatten(1)
+
+    return Chaotic().eval()
+
+
 def scripted(module: nn.Module) -> Any:
     return torch.jit.script(module.eval())
 
@@ -291,6 +310,14 @@ CAPTURE = [
             # A graph for any batch size is no longer possible; one for this size is.
             "len": lambda m, x: m.fc(x) * torch.rand(len(x), 3),
         }.items()
+    ),
+    Case(
+        "chaotic",
+        errors.CaptureError,
+        chaotic,
+        lambda: x(2, 3, 4),
+        ("rounding", "Chaotic, in float32", r"model\.double\(\)"),
+        unsaid="random",
     ),
     Case(
         "random", errors.CaptureError, fc(lambda m, x: m.fc(x) * random.random()), says=("random",)
