@@ -2,7 +2,8 @@
 
 A zoo is torchvision, timm or transformers; its models are listed in ``benchmarks/zoos.py``. All
 have random weights, drawn so that every part matters (``randomize``). One Markdown table row is
-printed per model, and a whole run replaces the zoo's section of docs/coverage.md:
+printed per model, and a whole run replaces the zoo's section of docs/coverage.md; ``--only NAME
+--write`` renews rows of it:
 
 - captured: the model became a graph;
 - ruled: every op of it that depends on the input has a rule;
@@ -39,7 +40,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -131,10 +132,13 @@ class Row:
     reason: str = ""
     reached: frozenset[tuple[Any, frozenset[str]]] = frozenset()  # see ``reached_of``
 
-    COLUMNS = "model captured ruled forward ledger oracle agreed nodes seconds".split()
+    COLUMNS: ClassVar = "model captured ruled forward ledger oracle agreed nodes seconds".split()
 
     def __str__(self) -> str:
         return "| " + " | ".join(getattr(self, column) for column in self.COLUMNS) + " |"
+
+
+HEAD = ["| " + " | ".join(Row.COLUMNS) + " |", "|" + " --- |" * len(Row.COLUMNS)]
 
 
 def measure(case: Case) -> Row:
@@ -414,14 +418,28 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")[:300]
 
 
-def section(zoo: str, rows: Sequence[Row], lines: Sequence[str]) -> list[str]:
+def section(zoo: str, rows: Sequence[Row]) -> list[str]:
     """The zoo's part of the page."""
     misses = [row for row in rows if row.agreed != "yes"]
-    part = [f"## {zoo}", "", summary(zoo, rows), "", *lines]
+    part = [f"## {zoo}", "", summary(zoo, rows), "", *HEAD, *map(str, rows)]
     if misses:
         part += ["", f"Misses ({len(misses)}):", ""]
         part += [f"- {row.model}: {_cell(row.reason)}" for row in misses]
     return [*part, ""]
+
+
+def rows_of(page: str, zoo: str) -> dict[str, Row]:
+    """The rows that stand in the zoo's section, by model."""
+    found: dict[str, Row] = {}
+    part = page.partition(f"\n## {zoo}\n")[2].partition("\n## ")[0]
+    for line in part.splitlines():
+        if line.startswith("| ") and not line.startswith(("| model |", "| --- |")):
+            row = Row(*line.strip("|").strip().split(" | "))
+            found[row.model] = row
+        elif line.startswith("- "):
+            model, _, reason = line[2:].partition(": ")
+            found[model].reason = reason.replace("\\|", "|").replace("&lt;", "<")
+    return found
 
 
 def summary(zoo: str, rows: Sequence[Row]) -> str:
@@ -454,22 +472,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Which models lrpfx explains, measured.")
     parser.add_argument("zoo", nargs="?", default="torchvision", choices=list(ZOOS))
     parser.add_argument("--only", default="", help="a regular expression in the model's name")
+    parser.add_argument("--write", action="store_true", help="with --only: renew these rows")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    lines = ["| " + " | ".join(Row.COLUMNS) + " |", "|" + " --- |" * len(Row.COLUMNS)]
-    print("\n".join(lines))
-    rows = []
+    print("\n".join(HEAD))
+    rows, names = [], []
     for case in ZOOS[arguments.zoo]():
+        names.append(case.name)
         if re.search(arguments.only, case.name):
-            rows.append(measure(case))
-            lines.append(str(rows[-1]))
-            print(
-                lines[-1] + (f"  {_cell(rows[-1].reason)}" if rows[-1].reason else ""), flush=True
-            )
+            row = measure(case)
+            rows.append(row)
+            print(f"{row}  {_cell(row.reason)}", flush=True)
     print(summary(arguments.zoo, rows))
-    if not arguments.only:
+    if arguments.write or not arguments.only:
         page = PAGE.read_text() if PAGE.exists() else ""
-        part = section(arguments.zoo, rows, lines)
+        known = rows_of(page, arguments.zoo) | {row.model: row for row in rows}
+        part = section(arguments.zoo, [known[name] for name in names if name in known])
         PAGE.write_text(replace_section(page, arguments.zoo, part))
     return 0 if all(row.agreed == "yes" for row in rows) else 1
 

@@ -36,7 +36,7 @@ def images(*shape: int) -> Callable[[int], Tensor]:
 # -- torchvision ----------------------------------------------------------------------------------
 
 #: Side of the images, by the first name that the model's begins with; 64 elsewhere.
-SIDES = {"vit_h_14": 518, "vit": 224, "swin": 64, "maxvit": 224, "inception": 96, "alexnet": 96}
+SIDES = {"vit": 224, "swin": 64, "maxvit": 224, "inception": 96, "alexnet": 96}
 
 #: Videos: (channels, frames, height, width) where it is fixed, 8 frames of 64 x 64 elsewhere.
 VIDEOS = dict.fromkeys(["mvit_v1_b", "mvit_v2_s", "s3d"], (3, 16, 224, 224))

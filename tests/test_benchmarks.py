@@ -12,6 +12,7 @@ import torch
 import lrpfx
 from benchmarks import (
     cost_vs_gradient,
+    coverage,
     gpu,
     many_targets,
     measure,
@@ -184,3 +185,19 @@ def test_a_section_is_replaced_and_others_are_kept(tmp_path: Path) -> None:
 
 
 SECOND = "<!-- b -->\ntwo\n<!-- end of b -->\n"
+
+
+# The page of coverage -----------------------------------------------------------------------------
+
+
+def test_rows_of_the_page_are_read_as_they_were_written() -> None:
+    """Rows may be renewed one by one; the others stay as they are."""
+    rows = [
+        coverage.Row("a (b)", "yes", "yes", "1e-7", "2e-8", "batch 1e-16", "yes", "12", "0.5"),
+        coverage.Row("c", "yes", "no", agreed="no", seconds="1.0", reason="no rule for <x> | y"),
+    ]
+    page = coverage.replace_section("", "torchvision", coverage.section("torchvision", rows))
+    assert list(coverage.rows_of(page, "torchvision").values()) == rows
+    again = list(coverage.rows_of(page, "torchvision").values())
+    same = coverage.replace_section(page, "torchvision", coverage.section("torchvision", again))
+    assert same == page
