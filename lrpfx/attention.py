@@ -92,6 +92,8 @@ def find_fused(
             continue
         call = node.meta[_FUSED]
         arguments = bound_arguments(call)
+        if arguments["attn_mask"] in live:  # a bias that gets its share, too
+            continue
         qkv = tuple(arguments[name] for name in ("query", "key", "value"))
         inside = _between(node, {*qkv, arguments["attn_mask"]})
         parts = [n for n in inside if n in live]

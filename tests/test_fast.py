@@ -92,6 +92,7 @@ KERNELS = {
     "bias": sdpa(attn_mask=BIAS),
     "mask": sdpa(attn_mask=BIAS > -0.5),
     "row masked whole": sdpa(attn_mask=torch.arange(5)[:, None] > torch.arange(5)),
+    "live bias": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=q @ BIAS[:4]),
     "scale": sdpa(scale=0.3),
     "grouped": lambda q, k, v: F.scaled_dot_product_attention(
         q, k[:, :1], v[:, :1], enable_gqa=True
