@@ -545,9 +545,11 @@ right_targets = st.one_of(
     st.integers(0, 1),
     st.just(lambda out: first_of(out)[:, 0]),
     st.just((0,)),
+    st.just("all"),
 )
 odd_targets = st.one_of(
     st.lists(st.integers(-1, 3), max_size=3),
+    st.lists(st.lists(st.integers(-1, 2), max_size=2), max_size=3),
     st.tuples(st.integers(-1, 3) | scalars, scalars),
     tensors,
     junk,
@@ -623,6 +625,7 @@ def arguments(draw: st.DrawFn) -> tuple[str, Any, dict[str, Any]]:
         "rules": draw(odd_rules if "rules" in odd else right_rules),
         "layers": draw(odd_layers if "layers" in odd else right_layers),
         "create_graph": draw(st.booleans()),
+        "ledger": draw(st.booleans()),
     }
     return name, inputs, options
 
