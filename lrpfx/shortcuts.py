@@ -177,6 +177,7 @@ class FastStreams(Streams):
         self.frozen = frozen
         #: ReLUs, and of each the node whose twin stands behind it.
         self.before = {relu: n for n in self.carriers if (relu := self._one_relu(n)) is not None}
+        self.postponed = set(self.before.values())
         self.derived = set() if frozen else _derived(source)
 
     def inputs_of(self, node: fx.Node) -> Sequence[fx.Node]:
@@ -188,7 +189,7 @@ class FastStreams(Streams):
         """Add one node; the ops that are their own rule are in both streams."""
         if node in self.fused:
             self._attend(node, self.fused[node])
-        elif node in self.before.values():  # its twin comes with the ReLU
+        elif node in self.postponed:  # its twin comes with the ReLU
             self.clean[node] = self.graph.node_copy(node, self.clean.__getitem__)
         elif node in self.carriers and node not in self.before and self._is_native(node):
             self._run(node)
@@ -257,11 +258,8 @@ class FastStreams(Streams):
         names = argument_names(call.target)
         keywords = {name: call.kwargs[name] for name in names if name in call.kwargs}
         args: Any = fx.node.map_arg(call.args, given)
-        value = self.graph.call_function(
-            Native(call.target),
-            args,
-            fx.node.map_arg(keywords, given),
-        )
+        kwargs = fx.node.map_arg(keywords, given)
+        value = self.graph.call_function(Native(call.target), args, kwargs)
         return value, self._exchange(node, value, common)
 
     def _exchange(
