@@ -130,7 +130,6 @@ class Row:
     nodes: str = ""
     seconds: str = ""
     reason: str = ""
-    reached: frozenset[tuple[Any, frozenset[str]]] = frozenset()  # see ``reached_of``
 
     COLUMNS: ClassVar = "model captured ruled forward ledger oracle agreed nodes seconds".split()
 
@@ -168,7 +167,6 @@ def _measure(case: Case, row: Row) -> None:
     target, expected = target_for(case.score, output), tensors_in(output)
     explainer = lrpfx.Explainer(model, inputs)
     row.captured = row.ruled = "yes"
-    row.reached = reached_of(explainer)
     explanation = explainer(inputs, target)
     report = explanation.report
     got = tensors_in(explanation.output)
@@ -352,17 +350,6 @@ def relevance_of(explanation: lrpfx.Explanation) -> list[Tensor]:
     """Relevance of the explained inputs."""
     by_input = pytree.tree_leaves(explanation.relevance)
     return [t.detach() for t in by_input if isinstance(t, Tensor)]
-
-
-def reached_of(explainer: lrpfx.Explainer) -> frozenset[tuple[Any, frozenset[str]]]:
-    """What of the op table the graph makes use of: overloads, each with its live arguments."""
-    found = set()
-    for node in explainer._module.graph.nodes:
-        live = frozenset(lrpfx.graph.live_names(node, explainer._live))
-        op = lrpfx.ops.find(node.target, live)
-        if op is not None and (lrpfx.graph.record(node) or op.family == "constant"):
-            found.add((node.target, live))
-    return frozenset(found)
 
 
 def _holds_statistics(explainer: lrpfx.Explainer) -> bool:

@@ -231,7 +231,7 @@ def test_the_quotient_is_that_of_float32(stabilizer: Any, dtype: torch.dtype) ->
     assert got.dtype == dtype
     torch.testing.assert_close(got, wanted, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
     assert torch.equal(share(R, z.clone(), stabilizer, taken=False), got)
-    assert torch.equal(share(R.abs(), z.abs(), stabilizer, False, positive=True), got.abs())
+    assert torch.equal(share(R.abs(), z.abs(), stabilizer, False, sign=1), got.abs())
     taken = share(R, z, stabilizer, taken=True)
     wanted = divide(z.double() * R.double(), z.double(), stabilizer)[0].to(dtype)
     torch.testing.assert_close(taken, wanted, rtol=2 * torch.finfo(dtype).eps, atol=1e-7)

@@ -428,9 +428,13 @@ COMPOSITES = ["epsilon_all", "epsilon_plus_flat", "epsilon_alpha2_beta1", "attnl
 COMPOSITES += ["guided_backprop", lrpfx.composites.EpsilonGammaBox(-3, 3)]
 
 
-@pytest.mark.parametrize("rules", COMPOSITES, ids=lambda rules: str(rules)[:20])
-@pytest.mark.parametrize("freeze", [False, True])
-@pytest.mark.parametrize("bound", [None, 1, 3000])
+@pytest.mark.parametrize(
+    ("rules", "freeze", "bound"),
+    [(rules, False, None) for rules in COMPOSITES]
+    + [("epsilon_plus_flat", True, None), ("epsilon_alpha2_beta1", True, 3000)]
+    + [("attnlrp", False, 1), ("cplrp", False, 3000)],
+    ids=lambda value: str(value)[:20],
+)
 def test_targets_at_once_are_those_one_after_the_other(
     rules: Any, freeze: bool, bound: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
