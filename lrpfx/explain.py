@@ -25,7 +25,7 @@ from lrpfx.errors import (
     TargetError,
 )
 from lrpfx.explanation import Explanation, LayerCalls, LayerRelevance, stacked
-from lrpfx.freeze import versions
+from lrpfx.freeze import state_of, versions
 from lrpfx.graph import (
     HELD,
     Record,
@@ -133,7 +133,9 @@ class Explainer:
         dynamic: Sequence[int] = (),
         freeze: bool = False,
     ) -> None:
-        self._versions = versions(model) if freeze and isinstance(model, nn.Module) else None
+        self._versions: dict[str, tuple[int, int]] | None = None
+        if freeze and isinstance(model, nn.Module):
+            self._versions = versions(state_of(model))
         with TRACING:  # meanwhile another thread's trace may hold fake tensors in the model
             self._set_up(model, example_inputs, rules, dynamic)
 
@@ -164,7 +166,8 @@ class Explainer:
             for start, source in self._starts.items()
             if start is not source
         }
-        self._forms = _state_forms(model)
+        self._forms = _state_forms(state_of(model))
+        self._pointed: list[int] = []
         leaves = flatten_inputs(example_inputs)[0]
         self._met = {self._sizes(leaves)}
         #: Bytes of the largest activation, per element of the inputs.
@@ -300,7 +303,8 @@ class Explainer:
     def _refresh(self) -> None:
         """Point every graph at the parameters that the model holds now."""
         model, prefix = self._captured.model, self._captured.prefix
-        forms = _state_forms(model)
+        state = state_of(model)
+        forms = _state_forms(state)
         if forms != self._forms:
             changed = [n for n in self._forms if forms.get(n) != self._forms[n]]
             raise CaptureError(
@@ -308,20 +312,20 @@ class Explainer:
                 where=[f"{n}: {self._forms[n]} -> {forms.get(n)}" for n in changed[:5]],
                 fix="make a new Explainer after .to(), .half() or a change of architecture.",
             )
-        if self._versions is not None and versions(model) != self._versions:
-            now = versions(model)
+        if self._versions is not None and (now := versions(state)) != self._versions:
             raise CaptureError(
                 "the model's parameters changed, though they were promised to stay (freeze=True).",
                 where=[n for n in self._versions if now.get(n) != self._versions[n]][:5],
                 fix="make a new Explainer, or leave freeze=False.",
             )
-        state: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-        state.update(model.named_buffers(remove_duplicate=False))
-        for module in (self._module, self._public, *(m for m, _ in self._instrumented.values())):
-            for name, held in [
-                *module.named_parameters(remove_duplicate=False),
-                *module.named_buffers(remove_duplicate=False),
-            ]:
+        graphs = (self._module, self._public, *(m for m, _ in self._instrumented.values()))
+        # The graphs hold what they point at, so that no other tensor can have its id.
+        pointed = [len(graphs), *map(id, state.values())]
+        if pointed == self._pointed:
+            return
+        self._pointed = pointed
+        for module in graphs:
+            for name, held in state_of(module).items():
                 current = state.get(name.removeprefix(prefix))
                 if current is not None and current is not held:
                     owner, _, attribute = name.rpartition(".")
@@ -517,14 +521,12 @@ def _kept(leaf: Any, create_graph: bool) -> Any:
     return leaf if create_graph else leaf.detach()
 
 
-def _state_forms(model: nn.Module) -> dict[str, tuple[Any, ...]]:
+def _state_forms(state: Mapping[str, Tensor]) -> dict[str, tuple[Any, ...]]:
     """Shape, dtype and device of each parameter and buffer, and which other it is tied to."""
     first: dict[int, str] = {}
-    state = [*model.named_parameters(remove_duplicate=False)]
-    state += model.named_buffers(remove_duplicate=False)  # type: ignore[arg-type]
     return {
         name: (tuple(t.shape), t.dtype, t.device, f"same as {first.setdefault(id(t), name)}")
-        for name, t in state
+        for name, t in state.items()
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -43,8 +44,14 @@ def freeze(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
-def versions(model: nn.Module) -> dict[str, tuple[int, int]]:
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, shared ones under each of theirs."""
+    state: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    state.update(model.named_buffers(remove_duplicate=False))
+    return state
+
+
+def versions(state: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
     """What tells of each parameter and buffer whether it has been replaced or written into."""
-    state = [*model.named_parameters(), *model.named_buffers()]
     # Tensors made in inference mode keep no count of writes.
-    return {name: (id(t), 0 if t.is_inference() else t._version) for name, t in state}
+    return {name: (id(t), 0 if t.is_inference() else t._version) for name, t in state.items()}
