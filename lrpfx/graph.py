@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -170,15 +170,23 @@ def explained_leaves(graph: fx.Graph) -> list[Any]:
     return [leaf.args[0] if final_softmax(leaf) else leaf for leaf in output_leaves(graph)]
 
 
-def reachable(ends: Iterable[fx.Node]) -> set[fx.Node]:
-    """The nodes that some of ``ends`` depends on, themselves and placeholders included."""
+def reachable(
+    ends: Iterable[fx.Node],
+    inputs_of: Callable[[fx.Node], Iterable[fx.Node]] = lambda node: node.all_input_nodes,
+) -> set[fx.Node]:
+    """The nodes that some of ``ends`` depends on, themselves and placeholders included.
+
+    Args:
+        ends: Where to begin.
+        inputs_of: What a node is computed from.
+    """
     reached: set[fx.Node] = set()
     stack = list(ends)
     while stack:
         node = stack.pop()
         if node not in reached:
             reached.add(node)
-            stack.extend(node.all_input_nodes)
+            stack.extend(inputs_of(node))
     return reached
 
 

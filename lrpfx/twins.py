@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from lrpfx.assign import Assignment
-from lrpfx.graph import is_floating, record, slot_nodes
+from lrpfx.graph import is_floating, reachable, record, slot_nodes
 from lrpfx.ledger import Ledger
 from lrpfx.ops import Call, Site
 from lrpfx.rules import Gradient, Rule
@@ -95,7 +95,11 @@ class Step:
         """Phantoms of the outputs."""
         # The clean stream may run without autograd; the phantom stream never does.
         with torch.enable_grad():
-            return _Relevance.apply(self, ledger, clean, *rest)  # type: ignore[no-untyped-call]
+            return self._apply(ledger, clean, *rest)
+
+    def _apply(self, ledger: Ledger | None, clean: Any, *rest: Any) -> Any:
+        # PyTorch gives apply no types.
+        return _Relevance.apply(self, ledger, clean, *rest)  # type: ignore[no-untyped-call]
 
     def phantom(self, clean: Tensor) -> Tensor:
         """What stands for an output in the phantom stream."""
@@ -128,7 +132,7 @@ class Join(Step):
 
     def __call__(self, clean: Any, *rest: Any, ledger: Ledger | None = None) -> Any:
         """The output; in the caller's grad mode, so that no_grad gives plain tensors."""
-        return _Relevance.apply(self, ledger, clean, *rest)  # type: ignore[no-untyped-call]
+        return self._apply(ledger, clean, *rest)
 
     def phantom(self, clean: Tensor) -> Tensor:
         """The output itself."""
@@ -220,22 +224,11 @@ class Streams:
 
     def run(self, source: fx.Graph, ends: Sequence[fx.Node]) -> None:
         """Add every node that ``ends`` depend on."""
-        used = self.needed(ends)
+        used = reachable(ends, self.inputs_of)
         for node in source.nodes:
             # Left to itself, fx keeps dead nodes that draw random numbers.
             if node in used or node.op == "placeholder":
                 self.add(node)
-
-    def needed(self, ends: Sequence[fx.Node]) -> set[fx.Node]:
-        """All that ``ends`` depend on."""
-        reached: set[fx.Node] = set()
-        stack = list(ends)
-        while stack:
-            node = stack.pop()
-            if node not in reached:
-                reached.add(node)
-                stack.extend(self.inputs_of(node))
-        return reached
 
     def inputs_of(self, node: fx.Node) -> Sequence[fx.Node]:
         """The nodes that a node is computed from."""
