@@ -23,6 +23,7 @@ Relevance is held against others in float64, under the default rules unless said
 - derivative: that of the relevance by inputs and parameters, along a random direction, against
   central differences; of models that are explained within a second ("rounded": of models that
   round to float32 inside, which the differences see);
+- explicit: as ``Explainer.compile(backend="eager")`` gives it, of the same models;
 - float32: the relevance in float32 against that in float64;
 - "batch float32" in the place of all: for models that cannot run in float64, or round inside.
 """
@@ -55,6 +56,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
 #: What counts as equal. Forward and ledger are in float32, and so is one side of "float32".
 FORWARD, LEDGER = 1e-3, 1e-4
 TOLERANCES = {"gradient": 1e-9, "batch": 1e-6, "multiplier": 1e-6, "layout": 1e-6}
+TOLERANCES |= {"explicit": 1e-6}
 TOLERANCES |= {
     "derivative": 1e-2,
     "derivative, rounded": 1e-2,
@@ -252,6 +254,9 @@ def _in_doubles(
         rounded = any(_is_float32(n.meta.get("val")) for n in explainer._module.graph.nodes)
         name = "derivative, rounded" if rounded else "derivative"
         errors[name] = _derivative(model, explainer, sample, lambda out: target(out, 1))
+        explainer.compile(backend="eager")
+        explained(sample, ledger=False)  # makes the graphs
+        errors["explicit"] = _relative_error(explained(sample, ledger=False), alone)
     return errors
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,59 @@ class Pulled:
     starts: list[Tensor | None]
     taps: list[Tensor]
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All there are."""
+        return [*(r for r in self.starts if r is not None), *self.taps]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What an instrumented graph returns: see ``rewrite.instrument``."""
+
+    clean: list[Any]
+    explained: list[Any]
+    phantoms: list[Tensor | None]
+    starts: list[Tensor | None]
+    taps: list[tuple[Tensor, Tensor]]
+
+    @property
+    def activations(self) -> list[Tensor]:
+        """What is asked for of ``layers``."""
+        return [activation for activation, _ in self.taps]
+
+    def pull(
+        self, seeds: Sequence[Seed], *, together: int = 1, create_graph: bool = False
+    ) -> Iterator[Pulled]:
+        """Pull the seeds back to the starts, one after the other or several at a time.
+
+        Args:
+            seeds: One per target.
+            together: How many targets go through the backward pass at a time. What a rule computes
+                of the activations is then computed once for all of them.
+            create_graph: See ``lrpfx.explain``.
+
+        Raises:
+            TargetError: The outputs in question do not depend on the explained inputs.
+        """
+        ends = self.phantoms, self.starts, [relevance for _, relevance in self.taps]
+        done = 0
+        while done < len(seeds):
+            some = seeds[done : done + together]
+            done += len(some)
+            keep = create_graph or done < len(seeds)
+            if len(some) > 1:
+                try:
+                    yield from _pull_together(some, *ends)
+                    continue
+                except LrpError:
+                    raise
+                except RuntimeError:  # an op, or a stabilizer of the user's, that knows no batches
+                    together = 1
+            for k, seed in enumerate(some):
+                retain = keep or k + 1 < len(some)
+                yield _pull(seed, *ends, create_graph, retain)
+
 
 def at_a_time(largest: float) -> int:
     """How many targets go through the backward pass together.
@@ -31,47 +85,6 @@ def at_a_time(largest: float) -> int:
         largest: Bytes of the largest activation.
     """
     return max(1, int(BOUND // max(largest, 1.0)))
-
-
-def pull(
-    seeds: Sequence[Seed],
-    phantoms: Sequence[Tensor | None],
-    starts: Sequence[Tensor | None],
-    taps: Sequence[Tensor],
-    *,
-    together: int = 1,
-    create_graph: bool = False,
-) -> Iterator[Pulled]:
-    """Pull the seeds back to the starts, one after the other or several at a time.
-
-    Args:
-        seeds: One per target.
-        phantoms: Of the output leaves, None where no relevance can start.
-        starts: Phantoms whose relevance is wanted, None where no output depends on it.
-        taps: Further such phantoms.
-        together: How many targets go through the backward pass at a time. What a rule computes of
-            the activations is then computed once for all of them.
-        create_graph: See ``lrpfx.explain``.
-
-    Raises:
-        TargetError: The outputs in question do not depend on the explained inputs.
-    """
-    done = 0
-    while done < len(seeds):
-        some = seeds[done : done + together]
-        done += len(some)
-        keep = create_graph or done < len(seeds)
-        if len(some) > 1:
-            try:
-                yield from _pull_together(some, phantoms, starts, taps)
-                continue
-            except LrpError:
-                raise
-            except RuntimeError:  # an op, or a stabilizer of the user's, that knows no batches
-                together = 1
-        for k, seed in enumerate(some):
-            retain = keep or k + 1 < len(some)
-            yield _pull(seed, phantoms, starts, taps, create_graph, retain)
 
 
 def _pull(

@@ -142,18 +142,18 @@ def check_faithful(captured: Captured, module: fx.GraphModule, inputs: Inputs) -
         expected = tensors_in(run_model(model, copies(leaves), spec))
         args, kwargs = pytree.tree_unflatten(copies(leaves), spec)
         got = tensors_in(captured.rebuild(module(*args, **kwargs)))
-    worst = _worst(expected, got)
+    worst = worst_difference(expected, got)
     if not worst <= 1.0:
-        near = [_next(leaf) for leaf in copies(leaves)]
+        changed = [rounded(leaf) for leaf in copies(leaves)]
         with preserved(model):
-            again, rounded = (
-                _worst(expected, tensors_in(run_model(model, given, spec)))
-                for given in (copies(leaves), near)
+            again, near = (
+                worst_difference(expected, tensors_in(run_model(model, given, spec)))
+                for given in (copies(leaves), changed)
             )
-        if again <= 1.0 and not rounded <= 1.0:
+        if again <= 1.0 and not near <= 1.0:
             raise CaptureError(
                 "the model makes so much of rounding errors that its output cannot be told from "
-                f"another's (inputs changed by one rounding: {rounded:.1e} times the tolerance).",
+                f"another's (inputs changed by one rounding: {near:.1e} times the tolerance).",
                 where=[f"{type(model).__name__}, in {_dtypes(expected)}"],
                 fix="explain it in float64: model.double() and inputs.double().",
             )
@@ -166,14 +166,14 @@ def check_faithful(captured: Captured, module: fx.GraphModule, inputs: Inputs) -
         )
 
 
-def _worst(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
-    """The largest ``_difference`` of two outputs."""
+def worst_difference(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
+    """The largest difference of two lists of tensors, in units of their dtypes' tolerance."""
     if len(expected) != len(got):
         return float("inf")
     return max((_difference(e, g) for e, g in zip(expected, got, strict=True)), default=0.0)
 
 
-def _next(leaf: Any) -> Any:
+def rounded(leaf: Any) -> Any:
     """A floating tensor with every element changed by about one rounding."""
     if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
         return leaf

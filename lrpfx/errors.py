@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 __all__ = [
     "CaptureError",
+    "CompileError",
     "InputError",
     "LrpError",
     "NonFiniteError",
@@ -47,6 +48,10 @@ class TrainingModeError(CaptureError):
 
 class UnsupportedOpError(LrpError):
     """Operations that depend on the explained input have no relevance rule."""
+
+
+class CompileError(LrpError):
+    """The explanation cannot be compiled, or would be another."""
 
 
 class InputError(LrpError, ValueError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,20 +11,20 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from lrpfx.assign import assign
-from lrpfx.backward import at_a_time, pull
+from lrpfx.backward import Run, at_a_time
 from lrpfx.canonize import canonize
-from lrpfx.capture import TRACING, Captured, capture, check_faithful, run_model
+from lrpfx.capture import TRACING, Captured, capture, check_faithful
 from lrpfx.carriers import find_carriers
+from lrpfx.compiled import Compiled, CompiledRun
 from lrpfx.composites import RulesLike
 from lrpfx.errors import (
     CaptureError,
     InputError,
-    NonFiniteError,
     SelectorError,
-    TargetError,
 )
-from lrpfx.explanation import Explanation, LayerCalls, LayerRelevance, stacked
+from lrpfx.explanation import Explanation
 from lrpfx.freeze import state_of, versions
+from lrpfx.gather import Gather, by_layer, reported
 from lrpfx.graph import (
     HELD,
     Record,
@@ -38,15 +37,15 @@ from lrpfx.graph import (
     used_nodes,
 )
 from lrpfx.hold import DIVISOR
-from lrpfx.inputs import Inputs, check_inputs, copies, flatten_inputs, varying_sizes
-from lrpfx.ledger import Booking, Ledger
-from lrpfx.preserve import preserved
-from lrpfx.report import Report, make_report, with_ledger
+from lrpfx.inputs import Inputs, check_inputs, flatten_inputs, varying_sizes
+from lrpfx.ledger import Ledger
+from lrpfx.refuse import refuse_if_the_model_does, refuse_relevance, refuse_seed
+from lrpfx.report import Report, make_report
 from lrpfx.rewrite import instrument, rewrite
 from lrpfx.rules import Stop
-from lrpfx.starts import find_starts, index_places
+from lrpfx.starts import find_starts
 from lrpfx.taps import find_taps
-from lrpfx.targets import Seed, Target, each_target, is_several, make_seed
+from lrpfx.targets import Target, each_target, is_several, make_seed
 
 
 def explain(
@@ -145,7 +144,6 @@ class Explainer:
         self._captured: Captured = capture(model, example_inputs, dynamic)
         self._module = canonize(self._captured.program)
         graph = self._module.graph
-        self._placeholders = [n for n in graph.nodes if n.op == "placeholder"]
         self._starts = find_starts(graph)
         notes = []
         self._live = annotate(graph, self._starts, self._captured.prefix)
@@ -161,13 +159,10 @@ class Explainer:
             self._plan = assign(self._records(), rules, model, kinds=kinds)
             which = ", ".join(sorted({r.kind for r in stopped}))
             notes.append(f"{len(stopped)} nodes count as constants by rule Stop: {which}")
-        self._places = {
-            start: index_places(self._module, start, source)
-            for start, source in self._starts.items()
-            if start is not source
-        }
+        self._gather = Gather(self._captured, self._module, self._starts)
         self._forms = _state_forms(state_of(model))
         self._pointed: list[int] = []
+        self._compiled: Compiled | None = None
         leaves = flatten_inputs(example_inputs)[0]
         self._met = {self._sizes(leaves)}
         #: Bytes of the largest activation, per element of the inputs.
@@ -207,6 +202,30 @@ class Explainer:
         model = type(self._captured.model).__name__
         return f"Explainer({model}, {len(self._report.rows)} nodes, rules: {self._plan.rules})"
 
+    def compile(self, **options: Any) -> Explainer:
+        """Explain by compiled graphs from now on, where neither ledger nor derivatives are wanted.
+
+        Compiled are the forward pass and the backward pass of relevance, rules included, when
+        inputs of a form (shapes, strides, dtypes) are first met; that takes up to minutes, and
+        what comes out is compared with the relevance of the plain graph. At most 8 forms are
+        compiled, the rest run as before, and so do several targets of each sample.
+
+        Args:
+            **options: Of ``torch.compile``, such as ``mode="max-autotune"`` or
+                ``options={"freezing": True}``; ``backend="eager"`` only leaves out the overhead of
+                autograd, and needs no C++ compiler.
+
+        Returns:
+            The Explainer itself.
+
+        Raises:
+            CompileError: On the call that compiles: PyTorch cannot compile the graphs, or they
+                give another relevance.
+        """
+        frozen = self._versions is not None
+        self._compiled = Compiled(self._for_compiler, frozen, options)
+        return self
+
     def __call__(
         self,
         inputs: Inputs,
@@ -236,37 +255,42 @@ class Explainer:
         paths = _paths(layers)
         several = is_several(target)
         ledger = ledger and not several
-        module, calls = self._instrument(paths, fast=not ledger and not create_graph)
+        fast = not ledger and not create_graph
+        module, calls = self._instrument(paths, fast=fast)
         kept = [_kept(v, create_graph) for v in leaves]
         book = Ledger() if ledger else None
+
+        def plain(leaves: Sequence[Any]) -> Run:
+            return Run(*module(*leaves, book))
+
         with torch.set_grad_enabled(create_graph):
             try:
-                clean, explained, phantoms, starts, taps = module(*kept, book)
+                if self._compiled is not None and fast and not several:
+                    run: Run | CompiledRun = self._compiled.run(paths, kept, plain)
+                else:
+                    run = plain(kept)
             except (IndexError, ValueError, RuntimeError):  # token ids out of range, for instance
-                self._refuse_if_the_model_does(leaves)
+                refuse_if_the_model_does(self._captured, leaves)
                 raise
-            targets = each_target(explained, target) if several else [target]
-            seeds = [make_seed(explained, one, self._finish) for one in targets]
+            targets = each_target(run.explained, target) if several else [target]
+            seeds = [make_seed(run.explained, one, self._gather.finish) for one in targets]
             for seed in seeds:
                 if not all(bool(s.isfinite().all()) for s in seed.seeds if s is not None):
-                    self._refuse_seed(seed, explained, kept)
-            found = pull(
-                seeds,
-                phantoms,
-                starts,
-                [relevance for _, relevance in taps],
-                together=1 if create_graph else at_a_time(self._widest * _elements(leaves)),
-                create_graph=create_graph,
-            )
+                    refuse_seed(self._module, seed, run.explained, kept)
+            together = 1 if create_graph else at_a_time(self._widest * _elements(leaves))
+            found = run.pull(seeds, together=together, create_graph=create_graph)
             parts = []
             for one, seed, pulled in zip(targets, seeds, found, strict=True):
                 if not all(bool(r.isfinite().all()) for r in pulled.starts if r is not None):
                     if book is None:  # the plain form can name the place
                         self._explain(inputs, one, layers, create_graph, ledger=True)
-                    self._refuse_relevance(book.bookings() if book is not None else {})
-                at = _layers(calls, taps, pulled.taps)
-                parts.append(self._explanation(inputs, leaves, clean, seed, pulled.starts, at))
-        return self._reported(parts if several else parts[0], book, seeds[0].description)
+                    refuse_relevance(self._plan, book.bookings() if book is not None else {})
+                at = by_layer(calls, run.activations, pulled.taps)
+                part = self._gather.explanation(
+                    inputs, leaves, run.clean, seed, pulled.starts, at, self._report
+                )
+                parts.append(part)
+        return reported(parts if several else parts[0], book, seeds[0].description)
 
     # -- set-up -----------------------------------------------------------------------------------
 
@@ -288,17 +312,22 @@ class Explainer:
     ) -> tuple[fx.GraphModule, dict[str, int]]:
         """The graph that also returns what is asked for of ``layers``; calls per module path."""
         if (paths, fast) not in self._instrumented:
-            found = find_taps(self._module.graph, self._live, paths, self._captured.prefix)
-            taps = [tap for calls in found.values() for tap in calls]
-            plan = self._plan.assignments
             frozen = self._versions is not None
-            starts = list(self._starts)
-            module = instrument(
-                self._module, plan, self._live, starts, taps, fast=fast, frozen=frozen
-            )
-            calls_of = {path: len(calls) for path, calls in found.items()}
-            self._instrumented[paths, fast] = module, calls_of
+            self._instrumented[paths, fast] = self._new(paths, fast, frozen)
         return self._instrumented[paths, fast]
+
+    def _new(
+        self, paths: tuple[str, ...], fast: bool, frozen: bool
+    ) -> tuple[fx.GraphModule, dict[str, int]]:
+        found = find_taps(self._module.graph, self._live, paths, self._captured.prefix)
+        taps = [tap for calls in found.values() for tap in calls]
+        plan, starts = self._plan.assignments, list(self._starts)
+        module = instrument(self._module, plan, self._live, starts, taps, fast=fast, frozen=frozen)
+        return module, {path: len(calls) for path, calls in found.items()}
+
+    def _for_compiler(self, paths: tuple[str, ...]) -> fx.GraphModule:
+        """A graph of its own; what is constant in it is seen once its ops are written down."""
+        return self._new(paths, fast=True, frozen=False)[0]
 
     def _refresh(self) -> None:
         """Point every graph at the parameters that the model holds now."""
@@ -318,7 +347,9 @@ class Explainer:
                 where=[n for n in self._versions if now.get(n) != self._versions[n]][:5],
                 fix="make a new Explainer, or leave freeze=False.",
             )
-        graphs = (self._module, self._public, *(m for m, _ in self._instrumented.values()))
+        graphs = [self._module, self._public, *(m for m, _ in self._instrumented.values())]
+        explicit = [] if self._compiled is None else self._compiled.explicit
+        graphs += [e.module for e in explicit]
         # The graphs hold what they point at, so that no other tensor can have its id.
         pointed = [len(graphs), *map(id, state.values())]
         if pointed == self._pointed:
@@ -330,6 +361,8 @@ class Explainer:
                 if current is not None and current is not held:
                     owner, _, attribute = name.rpartition(".")
                     setattr(module.get_submodule(owner), attribute, current)
+        for one in explicit:
+            one.reload()
 
     def _sizes(self, leaves: Sequence[Any]) -> frozenset[tuple[str, int]]:
         """The sizes besides the batch that may vary, as these inputs have them."""
@@ -353,148 +386,6 @@ class Explainer:
 
     # -- one explanation --------------------------------------------------------------------------
 
-    def _rebuild(self, leaves: Sequence[Any]) -> Any:
-        spec = self._module.graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
-        return self._captured.rebuild(pytree.tree_unflatten(list(leaves), spec))
-
-    def _finish(self, explained: Sequence[Any]) -> Any:
-        """The model's own output from the explained leaves: callables see probabilities."""
-        leaves = zip(output_leaves(self._module.graph), explained, strict=True)
-        return self._rebuild(
-            [n.target(v, *n.args[1:], **n.kwargs) if final_softmax(n) else v for n, v in leaves]
-        )
-
-    def _refuse_if_the_model_does(self, leaves: Sequence[Any]) -> None:
-        """Raise InputError if the model itself fails on these inputs."""
-        with TRACING, preserved(self._captured.model):
-            run_model(self._captured.model, copies(leaves), self._captured.signature.spec)
-
-    def _refuse_seed(self, seed: Seed, clean: Sequence[Any], leaves: Sequence[Any]) -> None:
-        """Raise the error of a seed that is not finite, by the fault of model or target."""
-        finder = _FirstNonFinite(self._module)
-        with torch.no_grad():
-            finder.run(*leaves, enable_io_processing=False)
-        if finder.found is None:
-            raise TargetError(
-                f"{seed.description}: the seed has NaN or infinite entries.",
-                where=[f"outputs of shape {[tuple(t.shape) for t in clean if _floating(t)]}"],
-                fix="look at the target's own arithmetic; the model's output is finite.",
-            )
-        else:
-            r = record(finder.found)
-            raise NonFiniteError(
-                "the model's own forward pass makes NaN or infinity.",
-                where=[str(r), *filter(None, [r.source])] if r else [str(finder.found)],
-                fix="look at the activations that enter this op; the inputs are finite.",
-            )
-
-    def _refuse_relevance(self, bookings: dict[str, Booking]) -> None:
-        """Raise the error of relevance that is not finite, with the place if it is known."""
-        bad = [n for n, b in bookings.items() if not math.isfinite(b.passed)] or list(bookings)
-        where = []
-        if bad:
-            assignment = self._plan.assignments[bad[0]]
-            where = [f"first at {assignment.record} under {assignment.rule}"]
-            where += filter(None, [assignment.record.source])
-        raise NonFiniteError(
-            "the relevance has NaN or infinite entries.",
-            where=where,
-            fix="give the rule a larger stabilizer; epsilon = 0 divides by what may be near zero.",
-        )
-
-    def _explanation(
-        self,
-        inputs: Inputs,
-        leaves: Sequence[Any],
-        clean: Sequence[Any],
-        seed: Seed,
-        relevance: Sequence[Tensor | None],
-        layers: dict[str, LayerCalls],
-    ) -> Explanation:
-        """What is explained of one target; its report is still that of the plan."""
-        by_input, per_feature = self._by_input(leaves, relevance)
-        arrived = [r for r in relevance if r is not None]
-        seeds = [s for s in seed.seeds if s is not None]
-        return Explanation(
-            relevance=self._structured(by_input, inputs),
-            output=self._rebuild(clean),
-            target=seed.classes,
-            seed=seeds[0] if len(seeds) == 1 else tuple(seeds),
-            absorbed=_absorbed(seeds, arrived),
-            report=self._report,
-            layers=layers,
-            embeddings=self._structured(per_feature, inputs)
-            if any(r is not None for r in per_feature)
-            else None,
-            inputs=inputs,
-        )
-
-    def _reported(
-        self, found: Explanation | list[Explanation], book: Ledger | None, target: str
-    ) -> Explanation:
-        """The explanation with its own report; several as one."""
-        if isinstance(found, list):
-            target = f"{len(found)} targets of each sample, one-hot times output"
-            found = stacked(found)
-        arrived = [r for r in pytree.tree_leaves(found.relevance) if isinstance(r, Tensor)]
-        report = with_ledger(
-            self._report,
-            {} if book is None else book.bookings(),
-            target=target,
-            started=_total(pytree.tree_leaves(found.seed)),
-            reached=_total(arrived),
-        )
-        return replace(found, report=report)
-
-    def _structured(self, flat: Sequence[Tensor | None], inputs: Inputs) -> Any:
-        """One value per flat input, in the structure of the inputs as they were given."""
-        args, kwargs = pytree.tree_unflatten(list(flat), self._captured.signature.spec)
-        if isinstance(inputs, Tensor):
-            return args[0]
-        return {key: kwargs[key] for key in inputs} if isinstance(inputs, Mapping) else tuple(args)
-
-    def _by_input(
-        self, leaves: Sequence[Any], relevance: Sequence[Tensor | None]
-    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        """Relevance per flat input, and for token ids that of their embedding per feature.
-
-        The relevance of token ids is their embedding's, summed over features. An id that is looked
-        up several times collects it all.
-        """
-        index = {node: i for i, node in enumerate(self._placeholders)}
-        found: list[Tensor | None] = [None] * len(leaves)
-        per_feature: list[Tensor | None] = [None] * len(leaves)
-        for (start, placeholder), r in zip(self._starts.items(), relevance, strict=True):
-            i = index[placeholder]
-            if start is placeholder:
-                found[i] = torch.zeros_like(leaves[i]) if r is None else r
-            elif r is not None:
-                ids = leaves[i]
-                own = torch.arange(ids.numel(), device=ids.device).reshape(ids.shape)
-                at = self._places[start](*leaves[:i], own, *leaves[i + 1 :]).flatten()
-                vectors = r.new_zeros(ids.numel(), r.shape[-1])
-                vectors = vectors.index_add(0, at, r.reshape(-1, r.shape[-1]))
-                before = per_feature[i]
-                vectors = vectors.reshape(*ids.shape, -1)
-                per_feature[i] = vectors = vectors if before is None else before + vectors
-                found[i] = vectors.sum(-1)
-        return found, per_feature
-
-
-class _FirstNonFinite(fx.Interpreter):
-    """Runs a graph and remembers the first node with NaN or infinity in its value."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.found: fx.Node | None = None
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if self.found is None and n.op == "call_function" and _floating(value):
-            if not bool(value.isfinite().all()):
-                self.found = n
-        return value
-
 
 def _paths(layers: Any) -> tuple[str, ...]:
     """The module paths of ``layers``."""
@@ -507,10 +398,6 @@ def _paths(layers: Any) -> tuple[str, ...]:
             f"layers={layers!r} are no module paths.", fix='give strings such as "layer4.*".'
         )
     return paths
-
-
-def _floating(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _kept(leaf: Any, create_graph: bool) -> Any:
@@ -530,20 +417,6 @@ def _state_forms(state: Mapping[str, Tensor]) -> dict[str, tuple[Any, ...]]:
     }
 
 
-def _absorbed(seeds: Sequence[Tensor], relevance: Sequence[Tensor]) -> Tensor:
-    """Seed less relevance per sample, shape (N,); one total where the samples share an input."""
-    tensors = [*seeds, *relevance]
-    batch = seeds[0].shape[:1]
-    per_sample = all(t.shape[:1] == batch for t in tensors) and bool(batch)
-
-    def total(parts: Sequence[Tensor]) -> Tensor:
-        flat = [t.detach().reshape(len(t) if per_sample else 1, -1).double() for t in parts]
-        sums = torch.stack([t.sum(1) for t in flat]).sum(0)
-        return (sums if per_sample else sums[0]).to(seeds[0].dtype)
-
-    return total(seeds) - total(relevance)
-
-
 def _elements(leaves: Sequence[Any]) -> int:
     return sum(t.numel() for t in leaves if isinstance(t, Tensor))
 
@@ -557,16 +430,3 @@ def _bytes(value: Any) -> int:
 
 def _captured_size(size: int | torch.SymInt) -> int:
     return size if isinstance(size, int) else int(size.node.hint)
-
-
-def _total(tensors: Sequence[Tensor]) -> float:
-    return sum(t.detach().sum(dtype=torch.float64).item() for t in tensors)
-
-
-def _layers(
-    calls: dict[str, int], taps: Sequence[tuple[Tensor, Tensor]], relevance: Sequence[Tensor]
-) -> dict[str, LayerCalls]:
-    entries = iter(
-        LayerRelevance(r, activation) for (activation, _), r in zip(taps, relevance, strict=True)
-    )
-    return {path: LayerCalls(next(entries) for _ in range(n)) for path, n in calls.items()}

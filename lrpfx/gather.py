@@ -1,0 +1,166 @@
+"""Relevance at the starts -> Explanation: per input, structured as the inputs are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from lrpfx.capture import Captured
+from lrpfx.explanation import Explanation, LayerCalls, LayerRelevance, stacked
+from lrpfx.graph import final_softmax, output_leaves
+from lrpfx.inputs import Inputs
+from lrpfx.ledger import Ledger
+from lrpfx.report import Report, with_ledger
+from lrpfx.starts import index_places
+from lrpfx.targets import Seed
+
+
+class Gather:
+    """Makes explanations out of what the graphs return.
+
+    Args:
+        captured: The model.
+        module: Its canonized graph.
+        starts: See ``starts.find_starts``.
+    """
+
+    def __init__(
+        self, captured: Captured, module: fx.GraphModule, starts: Mapping[fx.Node, fx.Node]
+    ) -> None:
+        self._captured, self._graph = captured, module.graph
+        inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
+        #: Per start the index of its input, and of an embedding where the ids went.
+        self._starts = [
+            (inputs.index(source), None if start is source else index_places(module, start, source))
+            for start, source in starts.items()
+        ]
+
+    def _rebuild(self, leaves: Sequence[Any]) -> Any:
+        spec = self._graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
+        return self._captured.rebuild(pytree.tree_unflatten(list(leaves), spec))
+
+    def finish(self, explained: Sequence[Any]) -> Any:
+        """The model's own output from the explained leaves: callables see probabilities."""
+        leaves = zip(output_leaves(self._graph), explained, strict=True)
+        return self._rebuild(
+            [n.target(v, *n.args[1:], **n.kwargs) if final_softmax(n) else v for n, v in leaves]
+        )
+
+    def explanation(
+        self,
+        inputs: Inputs,
+        leaves: Sequence[Any],
+        clean: Sequence[Any],
+        seed: Seed,
+        relevance: Sequence[Tensor | None],
+        layers: dict[str, LayerCalls],
+        report: Report,
+    ) -> Explanation:
+        """What is explained of one target.
+
+        Args:
+            inputs: As they were given.
+            leaves: The same, flat.
+            clean: Output leaves.
+            seed: What was pulled back.
+            relevance: Per start.
+            layers: Of the layers that were asked for.
+            report: Of the plan; ``reported`` adds the books.
+        """
+        by_input, per_feature = self._by_input(leaves, relevance)
+        arrived = [r for r in relevance if r is not None]
+        seeds = [s for s in seed.seeds if s is not None]
+        return Explanation(
+            relevance=self._structured(by_input, inputs),
+            output=self._rebuild(clean),
+            target=seed.classes,
+            seed=seeds[0] if len(seeds) == 1 else tuple(seeds),
+            absorbed=_absorbed(seeds, arrived),
+            report=report,
+            layers=layers,
+            embeddings=self._structured(per_feature, inputs)
+            if any(r is not None for r in per_feature)
+            else None,
+            inputs=inputs,
+        )
+
+    def _structured(self, flat: Sequence[Tensor | None], inputs: Inputs) -> Any:
+        """One value per flat input, in the structure of the inputs as they were given."""
+        args, kwargs = pytree.tree_unflatten(list(flat), self._captured.signature.spec)
+        if isinstance(inputs, Tensor):
+            return args[0]
+        return {key: kwargs[key] for key in inputs} if isinstance(inputs, Mapping) else tuple(args)
+
+    def _by_input(
+        self, leaves: Sequence[Any], relevance: Sequence[Tensor | None]
+    ) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        """Relevance per flat input, and for token ids that of their embedding per feature.
+
+        The relevance of token ids is their embedding's, summed over features. An id that is looked
+        up several times collects it all.
+        """
+        found: list[Tensor | None] = [None] * len(leaves)
+        per_feature: list[Tensor | None] = [None] * len(leaves)
+        for (i, places), r in zip(self._starts, relevance, strict=True):
+            if places is None:
+                found[i] = torch.zeros_like(leaves[i]) if r is None else r
+            elif r is not None:
+                ids = leaves[i]
+                own = torch.arange(ids.numel(), device=ids.device).reshape(ids.shape)
+                at = places(*leaves[:i], own, *leaves[i + 1 :]).flatten()
+                vectors = r.new_zeros(ids.numel(), r.shape[-1])
+                vectors = vectors.index_add(0, at, r.reshape(-1, r.shape[-1]))
+                before = per_feature[i]
+                vectors = vectors.reshape(*ids.shape, -1)
+                per_feature[i] = vectors = vectors if before is None else before + vectors
+                found[i] = vectors.sum(-1)
+        return found, per_feature
+
+
+def reported(
+    found: Explanation | list[Explanation], book: Ledger | None, target: str
+) -> Explanation:
+    """The explanation with its own report; several as one."""
+    if isinstance(found, list):
+        target = f"{len(found)} targets of each sample, one-hot times output"
+        found = stacked(found)
+    arrived = [r for r in pytree.tree_leaves(found.relevance) if isinstance(r, Tensor)]
+    report = with_ledger(
+        found.report,
+        {} if book is None else book.bookings(),
+        target=target,
+        started=_total(pytree.tree_leaves(found.seed)),
+        reached=_total(arrived),
+    )
+    return replace(found, report=report)
+
+
+def _absorbed(seeds: Sequence[Tensor], relevance: Sequence[Tensor]) -> Tensor:
+    """Seed less relevance per sample, shape (N,); one total where the samples share an input."""
+    tensors = [*seeds, *relevance]
+    batch = seeds[0].shape[:1]
+    per_sample = all(t.shape[:1] == batch for t in tensors) and bool(batch)
+
+    def total(parts: Sequence[Tensor]) -> Tensor:
+        flat = [t.detach().reshape(len(t) if per_sample else 1, -1).double() for t in parts]
+        sums = torch.stack([t.sum(1) for t in flat]).sum(0)
+        return (sums if per_sample else sums[0]).to(seeds[0].dtype)
+
+    return total(seeds) - total(relevance)
+
+
+def _total(tensors: Sequence[Tensor]) -> float:
+    return sum(t.detach().sum(dtype=torch.float64).item() for t in tensors)
+
+
+def by_layer(
+    calls: Mapping[str, int], activations: Sequence[Tensor], relevance: Sequence[Tensor]
+) -> dict[str, LayerCalls]:
+    """Per module path its calls, as many as ``calls`` says, in order."""
+    entries = iter(map(LayerRelevance, relevance, activations))
+    return {path: LayerCalls(next(entries) for _ in range(n)) for path, n in calls.items()}
