@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx
 
 from lrpfx import ops
+from lrpfx.call import Composed, Op, Site, Slot, argument_names, product
 from lrpfx.errors import UnsupportedOpError
-from lrpfx.ops import Op, Site, Slot
 
 KEY = "lrpfx"
 #: Marks nodes that count as constants for relevance, though not for gradients; says why.
@@ -215,7 +215,7 @@ def is_floating(value: Any) -> bool:
 
 def bound_arguments(node: fx.Node) -> dict[str, Any]:
     """A call's arguments by name, defaults included."""
-    names = ops.argument_names(node.target)
+    names = argument_names(node.target)
     values: dict[str, Any] = {}
     if isinstance(node.target, torch._ops.OpOverload):
         schema = node.target._schema.arguments
@@ -415,8 +415,8 @@ def _live_inputs(node: fx.Node, carrying: Container[fx.Node]) -> tuple[str, ...]
 
 def live_names(node: fx.Node, live: Container[fx.Node]) -> tuple[str, ...]:
     """Names of the arguments that hold live nodes, in schema order."""
-    if not isinstance(node.target, (torch._ops.OpOverload, ops.Composed)) and (
-        node.target is not ops.product
+    if not isinstance(node.target, (torch._ops.OpOverload, Composed)) and (
+        node.target is not product
     ):
         return ()
     arguments = bound_arguments(node).items()

@@ -12,12 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lrpfx.affine import HALVES, AffineMap, Signal, negative, positive
+from lrpfx.call import Call, Op, Site
 from lrpfx.errors import RuleError
 from lrpfx.rules.base import (
     Absorbed,
@@ -32,9 +33,6 @@ from lrpfx.rules.base import (
     share,
     sum_all,
 )
-
-if TYPE_CHECKING:
-    from lrpfx.ops import Call, Op, Site
 
 
 @dataclass(frozen=True)
