@@ -34,8 +34,8 @@ from lrpfx.rules import (
     ZBox,
     ZPlus,
 )
-from lrpfx.rules.affine import ZeroParams
 from lrpfx.rules.base import StabilizerLike
+from lrpfx.rules.terms import ZeroParams
 
 #: An op kind, a module class, a module-path glob, "*", or a predicate on the node's record.
 Selector = str | type[nn.Module] | Callable[[Record], bool]

@@ -27,8 +27,8 @@ from lrpfx.carriers import find_carriers
 from lrpfx.graph import op_name, record, slot_nodes
 from lrpfx.ledger import Ledger
 from lrpfx.rules import Gradient
-from lrpfx.rules.affine import AffineRule
 from lrpfx.rules.base import Carry, share
+from lrpfx.rules.terms import AffineRule
 from lrpfx.twins import Form, Step, Streams, Twin
 
 aten = torch.ops.aten
