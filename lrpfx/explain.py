@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from lrpfx.annotate import annotate
 from lrpfx.assign import assign
 from lrpfx.backward import at_a_time, pull
 from lrpfx.canonize import canonize
@@ -29,7 +30,6 @@ from lrpfx.freeze import state_of, versions
 from lrpfx.graph import (
     HELD,
     Record,
-    annotate,
     explained_leaves,
     final_softmax,
     output_leaves,
