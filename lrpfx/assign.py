@@ -11,9 +11,10 @@ from torch import nn
 
 from lrpfx import ops
 from lrpfx.call import FAMILIES
-from lrpfx.composites import First, RulesLike, Selector, describe, resolve
+from lrpfx.composites import First, Selector, describe
 from lrpfx.errors import RuleError, SelectorError
 from lrpfx.graph import Record
+from lrpfx.resolve import RulesLike, resolve
 from lrpfx.rules import Rule
 
 

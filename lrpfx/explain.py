@@ -17,7 +17,6 @@ from lrpfx.backward import at_a_time, pull
 from lrpfx.canonize import canonize
 from lrpfx.capture import TRACING, Captured, capture, check_faithful, run_model
 from lrpfx.carriers import find_carriers
-from lrpfx.composites import RulesLike
 from lrpfx.errors import (
     CaptureError,
     InputError,
@@ -42,6 +41,7 @@ from lrpfx.inputs import Inputs, check_inputs, copies, flatten_inputs, varying_s
 from lrpfx.ledger import Booking, Ledger
 from lrpfx.preserve import preserved
 from lrpfx.report import Report, make_report, with_ledger
+from lrpfx.resolve import RulesLike
 from lrpfx.rewrite import instrument, rewrite
 from lrpfx.rules import Stop
 from lrpfx.starts import find_starts, index_places
