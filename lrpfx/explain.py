@@ -15,7 +15,7 @@ from lrpfx.annotate import annotate
 from lrpfx.assign import assign
 from lrpfx.backward import at_a_time, pull
 from lrpfx.canonize import canonize
-from lrpfx.capture import TRACING, Captured, capture, check_faithful, run_model
+from lrpfx.capture import TRACING, Captured, capture, run_model
 from lrpfx.carriers import find_carriers
 from lrpfx.errors import (
     CaptureError,
@@ -25,6 +25,7 @@ from lrpfx.errors import (
     TargetError,
 )
 from lrpfx.explanation import Explanation, LayerCalls, LayerRelevance, stacked
+from lrpfx.faithful import check_faithful
 from lrpfx.freeze import state_of, versions
 from lrpfx.graph import (
     HELD,
