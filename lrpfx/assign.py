@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from lrpfx import ops
-from lrpfx.composites import First, RulesLike, Selector, describe, resolve
+from lrpfx.call import FAMILIES
+from lrpfx.composites import First, Selector, describe
 from lrpfx.errors import RuleError, SelectorError
 from lrpfx.graph import Record
+from lrpfx.resolve import RulesLike, resolve
 from lrpfx.rules import Rule
 
 
@@ -83,7 +85,7 @@ def _why(selector: Selector) -> str:
     if selector == "*":
         return "every op it fits"
     if isinstance(selector, str):
-        if selector in ops.FAMILIES:
+        if selector in FAMILIES:
             return f"family {selector}"
         return f"kind {selector}" if selector in ops.kinds() else f"path {selector!r}"
     if isinstance(selector, First):
@@ -97,7 +99,7 @@ def _matches(selector: Selector, r: Record, model: nn.Module) -> bool:
     if isinstance(selector, str):
         if selector == "*":
             return True
-        if selector in ops.FAMILIES:
+        if selector in FAMILIES:
             return r.family == selector
         if selector in ops.kinds():
             return r.kind == selector
@@ -118,7 +120,7 @@ def _matches(selector: Selector, r: Record, model: nn.Module) -> bool:
 def _names_outright(selector: Selector) -> bool:
     """Kinds and predicates name single ops; paths, classes, families and "*" name regions."""
     if isinstance(selector, str):
-        return selector in ops.kinds() and selector not in ops.FAMILIES
+        return selector in ops.kinds() and selector not in FAMILIES
     return not isinstance(selector, type)
 
 

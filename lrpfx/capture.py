@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import io
 import keyword
@@ -12,12 +11,13 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
@@ -32,6 +32,7 @@ from lrpfx.inputs import (
     is_explained,
     split_inputs,
 )
+from lrpfx.outputs import AsDict, from_dicts, is_dataclass
 from lrpfx.preserve import preserved
 
 #: Held while a model is traced: torch.export is not re-entrant, and puts fake tensors into the
@@ -40,7 +41,7 @@ TRACING = threading.RLock()
 _TORCH = str(Path(torch.__file__).parent)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Captured:
     """A model as a graph.
 
@@ -66,7 +67,7 @@ class Captured:
 
     def rebuild(self, output: Any) -> Any:
         """The model's own output from the graph's."""
-        return output if self.output is None else _from_dicts(self.output, output)
+        return output if self.output is None else from_dicts(self.output, output)
 
 
 def capture(model: nn.Module, inputs: Inputs, dynamic: Sequence[int] = ()) -> Captured:
@@ -78,10 +79,10 @@ def capture(model: nn.Module, inputs: Inputs, dynamic: Sequence[int] = ()) -> Ca
         dynamic: Further dimensions that may vary, of every tensor that has them.
 
     Returns:
-        The captured graph; its outputs have been compared with the model's own.
+        The captured graph; ``check_faithful`` compares its outputs with the model's own.
 
     Raises:
-        CaptureError: The model cannot be traced, or its graph computes something else.
+        CaptureError: The model cannot be traced.
         InputError: No input can be explained, or the model itself fails on the inputs.
     """
     _refuse_untraceable(model)
@@ -103,7 +104,7 @@ def capture(model: nn.Module, inputs: Inputs, dynamic: Sequence[int] = ()) -> Ca
     # Each on its own: a cache that the run fills would be a constant of the trace.
     with preserved(model):
         output = run_model(model, detached, spec)
-    traced = _AsDict(model) if any(map(_is_dataclass, pytree.tree_leaves(output))) else None
+    traced = AsDict(model) if any(map(is_dataclass, pytree.tree_leaves(output))) else None
     with preserved(model):
         program, why_static = _export(traced or model, detached, spec, batch, dynamic)
     forms = _forms(program, detached)
@@ -127,130 +128,6 @@ def _forms(program: ExportedProgram, leaves: Sequence[Any]) -> tuple[Any, ...]:
         open_dims = {d: letters[str(s)] for d, s in enumerate(shape) if not isinstance(s, int)}
         forms.append(form_of(leaf, open_dims))
     return tuple(forms)
-
-
-def check_faithful(captured: Captured, module: fx.GraphModule, inputs: Inputs) -> None:
-    """Raise CaptureError unless ``module`` computes what the model computes on ``inputs``.
-
-    Python state and random numbers are baked in at capture; this is where they come to light.
-    """
-    leaves, spec, _ = flatten_inputs(inputs)
-    model = captured.model
-    with preserved(model), torch.no_grad():
-        run_model(model, copies(leaves), spec)
-        # The second run: what changes from call to call is no function of the inputs.
-        expected = tensors_in(run_model(model, copies(leaves), spec))
-        args, kwargs = pytree.tree_unflatten(copies(leaves), spec)
-        got = tensors_in(captured.rebuild(module(*args, **kwargs)))
-    worst = worst_difference(expected, got)
-    if not worst <= 1.0:
-        changed = [rounded(leaf) for leaf in copies(leaves)]
-        with preserved(model):
-            again, near = (
-                worst_difference(expected, tensors_in(run_model(model, given, spec)))
-                for given in (copies(leaves), changed)
-            )
-        if again <= 1.0 and not near <= 1.0:
-            raise CaptureError(
-                "the model makes so much of rounding errors that its output cannot be told from "
-                f"another's (inputs changed by one rounding: {near:.1e} times the tolerance).",
-                where=[f"{type(model).__name__}, in {_dtypes(expected)}"],
-                fix="explain it in float64: model.double() and inputs.double().",
-            )
-        raise CaptureError(
-            "the captured graph does not compute what the model computes "
-            f"(difference {worst:.1e} times the tolerance).",
-            where=[f"{type(model).__name__}, outputs of the same inputs"],
-            fix="look for random numbers, counters or other Python state in forward(); "
-            "they were baked in when the model was traced.",
-        )
-
-
-def worst_difference(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
-    """The largest difference of two lists of tensors, in units of their dtypes' tolerance."""
-    if len(expected) != len(got):
-        return float("inf")
-    return max((_difference(e, g) for e, g in zip(expected, got, strict=True)), default=0.0)
-
-
-def rounded(leaf: Any) -> Any:
-    """A floating tensor with every element changed by about one rounding."""
-    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-        return leaf
-    return leaf * (1 + 2 * torch.finfo(leaf.dtype).eps)
-
-
-def _dtypes(tensors: Sequence[Tensor]) -> str:
-    return ", ".join(dict.fromkeys(str(t.dtype).removeprefix("torch.") for t in tensors))
-
-
-def _difference(expected: Tensor, got: Tensor) -> float:
-    """Largest difference in units of the dtype's tolerance; NaN and infinity must coincide."""
-    if expected.shape != got.shape or expected.dtype != got.dtype:
-        return float("inf")
-    if not expected.is_floating_point():
-        return 0.0 if torch.equal(expected, got) else float("inf")
-    # Folding batch norm reorders sums, which costs a few digits; a wrong graph costs all of them.
-    tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(expected.dtype, 5e-2)
-    expected, got = expected.double(), got.double()
-    if not torch.equal(expected.isfinite(), got.isfinite()):
-        return float("inf")
-    expected, got = expected.nan_to_num(), got.nan_to_num()
-    scale = max(expected.abs().max().item() if expected.numel() else 0.0, 1e-12)
-    return (expected - got).abs().max().item() / scale / tolerance if expected.numel() else 0.0
-
-
-class _AsDict(nn.Module):
-    """The model with the dataclasses in its output as dicts, which torch.export can flatten."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.training = model.training  # not train(), which would set the submodules too
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return _to_dicts(self.model(*args, **kwargs))
-
-
-def _is_dataclass(output: Any) -> bool:
-    """An instance of a dataclass; those that a library has registered are no leaves of a pytree."""
-    return dataclasses.is_dataclass(output) and not isinstance(output, type)
-
-
-def _to_dicts(output: Any) -> Any:
-    """The output with each dataclass as a dict of its fields."""
-    return pytree.tree_map(
-        lambda leaf: (
-            {k: _to_dicts(v) for k, v in _fields(leaf).items()} if _is_dataclass(leaf) else leaf
-        ),
-        output,
-    )
-
-
-def _fields(instance: Any) -> dict[str, Any]:
-    # A field that __init__ leaves alone has its default in the class, not in the instance.
-    own = getattr(instance, "__dict__", None)
-    names = [f.name for f in dataclasses.fields(instance)]
-    return {name: getattr(instance, name) for name in names if own is None or name in own}
-
-
-def _from_dicts(like: Any, output: Any) -> Any:
-    """The inverse of ``_to_dicts``, with the structure of ``like``."""
-    leaves, spec = pytree.tree_flatten(like)
-    found = []
-    for leaf, value in zip(leaves, spec.flatten_up_to(output), strict=True):
-        if _is_dataclass(leaf):
-            rebuilt = object.__new__(type(leaf))
-            for name, field in _fields(leaf).items():  # not by __init__, which may compute some
-                object.__setattr__(rebuilt, name, _from_dicts(field, value[name]))
-            value = rebuilt
-        found.append(value)
-    return pytree.tree_unflatten(found, spec)
-
-
-def tensors_in(output: Any) -> list[Tensor]:
-    """All tensors of a model's output, of whatever type it is, in order."""
-    return [leaf for leaf in pytree.tree_leaves(_to_dicts(output)) if isinstance(leaf, Tensor)]
 
 
 def run_model(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> Any:
@@ -440,7 +317,7 @@ def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
     else:
         what = f"torch.export cannot trace the model: {_first_line(error)}"
         fix = "rewrite that line with torch ops, or explain a wrapper module around the rest."
-    owner = model.model if isinstance(model, _AsDict) else model
+    owner = model.model if isinstance(model, AsDict) else model
     return CaptureError(what, where=_user_frames(error) or [type(owner).__name__], fix=fix)
 
 

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, fx
 
 from lrpfx.backward import Pulled, Run
-from lrpfx.capture import TRACING, rounded, worst_difference
+from lrpfx.capture import TRACING
 from lrpfx.errors import CompileError
 from lrpfx.explicit import Explicit, ExplicitRun
+from lrpfx.faithful import rounded, worst_difference
 from lrpfx.targets import Seed
 
 #: Forms of inputs and seeds that one Explainer is compiled for; as many as torch.compile has.

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from lrpfx import ops
+from lrpfx.call import Composed, product
 from lrpfx.graph import op_name, varying
 
 aten = torch.ops.aten
@@ -59,7 +60,7 @@ def flat_products(module: fx.GraphModule) -> fx.GraphModule:
         if not inner:
             continue
         with module.graph.inserting_before(node):
-            new = module.graph.call_function(ops.product, (factors,))
+            new = module.graph.call_function(product, (factors,))
         new.meta = dict(node.meta)
         changing.add(new)
         node.replace_all_uses_with(new)
@@ -116,7 +117,7 @@ def _region(end: fx.Node, changing: set[fx.Node]) -> tuple[fx.Node, set[fx.Node]
 
 
 def _is_activation(node: fx.Node) -> bool:
-    if isinstance(node.target, ops.Composed):
+    if isinstance(node.target, Composed):
         return True
     row = ops.find(node.target, frozenset(["self"]))
     return row is not None and row.family == "activation"
@@ -144,7 +145,7 @@ def _call_composed(
     cores = [op_name(n.target) for n in sorted(region) if _is_activation(n)]
     function = fx.GraphModule(module, body)
     vanishes = not constants and bool(function(torch.zeros((), dtype=torch.float64)) == 0)
-    composed = ops.Composed(function, cores[-1] if cores else "square", vanishes)
+    composed = Composed(function, cores[-1] if cores else "square", vanishes)
     new = module.graph.call_function(composed, (entry, constants))
     new.meta = dict(end.meta)
     return new

@@ -5,15 +5,13 @@ The first entry whose selector matches a node and whose rule fits it wins.
 
 from __future__ import annotations
 
-import difflib
-import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lrpfx.errors import RuleError, SelectorError
+from lrpfx.errors import RuleError
 from lrpfx.graph import Record
 from lrpfx.rules import (
     AlphaBeta,
@@ -34,8 +32,8 @@ from lrpfx.rules import (
     ZBox,
     ZPlus,
 )
-from lrpfx.rules.affine import ZeroParams
 from lrpfx.rules.base import StabilizerLike
+from lrpfx.rules.terms import ZeroParams
 
 #: An op kind, a module class, a module-path glob, "*", or a predicate on the node's record.
 Selector = str | type[nn.Module] | Callable[[Record], bool]
@@ -143,11 +141,13 @@ def base_map(stabilizer: StabilizerLike, affine: Rule) -> list[Entry]:
     ]
 
 
-class _Named(Composite):
+class Named(Composite):
+    """A complete rule set: it is laid over no other, and on any model."""
+
     strict = False
 
 
-class EpsilonAll(_Named):
+class EpsilonAll(Named):
     """Epsilon on every affine op and residual sum.
 
     Args:
@@ -178,7 +178,7 @@ class AttnLRP(EpsilonAll):
         super().__init__(epsilon, zero_params)
 
 
-class CPLRP(_Named):
+class CPLRP(Named):
     """CP-LRP: as AttnLRP, but attention weights are constants.
 
     Args:
@@ -204,7 +204,7 @@ class CPLRP(_Named):
         super().__init__([*constant, *EpsilonAll(epsilon, zero_params).entries])
 
 
-class MambaLRP(_Named):
+class MambaLRP(Named):
     """MambaLRP: as AttnLRP, but what a selective scan is steered by is a constant.
 
     The discretised A, B and C of a Mamba block are functions of the projection ``x_proj``, the
@@ -221,7 +221,7 @@ class MambaLRP(_Named):
         super().__init__([("*.x_proj", Stop()), *EpsilonAll(epsilon, zero_params).entries])
 
 
-class EpsilonPlus(_Named):
+class EpsilonPlus(Named):
     """ZPlus on convolutions, Epsilon on linear layers.
 
     Args:
@@ -242,7 +242,7 @@ class EpsilonPlus(_Named):
         super().__init__(_conv_and_linear(conv, epsilon, stabilizer, zero_params))
 
 
-class EpsilonAlpha2Beta1(_Named):
+class EpsilonAlpha2Beta1(Named):
     """AlphaBeta(2, 1) on convolutions, Epsilon on linear layers.
 
     Args:
@@ -263,7 +263,7 @@ class EpsilonAlpha2Beta1(_Named):
         super().__init__(_conv_and_linear(conv, epsilon, stabilizer, zero_params))
 
 
-class EpsilonGammaBox(_Named):
+class EpsilonGammaBox(Named):
     """ZBox on the first convolution, Gamma on the others, Epsilon on linear layers.
 
     Args:
@@ -292,7 +292,7 @@ class EpsilonGammaBox(_Named):
         super().__init__([(First(("conv",)), box), *rest])
 
 
-class EpsilonPlusFlat(_Named):
+class EpsilonPlusFlat(Named):
     """EpsilonPlus with Flat on the first convolution or linear layer.
 
     Args:
@@ -314,7 +314,7 @@ class EpsilonPlusFlat(_Named):
         super().__init__([_flat_first(stabilizer, zero_params), *rest])
 
 
-class EpsilonAlpha2Beta1Flat(_Named):
+class EpsilonAlpha2Beta1Flat(Named):
     """EpsilonAlpha2Beta1 with Flat on the first convolution or linear layer.
 
     Args:
@@ -336,7 +336,7 @@ class EpsilonAlpha2Beta1Flat(_Named):
         super().__init__([_flat_first(stabilizer, zero_params), *rest])
 
 
-class ExcitationBackprop(_Named):
+class ExcitationBackprop(Named):
     """ZPlus on convolutions and linear layers; activations keep their gradient.
 
     Args:
@@ -352,7 +352,7 @@ class ExcitationBackprop(_Named):
         super().__init__(entries + base_map(stabilizer, rule))
 
 
-class GuidedBackprop(_Named):
+class GuidedBackprop(Named):
     """ReLUGuidedBackprop on ReLU; everything else keeps its gradient.
 
     Source: Springenberg et al. 2015.
@@ -362,7 +362,7 @@ class GuidedBackprop(_Named):
         super().__init__([("relu", ReLUGuidedBackprop()), ("*", Gradient())])
 
 
-class DeconvNet(_Named):
+class DeconvNet(Named):
     """ReLUDeconvNet on ReLU; everything else keeps its gradient.
 
     Source: Zeiler and Fergus 2014.
@@ -372,7 +372,7 @@ class DeconvNet(_Named):
         super().__init__([("relu", ReLUDeconvNet()), ("*", Gradient())])
 
 
-class BetaSmooth(_Named):
+class BetaSmooth(Named):
     """ReLUBetaSmooth on ReLU; everything else keeps its gradient.
 
     Args:
@@ -411,69 +411,3 @@ NAMED: dict[str, type[Composite]] = {
     "deconvnet": DeconvNet,
     "beta_smooth": BetaSmooth,
 }
-
-RulesLike = Composite | str | Sequence[Entry] | None
-
-
-def by_name(name: str) -> Composite:
-    """The composite of a snake_case name, with its default parameters.
-
-    Raises:
-        SelectorError: No composite has that name, or it has no defaults.
-    """
-    if name not in NAMED:
-        near = difflib.get_close_matches(name, NAMED, n=3)
-        raise SelectorError(
-            f"there is no composite {name!r}.",
-            fix=f"did you mean {' or '.join(map(repr, near))}?"
-            if near
-            else f"the names are {', '.join(NAMED)}.",
-        )
-    required = [
-        p.name
-        for p in inspect.signature(NAMED[name]).parameters.values()
-        if p.default is inspect.Parameter.empty
-    ]
-    if required:
-        cls = NAMED[name].__name__
-        raise SelectorError(
-            f"composite {name!r} has parameters without defaults: {', '.join(required)}.",
-            fix=f"give lrpfx.composites.{cls}({', '.join(p + '=...' for p in required)}).",
-        )
-    return NAMED[name]()  # type: ignore[call-arg]  # those without required parameters
-
-
-def resolve(rules: RulesLike, kinds: set[str]) -> tuple[tuple[Composite, ...], str]:
-    """The layers of composites that ``rules`` stands for, uppermost first, and how it was read.
-
-    Args:
-        rules: What the user gave.
-        kinds: Op kinds in the graph, by which the default is picked.
-
-    Raises:
-        SelectorError: Unknown name.
-        RuleError: ``rules`` is nothing that can be read as rules.
-    """
-    default: Composite
-    if {"softmax", "matmul"} <= kinds:
-        default, reason = AttnLRP(), "the graph has attention"
-    elif "conv" in kinds:
-        default, reason = EpsilonPlus(), "the graph has convolutions"
-    else:
-        default, reason = EpsilonAll(), "the graph has no convolutions"
-    if rules is None:
-        return (default,), f"{default.name} (default: {reason})"
-    if isinstance(rules, str):
-        return (by_name(rules),), rules
-    if isinstance(rules, _Named):
-        return (rules,), rules.name
-    if isinstance(rules, Composite):
-        own = rules
-    elif isinstance(rules, (list, tuple)):
-        own = Composite(rules)
-    else:
-        raise RuleError(
-            f"rules={rules!r} is no composite, name or list of (selector, rule).",
-            fix="give a name such as 'epsilon_plus', a composite, or [('conv', lrpfx.ZPlus())].",
-        )
-    return (own, default), f"{len(own.entries)} entries over {default.name} (default: {reason})"

@@ -6,15 +6,16 @@ from dataclasses import replace
 
 from torch import nn
 
+from lrpfx.annotate import Unknown, annotate_known
 from lrpfx.assign import assign
 from lrpfx.canonize import canonize
 from lrpfx.capture import TRACING, capture
-from lrpfx.composites import RulesLike
 from lrpfx.errors import UnsupportedOpError
 from lrpfx.explain import Explainer
-from lrpfx.graph import Unknown, annotate_known, op_name, record, used_nodes
+from lrpfx.graph import op_name, record, used_nodes
 from lrpfx.inputs import Inputs
 from lrpfx.report import Report, Row, make_report
+from lrpfx.resolve import RulesLike
 from lrpfx.starts import find_starts
 
 

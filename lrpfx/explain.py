@@ -10,25 +10,25 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from lrpfx.annotate import annotate
 from lrpfx.assign import assign
 from lrpfx.backward import Run, at_a_time
 from lrpfx.canonize import canonize
-from lrpfx.capture import TRACING, Captured, capture, check_faithful
+from lrpfx.capture import TRACING, Captured, capture
 from lrpfx.carriers import find_carriers
 from lrpfx.compiled import Compiled, CompiledRun
-from lrpfx.composites import RulesLike
 from lrpfx.errors import (
     CaptureError,
     InputError,
     SelectorError,
 )
 from lrpfx.explanation import Explanation
+from lrpfx.faithful import check_faithful
 from lrpfx.freeze import state_of, versions
 from lrpfx.gather import Gather, by_layer, reported
 from lrpfx.graph import (
     HELD,
     Record,
-    annotate,
     explained_leaves,
     final_softmax,
     output_leaves,
@@ -41,6 +41,7 @@ from lrpfx.inputs import Inputs, check_inputs, flatten_inputs, varying_sizes
 from lrpfx.ledger import Ledger
 from lrpfx.refuse import refuse_if_the_model_does, refuse_relevance, refuse_seed
 from lrpfx.report import Report, make_report
+from lrpfx.resolve import RulesLike
 from lrpfx.rewrite import instrument, rewrite
 from lrpfx.rules import Stop
 from lrpfx.starts import find_starts

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lrpfx.annotate import REGISTER
 from lrpfx.assign import Plan
 from lrpfx.errors import InputError
-from lrpfx.graph import REGISTER
 from lrpfx.ledger import Booking
 from lrpfx.report_compare import Comparison, compare
 from lrpfx.report_graph import to_dot, to_mermaid

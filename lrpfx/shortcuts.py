@@ -22,13 +22,13 @@ from torch import Tensor, fx
 
 from lrpfx.assign import Assignment
 from lrpfx.attention import Fused, find_fused
+from lrpfx.call import Call, argument_names
 from lrpfx.carriers import find_carriers
 from lrpfx.graph import op_name, record, slot_nodes
 from lrpfx.ledger import Ledger
-from lrpfx.ops import Call, argument_names
 from lrpfx.rules import Gradient
-from lrpfx.rules.affine import AffineRule
 from lrpfx.rules.base import Carry, share
+from lrpfx.rules.terms import AffineRule
 from lrpfx.twins import Form, Step, Streams, Twin
 
 aten = torch.ops.aten

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, fx
 
 from lrpfx.assign import Assignment
+from lrpfx.call import Call, Site
 from lrpfx.graph import is_floating, reachable, record, slot_nodes
 from lrpfx.ledger import Ledger
-from lrpfx.ops import Call, Site
 from lrpfx.rules import Gradient, Rule
 
 #: Shape, dtype and device of a phantom.

@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 
 import lrpfx
 from lrpfx import composites
-from lrpfx.rules.affine import AffineRule
 from lrpfx.rules.base import Carry
+from lrpfx.rules.terms import AffineRule
 from tests import laws, zoo
 from tests.test_laws import cases
 

@@ -9,8 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 import lrpfx
-from lrpfx.rules.affine import AffineRule, Term
 from lrpfx.rules.base import Flow
+from lrpfx.rules.terms import AffineRule, Term
 from tests import laws, reference
 from tests.laws import Case
 from tests.reference import Node

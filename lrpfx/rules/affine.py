@@ -1,298 +1,24 @@
-"""Rules of affine ops z = W x + b. Letters as in the papers: x input, z output, s = R / st(d).
+"""Rules of affine ops z = W x + b, each a list of ``terms``.
 
-Every rule is a list of terms. A term shares its part of R in proportion to the summands of one
-denominator d = sum_i W_i x_i + b, where W_i is a part of the weights (positive, negative,
-squared ...) and x_i a part of the input:
-
-    s = gate * R / st(d),    R_x = sum_i x_i * (W_i's),    absorbed: b * s and (st(d) - d) * s
+Letters as in the papers: x input, z output, d a denominator, s = R / st(d); p and n are the
+positive and the negative part.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lrpfx.affine import HALVES, AffineMap, Signal, negative, positive
+from lrpfx.call import Op
 from lrpfx.errors import RuleError
-from lrpfx.rules.base import (
-    Absorbed,
-    Carry,
-    Flow,
-    Rule,
-    StabilizerLike,
-    check_number,
-    check_stabilizer,
-    divide,
-    is_zero,
-    share,
-    sum_all,
-)
-
-if TYPE_CHECKING:
-    from lrpfx.ops import Call, Op, Site
-
-
-@dataclass(frozen=True)
-class Input:
-    """The live inputs of an affine op, by parts.
-
-    Args:
-        all: The inputs.
-        nonneg: Whether they are proven >= 0.
-        fast: Whether shortcuts are wanted that give the same up to round-off.
-        above: Whether relevance arrives only where the output is positive.
-    """
-
-    all: Signal
-    nonneg: bool = False
-    fast: bool = False
-    above: bool = False
-
-    @property
-    def pos(self) -> Signal:
-        """xp = max(x, 0)."""
-        return self.all if self.nonneg else tuple(positive(t) for t in self.all)
-
-    @property
-    def neg(self) -> Signal | None:
-        """xn = min(x, 0); None is the symbolic zero of an input proven non-negative."""
-        return None if self.nonneg else tuple(negative(t) for t in self.all)
-
-    @property
-    def one(self) -> Signal:
-        """Ones shaped like x."""
-        return tuple(t.new_ones(()).expand(t.shape) for t in self.all)
-
-
-@dataclass(frozen=True)
-class Term:
-    """One denominator d = sum of W_i x_i + bias, and the gate on the relevance it shares.
-
-    Args:
-        parts: Pairs (x_i, W_i); a pair whose x_i is None is a symbolic zero.
-        bias: In the op's own layout; None if the denominator has no bias.
-        gate: Factor on R: a number or a tensor shaped like z.
-        total: d where it is known already, to save computing it.
-        sign: 1 if d is known to be >= 0, -1 if it is known to be <= 0, else 0.
-        where: The term shares only what arrives where this is positive; everywhere if None.
-    """
-
-    parts: Sequence[tuple[Signal | None, AffineMap]]
-    bias: Tensor | None = None
-    gate: float | Tensor = 1.0
-    total: Tensor | None = None
-    sign: int = 0
-    where: Tensor | None = None
-
-
-ZeroParams = str | Sequence[str] | None
-
-
-@dataclass(frozen=True)
-class AffineRule(Rule):
-    """Base of the rules of affine ops; a rule is its list of terms.
-
-    Args:
-        zero_params: Parameters ("bias", "weight" or both) that the rule takes as zero. The forward
-            pass keeps them.
-    """
-
-    zero_params: ZeroParams = field(default=None, kw_only=True)
-
-    #: Whether the rule splits weights, and so needs an op that has some.
-    needs_weight: ClassVar[bool] = True
-    #: Name of the field that holds the stabilizer.
-    stabilizer_field: ClassVar[str] = "stabilizer"
-    #: When the relevance is the input times something: "always", "nonneg" for inputs proven so.
-    proportional: ClassVar[str] = "never"
-
-    def __post_init__(self) -> None:
-        """Check the parameters."""
-        name = type(self).__name__
-        check_stabilizer(name, self._stabilizer)
-        unknown = set(_names(self.zero_params)) - {"weight", "bias"}
-        if unknown:
-            raise RuleError(
-                f"{name}: zero_params names unknown parameters {sorted(unknown)}.",
-                fix='the parameters are "weight" and "bias".',
-            )
-
-    def fits(self, op: Op) -> str:
-        """Affine ops; those with weights where the rule splits weights."""
-        if op.affine is None:
-            return f"{type(self).__name__} is a rule of affine ops, and {op.kind} is none"
-        if self.needs_weight and not op.weighted:
-            return f"{type(self).__name__} splits weights, and {op.kind} has none"
-        return ""
-
-    def terms(self, x: Input, f: AffineMap, z: Tensor) -> Sequence[Term]:
-        """The rule itself."""
-        raise NotImplementedError
-
-    def propagate(
-        self, call: Call, x: tuple[Tensor, ...], z: Tensor, R: Tensor | tuple[Tensor, ...]
-    ) -> Flow:
-        """R_x = sum over terms and parts of x_i * (W_i's)."""
-        assert isinstance(R, Tensor)
-        f = self._parameters(call.affine(x))
-        shares: list[Signal] = []
-        booked: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
-        for term in self.terms(Input(x, call.nonneg), f, z):
-            parts = [(part, W) for part, W in term.parts if part is not None]
-            known = term.total is not None and not self.zero_params
-            d = term.total if known else _denominator(parts, term.bias)
-            assert d is not None
-            gated = R if isinstance(term.gate, float) and term.gate == 1 else R * term.gate
-            s, _ = divide(gated, d, self._stabilizer)
-            for part, W in parts:
-                c = W.T(s, x)
-                shares.append(tuple(a * b for a, b in zip(part, c, strict=True)))
-            booked.append((gated, d, s, f.spread(term.bias)))
-        relevance = tuple(_sum(share) for share in zip(*shares, strict=True))
-        return Flow(relevance, lambda: _absorbed(R, booked, call.op.kind == "shift"))
-
-    # -- computed fast
-
-    def _exact(self, site: Site) -> bool:
-        """Whether the denominator is z itself, so that a multiplier needs no division."""
-        own_denominator = isinstance(self, (Epsilon, Norm)) and not self.zero_params
-        return own_denominator and is_zero(self._stabilizer)
-
-    def accepts(self, site: Site) -> bool:
-        """A masked score is -infinity, and has no finite product with its multiplier."""
-        return site.op.kind != "shift" or self._exact(site)
-
-    def carries(self, site: Site, taken: bool) -> bool:
-        """R_x = x * c where every part of the input is the input itself."""
-        return self.proportional == "always" or (self.proportional == "nonneg" and site.nonneg)
-
-    def gradient_shares(self, site: Site) -> tuple[float, ...] | None:
-        """All, where the denominator is z itself; a norm's depends on its input.
-
-        Not batch norm: PyTorch's own backward of it mixes up channels if the gradient of a single
-        sample comes in channels_last strides while the input is a slice of channels.
-        """
-        follows = self._exact(site) and site.op.family == "affine" and site.op.kind != "batch_norm"
-        return (1.0,) * len(site.live) if follows else None
-
-    @property
-    def multiplies_by_output(self) -> bool:
-        """Whether ``multiply`` reads z only as a factor of the multiplier that arrives."""
-        if isinstance(self, (Epsilon, Norm)) and not self.zero_params:
-            return not callable(self._stabilizer) and not is_zero(self._stabilizer)
-        return True
-
-    def needs(self, site: Site, taken: bool) -> tuple[bool, bool]:
-        """Inputs for denominators other than z, and for the standard deviation of a norm."""
-        if isinstance(self, (Epsilon, Norm)) and not self.zero_params:
-            return site.op.family == "normalize", not (taken and self._exact(site))
-        return True, taken or not isinstance(self, ZPlus)
-
-    def multiply(
-        self, call: Call, x: tuple[Tensor, ...], z: Tensor, m: Any, carry: Carry
-    ) -> tuple[Tensor, ...]:
-        """c_x = sum over terms and parts of W_i's."""
-        f = self._parameters(replace(call.affine(x), memory=call.memory))
-        terms = self.terms(Input(x, call.nonneg, fast=True, above=carry.above), f, z)
-        if isinstance(self, (Epsilon, Norm)) and not self.zero_params:  # d = z
-            return f.T(share(m, z, self._stabilizer, carry.takes, int(carry.cut)), x)
-        R = z * m if carry.takes else m
-        found: list[tuple[float, Signal]] = []
-        for term in terms:
-            parts = [(part, W) for part, W in term.parts if part is not None]
-            gate, gated = term.gate, R if term.where is None else _above(term.where, R)
-            if isinstance(gate, Tensor):
-                gate, gated = 1.0, gated * gate
-            s = self._share(gated, term, parts)
-            found += [(gate, W.T(s, x)) for _, W in parts]
-        return tuple(_weighted_sum([(gate, c[i]) for gate, c in found]) for i in range(len(x)))
-
-    def _share(self, R: Tensor, term: Term, parts: Sequence[tuple[Signal, AffineMap]]) -> Tensor:
-        """R / st(d)."""
-        stabilizer, bias = self._stabilizer, term.bias
-        if term.total is not None and not self.zero_params:
-            return share(R, term.total, stabilizer, False, term.sign)
-        if term.sign > 0 and bias is not None and not callable(stabilizer) and stabilizer > 0:
-            if R.dtype not in HALVES:  # added where the bias is, it takes no pass of its own
-                return R / _denominator(parts, bias + stabilizer)
-        return share(R, _denominator(parts, bias), stabilizer, False, term.sign)
-
-    @property
-    def _stabilizer(self) -> StabilizerLike:
-        value: StabilizerLike = getattr(self, self.stabilizer_field)
-        return value
-
-    def _parameters(self, f: AffineMap) -> AffineMap:
-        names = _names(self.zero_params)
-        if "bias" in names:
-            f = replace(f, bias=None)
-        if "weight" in names and f.weight is not None:
-            f = f.with_weight(torch.zeros_like)
-        return f
-
-
-def _names(zero_params: ZeroParams) -> tuple[str, ...]:
-    return (zero_params,) if isinstance(zero_params, str) else tuple(zero_params or ())
-
-
-def _sum(terms: Sequence[Tensor]) -> Tensor:
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
-
-
-def _above(where: Tensor, R: Tensor) -> Tensor:
-    """R where ``where`` is positive, else 0."""
-    passed: Tensor = torch.ops.aten.threshold_backward(R, where, 0)
-    return passed
-
-
-def _weighted_sum(terms: Sequence[tuple[float, Tensor]]) -> Tensor:
-    gate, first = terms[0]
-    total = first if gate == 1 else first * gate
-    for gate, term in terms[1:]:
-        total = torch.add(total, term, alpha=gate)
-    return total
-
-
-def _denominator(parts: Sequence[tuple[Signal, AffineMap]], bias: Tensor | None) -> Tensor:
-    first, *rest = parts
-    return _sum([first[1](first[0], bias), *(W(part) for part, W in rest)])
-
-
-def _absorbed(
-    R: Tensor, booked: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]], masked: bool
-) -> Absorbed:
-    """What stays here: the bias's summand, the stabilizer's, and outputs with nothing to share by.
-
-    With gate * R = s * st(d) and d = sum_i W_i x_i + b, the inputs get s * (d - b) in sum; the
-    rest is b * s and (st(d) - d) * s = gate * R - d * s. "dead" collects the outputs whose
-    denominator is zero or whose gates are all closed. ``masked`` says that d may be -infinity, as
-    a masked attention score is, which gets and keeps nothing.
-    """
-    zero = R.new_zeros((), dtype=torch.float64)
-    absorbed = {"bias": zero, "stabilizer": zero, "dead": zero}
-    for gated, d, s, bias in booked:
-        gated, d, s = gated.detach(), d.detach(), s.detach()
-        rest = gated - s * d
-        rest = rest.nan_to_num(0.0) if masked else rest
-        dead = sum_all([rest * (d == 0)])
-        absorbed["stabilizer"] = absorbed["stabilizer"] + sum_all([rest]) - dead
-        absorbed["dead"] = absorbed["dead"] + dead
-        if bias is not None:
-            share = s * bias.detach()
-            share = share.nan_to_num(0.0) if masked else share
-            absorbed["bias"] = absorbed["bias"] + sum_all([share])
-    if len(booked) > 1 or booked[0][0] is not R:
-        closed = sum_all([R]) - sum_all([gated for gated, _, _, _ in booked])
-        absorbed["dead"] = absorbed["dead"] + closed
-    return absorbed
+from lrpfx.rules.base import StabilizerLike, check_number
+from lrpfx.rules.terms import AffineRule, Input, Term, denominator
 
 
 @dataclass(frozen=True)
@@ -312,6 +38,7 @@ class Epsilon(AffineRule):
     stabilizer_field: ClassVar[str] = "epsilon"
     proportional: ClassVar[str] = "always"
     reads_output: ClassVar[bool] = True
+    divides_by_output: ClassVar[bool] = True
 
     def terms(self, x: Input, f: AffineMap, z: Tensor) -> Sequence[Term]:
         """d = W x + b = z."""
@@ -334,6 +61,7 @@ class Norm(AffineRule):
     needs_weight: ClassVar[bool] = False
     proportional: ClassVar[str] = "always"
     reads_output: ClassVar[bool] = True
+    divides_by_output: ClassVar[bool] = True
 
     def fits(self, op: Op) -> str:
         """Affine ops without weights; batch norm that could not be folded counts as one."""
@@ -363,6 +91,7 @@ class ZPlus(AffineRule):
     stabilizer: StabilizerLike = 1e-6
 
     proportional: ClassVar[str] = "nonneg"
+    fast_reads_output: ClassVar[bool] = False
 
     def terms(self, x: Input, f: AffineMap, z: Tensor) -> Sequence[Term]:
         """The positive contributions."""
@@ -411,7 +140,7 @@ class AlphaBeta(AffineRule):
         minus = Term(_opposing(x, f), _part(negative, f.bias), gate=-float(self.beta))
         # d1 + d2 = z; rounded to a half type, the difference is nothing like d2.
         if x.fast and not self.zero_params and z.dtype not in HALVES:
-            d = _denominator([(x.all, f.pos)], plus.bias)
+            d = denominator([(x.all, f.pos)], plus.bias)
             return [replace(plus, total=d, sign=1), replace(minus, total=z - d, sign=-1)]
         return [plus, minus]
 
@@ -451,7 +180,7 @@ class Gamma(AffineRule):
         up = f.with_weight(lambda w: w + g * positive(w), f"up {g}")
         bias_up = _part(lambda b: b + g * positive(b), f.bias)
         if x.above and x.nonneg:  # nothing arrives elsewhere
-            d = _denominator([(x.all, up)], bias_up).clamp_min_(0.0)
+            d = denominator([(x.all, up)], bias_up).clamp_min_(0.0)
             return [Term([(x.all, up)], bias_up, total=d, sign=1)]
         down = f.with_weight(lambda w: w + g * negative(w), f"down {g}")
         bias_down = _part(lambda b: b + g * negative(b), f.bias)
@@ -464,7 +193,7 @@ class Gamma(AffineRule):
         if x.nonneg and not self.zero_params and z.dtype not in HALVES:
             # d1 = z + g d and d2 = z + g (z - d), with d what contributes positively; where a term
             # counts, its denominator has the sign of z.
-            d = _denominator([(x.all, f.pos)], _part(positive, f.bias))
+            d = denominator([(x.all, f.pos)], _part(positive, f.bias))
             over = replace(over, total=torch.add(z, d, alpha=g).clamp_min_(0.0), sign=1)
             d2 = torch.sub((1 + g) * z, d, alpha=g)
             under = replace(under, total=d2.clamp_max_(0.0), sign=-1)

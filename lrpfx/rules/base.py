@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from lrpfx.affine import HALVES, widened
+from lrpfx.call import Call, Op, Site
 from lrpfx.errors import RuleError
-
-if TYPE_CHECKING:
-    from lrpfx.ops import Call, Op, Site
 
 #: What a rule needs stabilised division by: a number (epsilon) or a callable ``z -> st(z)``, which
 #: gets float16 and bfloat16 as float32.

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
+from lrpfx.call import Call, Op, Site
 from lrpfx.rules.base import (
     Absorbed,
     Carry,
@@ -20,9 +21,6 @@ from lrpfx.rules.base import (
     share,
     sum_all,
 )
-
-if TYPE_CHECKING:
-    from lrpfx.ops import Call, Op, Site
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from lrpfx.call import Call, Op, Site
 from lrpfx.errors import RuleError
 from lrpfx.rules.base import Absorbed, Carry, Flow, Rule, sum_all
-
-if TYPE_CHECKING:
-    from lrpfx.ops import Call, Op, Site
 
 
 @dataclass(frozen=True)

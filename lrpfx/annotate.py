@@ -1,0 +1,300 @@
+"""Canonized graph -> the same with a record for every node that carries relevance.
+
+Which nodes depend on a start (liveness), which outputs are proven non-negative (sign), which
+layers are the first, and which activations gate a product.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from lrpfx import ops
+from lrpfx.call import Op, Site, Slot
+from lrpfx.errors import UnsupportedOpError
+from lrpfx.graph import (
+    HELD,
+    KEY,
+    ModuleCall,
+    Record,
+    bound_arguments,
+    explained_leaves,
+    is_floating,
+    letters_of,
+    live_names,
+    module_calls,
+    nodes_in,
+    record,
+    source_line,
+)
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """A node that relevance comes to, and whose op has no row in the op table.
+
+    Args:
+        name: The node's name in the graph.
+        target: The ATen overload.
+        live: Names of the arguments that depend on the input.
+        modules: As in ``Record``, like the fields that follow.
+        source: Line of the user's code.
+        inputs: Names of the nodes it reads.
+        shape: Shape of the output.
+    """
+
+    name: str
+    target: Any
+    live: tuple[str, ...]
+    modules: tuple[ModuleCall, ...]
+    source: str
+    inputs: tuple[str, ...]
+    shape: tuple[int | str, ...]
+
+    @property
+    def call(self) -> str:
+        """The overload, and its live arguments if there are several."""
+        which = f" with live {' and '.join(self.live)}" if len(self.live) > 1 else ""
+        return f"{self.target}{which}"
+
+    def __str__(self) -> str:
+        """Op, path, shape and source, as the error lists it."""
+        path = self.modules[-1].path if self.modules else "(the model)"
+        return f"{self.call} at {path}, [{', '.join(map(str, self.shape))}]" + (
+            f"\n         source: {self.source}" if self.source else ""
+        )
+
+
+def annotate(
+    graph: fx.Graph,
+    starts: Container[fx.Node],
+    prefix: str,
+    held: Container[str] = (),
+) -> set[fx.Node]:
+    """Give every node that carries relevance its record; return all of them.
+
+    Besides the recorded nodes these are the starts and the getitem nodes that pick one of several
+    outputs.
+
+    Args:
+        graph: A canonized graph.
+        starts: The nodes that relevance is wanted for, see ``starts.find_starts``.
+        prefix: What to strip from module paths.
+        held: Names of nodes that count as constants.
+
+    Raises:
+        UnsupportedOpError: Listing all such nodes that the op table does not know.
+    """
+    carrying, unknown = annotate_known(graph, starts, prefix, held)
+    if unknown:
+        raise UnsupportedOpError(
+            f"{len(unknown)} operation(s) that depend on the explained input have no relevance "
+            "rule.",
+            where=[str(u) for u in unknown],
+            fix=REGISTER,
+        )
+    return carrying
+
+
+#: What to do about an op that the table does not know.
+REGISTER = (
+    "lrpfx.register_op(torch.ops.aten..., kind, family) tells lrpfx what such an op is; or explain "
+    "a wrapper module that leaves it out."
+)
+
+
+def annotate_known(
+    graph: fx.Graph,
+    starts: Container[fx.Node],
+    prefix: str,
+    held: Container[str] = (),
+) -> tuple[set[fx.Node], list[Unknown]]:
+    """As ``annotate``, but return also what the op table does not know, in execution order."""
+    letters = letters_of(graph)
+    known = _liveness(graph, starts, held)
+    carrying = _carrying(graph, known)
+    unknown = [
+        _unknown(node, carrying, prefix, letters)
+        for node in graph.nodes
+        if node in carrying and known[node] is _UNKNOWN
+    ]
+    gates = _gates(known, carrying)
+    nonneg: set[fx.Node] = set()
+    mixed: set[fx.Node] = set()  # what some conv or linear layer stands before
+    for node in graph.nodes:
+        node.meta.pop(KEY, None)
+        if node not in carrying or node in starts:
+            continue
+        op = known[node]
+        before = any(n in mixed for n in node.all_input_nodes)
+        if isinstance(op, Op):
+            node.meta[KEY] = replace(
+                _record(node, op, carrying, nonneg, prefix, letters),
+                first=not before,
+                gate=node in gates,
+            )
+        elif op is _PICK and node.args[0] in nonneg:
+            nonneg.add(node)
+        if (r := record(node)) is not None and r.nonneg:
+            nonneg.add(node)
+        if before or (r is not None and r.kind in ("conv", "linear")):
+            mixed.add(node)
+    return carrying, unknown
+
+
+_UNKNOWN = "not in the op table"
+_PICK = "getitem or start"
+
+
+def _liveness(
+    graph: fx.Graph, starts: Container[fx.Node], held: Container[str]
+) -> dict[fx.Node, Op | str]:
+    """The nodes that depend on a start, each with what is known of it."""
+    live: dict[fx.Node, Op | str] = {}
+    for node in graph.nodes:
+        if node in starts:
+            live[node] = _PICK
+            continue
+        if node.op != "call_function" or not is_floating(node.meta.get("val")):
+            continue
+        if node.name in held or HELD in node.meta:
+            continue
+        if not any(n in live for n in node.all_input_nodes):
+            continue
+        if getattr(node.target, "__name__", "") == "getitem":
+            live[node] = _PICK
+            continue
+        op = ops.find(node.target, frozenset(live_names(node, live)))
+        if op is None or op.family != "constant":
+            live[node] = op or _UNKNOWN
+    return live
+
+
+def _carrying(graph: fx.Graph, live: Container[fx.Node]) -> set[fx.Node]:
+    """The live nodes from which a live output is reached through live nodes.
+
+    What is only used detached is live, but no relevance ever comes to it.
+    """
+    carrying = {node for node in nodes_in(explained_leaves(graph)) if node in live}
+    for node in reversed(graph.nodes):
+        if node in carrying:
+            carrying.update(n for n in node.all_input_nodes if n in live)
+    return carrying
+
+
+def _gates(known: Mapping[fx.Node, Op | str], carrying: set[fx.Node]) -> set[fx.Node]:
+    """The activations that stand, moves aside, as the only one among a product's factors.
+
+    Of several it is the only sigmoid, as in an LSTM's ``sigmoid(i) * tanh(g)``.
+    """
+    found = set()
+    for node in carrying:
+        op = known[node]
+        if not isinstance(op, Op) or op.kind != "product":
+            continue
+        ends: dict[fx.Node, str] = {}
+        for factor in node.all_input_nodes:
+            while isinstance(moved := known.get(factor), Op) and moved.family == "move":
+                factor = factor.all_input_nodes[0]
+            if isinstance(moved, Op) and moved.family == "activation":
+                ends[factor] = moved.kind
+        sigmoids = [end for end, kind in ends.items() if "sigmoid" in kind]
+        found |= {end for end in ends if len(ends) == 1 or sigmoids == [end]}
+    return found
+
+
+def _record(
+    node: fx.Node,
+    op: Op,
+    carrying: set[fx.Node],
+    nonneg: set[fx.Node],
+    prefix: str,
+    letters: Mapping[str, str],
+) -> Record:
+    floating = [n for n in node.all_input_nodes if is_floating(n.meta.get("val"))]
+    folded = node.meta.get("folded_calls", ())
+    return Record(
+        name=node.name,
+        target=node.target,
+        op=op,
+        modules=module_calls(node, prefix),
+        folded=tuple(ModuleCall(c.path.removeprefix(prefix), c.call) for c in folded),
+        source=source_line(node),
+        inputs=_live_inputs(node, carrying),
+        shape=_shape(node.meta["val"], letters),
+        dtype=_first_tensor(node.meta["val"]).dtype,
+        first=False,
+        gate=False,
+        nonneg=op.nonneg(bound_arguments(node), all(n in nonneg for n in floating)),
+        site=_site(op, node, carrying, nonneg),
+    )
+
+
+def _live_inputs(node: fx.Node, carrying: Container[fx.Node]) -> tuple[str, ...]:
+    """Names of the nodes that carry the node's relevance on; what getitem picks from, for that."""
+    names = []
+    for n in node.all_input_nodes:
+        while n in carrying and n.target is operator.getitem:
+            n = n.all_input_nodes[0]
+        if n in carrying:
+            names.append(n.name)
+    return tuple(dict.fromkeys(names))
+
+
+def _site(op: Op, node: fx.Node, carrying: set[fx.Node], nonneg: set[fx.Node]) -> Site:
+    """The op with every node among its arguments replaced by a slot, as ``slot_nodes`` lists."""
+    slots: list[fx.Node] = []
+
+    def take(n: fx.Node) -> Any:
+        slots.append(n)
+        return Slot(len(slots) - 1)
+
+    template = fx.node.map_arg(bound_arguments(node), take)
+    live_slots = tuple(i for i, n in enumerate(slots) if n in carrying)
+    return Site(
+        op=op,
+        target=node.target,
+        arguments=template,
+        live=live_slots,
+        live_names=live_names(node, carrying),
+        nonneg=all(slots[i] in nonneg for i in live_slots),
+        several_outputs=not isinstance(node.meta["val"], Tensor),
+    )
+
+
+def _unknown(
+    node: fx.Node, carrying: set[fx.Node], prefix: str, letters: Mapping[str, str]
+) -> Unknown:
+    return Unknown(
+        name=node.name,
+        target=node.target,
+        live=live_names(node, carrying),
+        modules=module_calls(node, prefix),
+        source=source_line(node),
+        inputs=_live_inputs(node, carrying),
+        shape=_shape(node.meta.get("val"), letters),
+    )
+
+
+def _first_tensor(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    return next(_first_tensor(v) for v in value if is_floating(v))
+
+
+def _shape(value: Any, letters: Mapping[str, str]) -> tuple[int | str, ...]:
+    if not is_floating(value):
+        return ()
+    sizes = _first_tensor(value).shape
+    return tuple(size if isinstance(size, int) else _symbol(size, letters) for size in sizes)
+
+
+def _symbol(size: torch.SymInt, letters: Mapping[str, str]) -> str:
+    """The batch as "N", and what is folded into it as "4*N"."""
+    return re.sub(r"s\d+", lambda found: letters.get(found.group(), found.group()), str(size))

@@ -1,0 +1,228 @@
+"""An op as the rules see it: its row of the op table, its place in the graph, its call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_aggregate
+
+from lrpfx.affine import AffineMap, Builder
+
+#: The families, and the rule that they get where nothing else is said.
+FAMILIES = {
+    "affine": "z = W x + b (Norm or Epsilon)",
+    "normalize": "layer norm and the like, affine with the divisor as a constant (Norm)",
+    "product": "elementwise product of live tensors (Uniform)",
+    "matmul": "matrix product of two live tensors (Bilinear)",
+    "softmax": "softmax (Taylor)",
+    "activation": "elementwise nonlinearity of one input (Pass)",
+    "move": "values are moved, repeated or dropped (relevance follows)",
+    "select": "values are picked by their size (relevance follows the picked ones)",
+    "constant": "piecewise constant or detached: relevance ends here",
+}
+
+#: ``(arguments by name, whether every live input is >= 0) -> whether the output is >= 0``
+Sign = Callable[[dict[str, Any], bool], bool]
+
+
+def never(args: dict[str, Any], inputs: bool) -> bool:
+    """The output may be negative."""
+    return False
+
+
+def always(args: dict[str, Any], inputs: bool) -> bool:
+    """The output is >= 0 for every input."""
+    return True
+
+
+def inherited(args: dict[str, Any], inputs: bool) -> bool:
+    """The output is >= 0 where the inputs are."""
+    return inputs
+
+
+@dataclass(frozen=True)
+class Op:
+    """One row of the table: an ATen overload with one pattern of live arguments.
+
+    Args:
+        kind: What selectors call it: "conv", "linear", "relu", "sum" ...
+        family: One of FAMILIES.
+        live: The patterns it answers to, each the exact set of live argument names.
+        affine: Builds the affine map (families "affine" and "normalize").
+        weighted: Whether that map has weights to split by sign.
+        nonneg: When the output is proven non-negative.
+        vanishes: Whether this is an activation with f(0) = 0.
+    """
+
+    kind: str
+    family: str
+    live: tuple[frozenset[str], ...]
+    affine: Builder | None = None
+    weighted: bool = False
+    nonneg: Sign = never
+    vanishes: bool = False
+
+    @property
+    def keeps_shape(self) -> bool:
+        """Whether the op has one live input and an output of its shape."""
+        return self.family == "activation" or self.kind in ("batch_norm", "scale", "shift")
+
+    @property
+    def linear(self) -> bool:
+        """Whether the Jacobian does not depend on the live inputs."""
+        return self.family in ("move", "affine")
+
+    @property
+    def gradient_loss(self) -> str:
+        """What the ledger calls relevance that the rule Gradient does not hand on."""
+        return "constant" if self.family == "move" else "gradient"
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Stands in a call's arguments for the i-th run-time value."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Site:
+    """One node as the rules see it before it runs: static arguments, and slots for the rest.
+
+    Args:
+        op: The row of the table.
+        target: The ATen overload.
+        arguments: By schema name; run-time values are Slots.
+        live: Indices of the slots that are live, in argument order.
+        live_names: Names of the live arguments, in schema order.
+        nonneg: Whether every live input is proven non-negative.
+        several_outputs: Whether the op returns a tuple.
+    """
+
+    op: Op
+    target: Any
+    arguments: dict[str, Any]
+    live: tuple[int, ...]
+    live_names: tuple[str, ...]
+    nonneg: bool
+    several_outputs: bool
+
+    @property
+    def vanishes(self) -> bool:
+        """Whether this is an activation with f(0) = 0."""
+        if isinstance(self.target, Composed):
+            return self.target.vanishes
+        return self.op.vanishes
+
+
+@dataclass(frozen=True)
+class Call:
+    """A Site at run time.
+
+    Args:
+        site: The op.
+        values: Of its slots.
+        memory: Where parts of constant weights are kept between calls; None if weights may change.
+    """
+
+    site: Site
+    values: tuple[Any, ...]
+    memory: dict[Any, Tensor] | None = None
+
+    @property
+    def op(self) -> Op:
+        """The row of the table."""
+        return self.site.op
+
+    @property
+    def nonneg(self) -> bool:
+        """Whether every live input is proven non-negative."""
+        return self.site.nonneg
+
+    def _arguments(self, x: Sequence[Tensor]) -> dict[str, Any]:
+        values = list(self.values)
+        for index, value in zip(self.site.live, x, strict=True):
+            values[index] = value
+        filled = map_aggregate(
+            self.site.arguments,
+            lambda a: values[a.index] if isinstance(a, Slot) else a,
+        )
+        assert isinstance(filled, dict)
+        return dict(filled)
+
+    def argument(self, name: str) -> Any:
+        """A static argument of the op."""
+        return self.site.arguments[name]
+
+    def run(self, *x: Tensor) -> Any:
+        """The op on other live inputs."""
+        return self.site.target(**self._arguments(x))
+
+    def affine(self, x: Sequence[Tensor]) -> AffineMap:
+        """The affine map of the op; of ``x`` only shapes, dtypes and devices count."""
+        assert self.op.affine is not None
+        return self.op.affine(self._arguments(x), self.site.live_names, self.run)
+
+    def pull_back(self, x: Sequence[Tensor], R: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """J'R per live input, J the Jacobian at ``x``; integer outputs have no relevance."""
+
+        def floating(*t: Tensor) -> Any:
+            out = self.run(*t)
+            if isinstance(out, Tensor):
+                return out
+            return tuple(o for o in out if o.is_floating_point())
+
+        pull = torch.func.vjp(floating, *x)[1]
+        return tuple(pull(R))
+
+
+@dataclass(frozen=True, eq=False)
+class Composed:
+    """An activation written out of primitives, as one op of its one varying input.
+
+    Args:
+        body: Takes x and then the constants.
+        core: Name of its last nonlinearity.
+        vanishes: Whether it is known to be 0 at 0.
+    """
+
+    body: fx.GraphModule
+    core: str
+    vanishes: bool = False
+
+    def __post_init__(self) -> None:
+        """Name the callable for fx, which writes it into the generated code."""
+        object.__setattr__(self, "__name__", f"composed_{self.core}")
+
+    def __call__(self, x: Tensor, constants: Sequence[Tensor] = ()) -> Tensor:
+        """The activation of x."""
+        value: Tensor = self.body(x, *constants)
+        return value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Composed:
+        return self
+
+
+#: The factors of a product as they were multiplied: ``(a * b) * c`` is ``[[a, b], c]``.
+Factors = Sequence[Any]
+
+
+def product(factors: Factors) -> Tensor:
+    """The product of several tensors, broadcast against each other."""
+    first, *others = (f if isinstance(f, Tensor) else product(f) for f in factors)
+    for other in others:
+        first = first * other
+    return first
+
+
+def argument_names(target: Any) -> list[str]:
+    """Names of the arguments of an overload, or of what the passes put in the place of several."""
+    if isinstance(target, Composed):
+        return ["x", "constants"]
+    if target is product:
+        return ["factors"]
+    return [argument.name for argument in target._schema.arguments]

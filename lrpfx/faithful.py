@@ -1,0 +1,87 @@
+"""Whether the graph computes what the model computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from lrpfx.capture import Captured, run_model
+from lrpfx.errors import CaptureError
+from lrpfx.inputs import Inputs, copies, flatten_inputs
+from lrpfx.outputs import tensors_in
+from lrpfx.preserve import preserved
+
+
+def check_faithful(captured: Captured, module: fx.GraphModule, inputs: Inputs) -> None:
+    """Raise CaptureError unless ``module`` computes what the model computes on ``inputs``.
+
+    Python state and random numbers are baked in at capture; this is where they come to light.
+    """
+    leaves, spec, _ = flatten_inputs(inputs)
+    model = captured.model
+    with preserved(model), torch.no_grad():
+        run_model(model, copies(leaves), spec)
+        # The second run: what changes from call to call is no function of the inputs.
+        expected = tensors_in(run_model(model, copies(leaves), spec))
+        args, kwargs = pytree.tree_unflatten(copies(leaves), spec)
+        got = tensors_in(captured.rebuild(module(*args, **kwargs)))
+    worst = worst_difference(expected, got)
+    if not worst <= 1.0:
+        changed = [rounded(leaf) for leaf in copies(leaves)]
+        with preserved(model):
+            again, near = (
+                worst_difference(expected, tensors_in(run_model(model, given, spec)))
+                for given in (copies(leaves), changed)
+            )
+        if again <= 1.0 and not near <= 1.0:
+            raise CaptureError(
+                "the model makes so much of rounding errors that its output cannot be told from "
+                f"another's (inputs changed by one rounding: {near:.1e} times the tolerance).",
+                where=[f"{type(model).__name__}, in {_dtypes(expected)}"],
+                fix="explain it in float64: model.double() and inputs.double().",
+            )
+        raise CaptureError(
+            "the captured graph does not compute what the model computes "
+            f"(difference {worst:.1e} times the tolerance).",
+            where=[f"{type(model).__name__}, outputs of the same inputs"],
+            fix="look for random numbers, counters or other Python state in forward(); "
+            "they were baked in when the model was traced.",
+        )
+
+
+def worst_difference(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
+    """The largest difference of two lists of tensors, in units of their dtypes' tolerance."""
+    if len(expected) != len(got):
+        return float("inf")
+    return max((_difference(e, g) for e, g in zip(expected, got, strict=True)), default=0.0)
+
+
+def rounded(leaf: Any) -> Any:
+    """A floating tensor with every element changed by about one rounding."""
+    if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+        return leaf
+    return leaf * (1 + 2 * torch.finfo(leaf.dtype).eps)
+
+
+def _dtypes(tensors: Sequence[Tensor]) -> str:
+    return ", ".join(dict.fromkeys(str(t.dtype).removeprefix("torch.") for t in tensors))
+
+
+def _difference(expected: Tensor, got: Tensor) -> float:
+    """Largest difference in units of the dtype's tolerance; NaN and infinity must coincide."""
+    if expected.shape != got.shape or expected.dtype != got.dtype:
+        return float("inf")
+    if not expected.is_floating_point():
+        return 0.0 if torch.equal(expected, got) else float("inf")
+    # Folding batch norm reorders sums, which costs a few digits; a wrong graph costs all of them.
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(expected.dtype, 5e-2)
+    expected, got = expected.double(), got.double()
+    if not torch.equal(expected.isfinite(), got.isfinite()):
+        return float("inf")
+    expected, got = expected.nan_to_num(), got.nan_to_num()
+    scale = max(expected.abs().max().item() if expected.numel() else 0.0, 1e-12)
+    return (expected - got).abs().max().item() / scale / tolerance if expected.numel() else 0.0

@@ -1,0 +1,300 @@
+"""What rules of affine ops z = W x + b share: each is a list of terms, relevance and what stays.
+
+A term shares its part of R in proportion to the summands of one denominator
+d = sum_i W_i x_i + b, where W_i is a part of the weights (positive, negative, squared ...) and x_i
+a part of the input:
+
+    s = gate * R / st(d),    R_x = sum_i x_i * (W_i's),    absorbed: b * s and (st(d) - d) * s
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lrpfx.affine import HALVES, AffineMap, Signal, negative, positive
+from lrpfx.call import Call, Op, Site
+from lrpfx.errors import RuleError
+from lrpfx.rules.base import (
+    Absorbed,
+    Carry,
+    Flow,
+    Rule,
+    StabilizerLike,
+    check_stabilizer,
+    divide,
+    is_zero,
+    share,
+    sum_all,
+)
+
+
+@dataclass(frozen=True)
+class Input:
+    """The live inputs of an affine op, by parts.
+
+    Args:
+        all: The inputs.
+        nonneg: Whether they are proven >= 0.
+        fast: Whether shortcuts are wanted that give the same up to round-off.
+        above: Whether relevance arrives only where the output is positive.
+    """
+
+    all: Signal
+    nonneg: bool = False
+    fast: bool = False
+    above: bool = False
+
+    @property
+    def pos(self) -> Signal:
+        """xp = max(x, 0)."""
+        return self.all if self.nonneg else tuple(positive(t) for t in self.all)
+
+    @property
+    def neg(self) -> Signal | None:
+        """xn = min(x, 0); None is the symbolic zero of an input proven non-negative."""
+        return None if self.nonneg else tuple(negative(t) for t in self.all)
+
+    @property
+    def one(self) -> Signal:
+        """Ones shaped like x."""
+        return tuple(t.new_ones(()).expand(t.shape) for t in self.all)
+
+
+@dataclass(frozen=True)
+class Term:
+    """One denominator d = sum of W_i x_i + bias, and the gate on the relevance it shares.
+
+    Args:
+        parts: Pairs (x_i, W_i); a pair whose x_i is None is a symbolic zero.
+        bias: In the op's own layout; None if the denominator has no bias.
+        gate: Factor on R: a number or a tensor shaped like z.
+        total: d where it is known already, to save computing it.
+        sign: 1 if d is known to be >= 0, -1 if it is known to be <= 0, else 0.
+        where: The term shares only what arrives where this is positive; everywhere if None.
+    """
+
+    parts: Sequence[tuple[Signal | None, AffineMap]]
+    bias: Tensor | None = None
+    gate: float | Tensor = 1.0
+    total: Tensor | None = None
+    sign: int = 0
+    where: Tensor | None = None
+
+
+ZeroParams = str | Sequence[str] | None
+
+
+@dataclass(frozen=True)
+class AffineRule(Rule):
+    """Base of the rules of affine ops; a rule is its list of terms.
+
+    Args:
+        zero_params: Parameters ("bias", "weight" or both) that the rule takes as zero. The forward
+            pass keeps them.
+    """
+
+    zero_params: ZeroParams = field(default=None, kw_only=True)
+
+    #: Whether the rule splits weights, and so needs an op that has some.
+    needs_weight: ClassVar[bool] = True
+    #: Name of the field that holds the stabilizer.
+    stabilizer_field: ClassVar[str] = "stabilizer"
+    #: When the relevance is the input times something: "always", "nonneg" for inputs proven so.
+    proportional: ClassVar[str] = "never"
+    #: Whether the one denominator is the output z itself, if no parameters are taken as zero.
+    divides_by_output: ClassVar[bool] = False
+    #: Whether the fast form takes z for more than a factor of the multiplier that arrives.
+    fast_reads_output: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Check the parameters."""
+        name = type(self).__name__
+        check_stabilizer(name, self._stabilizer)
+        unknown = set(_names(self.zero_params)) - {"weight", "bias"}
+        if unknown:
+            raise RuleError(
+                f"{name}: zero_params names unknown parameters {sorted(unknown)}.",
+                fix='the parameters are "weight" and "bias".',
+            )
+
+    def fits(self, op: Op) -> str:
+        """Affine ops; those with weights where the rule splits weights."""
+        if op.affine is None:
+            return f"{type(self).__name__} is a rule of affine ops, and {op.kind} is none"
+        if self.needs_weight and not op.weighted:
+            return f"{type(self).__name__} splits weights, and {op.kind} has none"
+        return ""
+
+    def terms(self, x: Input, f: AffineMap, z: Tensor) -> Sequence[Term]:
+        """The rule itself."""
+        raise NotImplementedError
+
+    def propagate(
+        self, call: Call, x: tuple[Tensor, ...], z: Tensor, R: Tensor | tuple[Tensor, ...]
+    ) -> Flow:
+        """R_x = sum over terms and parts of x_i * (W_i's)."""
+        assert isinstance(R, Tensor)
+        f = self._parameters(call.affine(x))
+        shares: list[Signal] = []
+        booked: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
+        for term in self.terms(Input(x, call.nonneg), f, z):
+            parts = [(part, W) for part, W in term.parts if part is not None]
+            known = term.total is not None and not self.zero_params
+            d = term.total if known else denominator(parts, term.bias)
+            assert d is not None
+            gated = R if isinstance(term.gate, float) and term.gate == 1 else R * term.gate
+            s, _ = divide(gated, d, self._stabilizer)
+            for part, W in parts:
+                c = W.T(s, x)
+                shares.append(tuple(a * b for a, b in zip(part, c, strict=True)))
+            booked.append((gated, d, s, f.spread(term.bias)))
+        relevance = tuple(_sum(share) for share in zip(*shares, strict=True))
+        return Flow(relevance, lambda: _absorbed(R, booked, call.op.kind == "shift"))
+
+    # -- computed fast
+
+    @property
+    def _over_z(self) -> bool:
+        """Whether the one denominator is z as the forward pass has it."""
+        return self.divides_by_output and not self.zero_params
+
+    @property
+    def _exact(self) -> bool:
+        """Whether nothing is added to that, so that a multiplier needs no division."""
+        return self._over_z and is_zero(self._stabilizer)
+
+    def accepts(self, site: Site) -> bool:
+        """A masked score is -infinity, and has no finite product with its multiplier."""
+        return site.op.kind != "shift" or self._exact
+
+    def carries(self, site: Site, taken: bool) -> bool:
+        """R_x = x * c where every part of the input is the input itself."""
+        return self.proportional == "always" or (self.proportional == "nonneg" and site.nonneg)
+
+    def gradient_shares(self, site: Site) -> tuple[float, ...] | None:
+        """All, where the denominator is z itself; a norm's depends on its input.
+
+        Not batch norm: PyTorch's own backward of it mixes up channels if the gradient of a single
+        sample comes in channels_last strides while the input is a slice of channels.
+        """
+        follows = self._exact and site.op.family == "affine" and site.op.kind != "batch_norm"
+        return (1.0,) * len(site.live) if follows else None
+
+    @property
+    def multiplies_by_output(self) -> bool:
+        """Whether ``multiply`` reads z only as a factor of the multiplier that arrives."""
+        if self._over_z:
+            return not callable(self._stabilizer) and not is_zero(self._stabilizer)
+        return True
+
+    def needs(self, site: Site, taken: bool) -> tuple[bool, bool]:
+        """Inputs for denominators other than z, and for the standard deviation of a norm."""
+        if self._over_z:
+            return site.op.family == "normalize", not (taken and self._exact)
+        return True, taken or self.fast_reads_output
+
+    def multiply(
+        self, call: Call, x: tuple[Tensor, ...], z: Tensor, m: Any, carry: Carry
+    ) -> tuple[Tensor, ...]:
+        """c_x = sum over terms and parts of W_i's."""
+        f = self._parameters(replace(call.affine(x), memory=call.memory))
+        if self._over_z:
+            return f.T(share(m, z, self._stabilizer, carry.takes, int(carry.cut)), x)
+        R = z * m if carry.takes else m
+        found: list[tuple[float, Signal]] = []
+        for term in self.terms(Input(x, call.nonneg, fast=True, above=carry.above), f, z):
+            parts = [(part, W) for part, W in term.parts if part is not None]
+            gate, gated = term.gate, R if term.where is None else _above(term.where, R)
+            if isinstance(gate, Tensor):
+                gate, gated = 1.0, gated * gate
+            s = self._share(gated, term, parts)
+            found += [(gate, W.T(s, x)) for _, W in parts]
+        return tuple(_weighted_sum([(gate, c[i]) for gate, c in found]) for i in range(len(x)))
+
+    def _share(self, R: Tensor, term: Term, parts: Sequence[tuple[Signal, AffineMap]]) -> Tensor:
+        """R / st(d)."""
+        stabilizer, bias = self._stabilizer, term.bias
+        if term.total is not None and not self.zero_params:
+            return share(R, term.total, stabilizer, False, term.sign)
+        if term.sign > 0 and bias is not None and not callable(stabilizer) and stabilizer > 0:
+            if R.dtype not in HALVES:  # added where the bias is, it takes no pass of its own
+                return R / denominator(parts, bias + stabilizer)
+        return share(R, denominator(parts, bias), stabilizer, False, term.sign)
+
+    @property
+    def _stabilizer(self) -> StabilizerLike:
+        value: StabilizerLike = getattr(self, self.stabilizer_field)
+        return value
+
+    def _parameters(self, f: AffineMap) -> AffineMap:
+        names = _names(self.zero_params)
+        if "bias" in names:
+            f = replace(f, bias=None)
+        if "weight" in names and f.weight is not None:
+            f = f.with_weight(torch.zeros_like)
+        return f
+
+
+def _names(zero_params: ZeroParams) -> tuple[str, ...]:
+    return (zero_params,) if isinstance(zero_params, str) else tuple(zero_params or ())
+
+
+def _sum(terms: Sequence[Tensor]) -> Tensor:
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def _above(where: Tensor, R: Tensor) -> Tensor:
+    """R where ``where`` is positive, else 0."""
+    passed: Tensor = torch.ops.aten.threshold_backward(R, where, 0)
+    return passed
+
+
+def _weighted_sum(terms: Sequence[tuple[float, Tensor]]) -> Tensor:
+    gate, first = terms[0]
+    total = first if gate == 1 else first * gate
+    for gate, term in terms[1:]:
+        total = torch.add(total, term, alpha=gate)
+    return total
+
+
+def denominator(parts: Sequence[tuple[Signal, AffineMap]], bias: Tensor | None) -> Tensor:
+    """d = sum_i W_i x_i + bias."""
+    first, *rest = parts
+    return _sum([first[1](first[0], bias), *(W(part) for part, W in rest)])
+
+
+def _absorbed(
+    R: Tensor, booked: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]], masked: bool
+) -> Absorbed:
+    """What stays here: the bias's summand, the stabilizer's, and outputs with nothing to share by.
+
+    With gate * R = s * st(d) and d = sum_i W_i x_i + b, the inputs get s * (d - b) in sum; the
+    rest is b * s and (st(d) - d) * s = gate * R - d * s. "dead" collects the outputs whose
+    denominator is zero or whose gates are all closed. ``masked`` says that d may be -infinity, as
+    a masked attention score is, which gets and keeps nothing.
+    """
+    zero = R.new_zeros((), dtype=torch.float64)
+    absorbed = {"bias": zero, "stabilizer": zero, "dead": zero}
+    for gated, d, s, bias in booked:
+        gated, d, s = gated.detach(), d.detach(), s.detach()
+        rest = gated - s * d
+        rest = rest.nan_to_num(0.0) if masked else rest
+        dead = sum_all([rest * (d == 0)])
+        absorbed["stabilizer"] = absorbed["stabilizer"] + sum_all([rest]) - dead
+        absorbed["dead"] = absorbed["dead"] + dead
+        if bias is not None:
+            share = s * bias.detach()
+            share = share.nan_to_num(0.0) if masked else share
+            absorbed["bias"] = absorbed["bias"] + sum_all([share])
+    if len(booked) > 1 or booked[0][0] is not R:
+        closed = sum_all([R]) - sum_all([gated for gated, _, _, _ in booked])
+        absorbed["dead"] = absorbed["dead"] + closed
+    return absorbed
