@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
 from lrpfx.assign import Assignment
 from lrpfx.functionalize import insert
-from lrpfx.graph import bound_arguments
+from lrpfx.graph import bound_arguments, reachable
 from lrpfx.rules.base import Carry
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
+SIZE = aten.sym_size.int
 #: On the last of the parts: the call that they stand for.
 _FUSED = "lrpfx_fused"
 
@@ -74,6 +76,52 @@ class Fused:
 
     call: fx.Node
     shares: Mapping[int, float]
+
+    @property
+    def mask(self) -> fx.Node | None:
+        """The mask, if it is the same for all inputs of the same sizes."""
+        mask = bound_arguments(self.call)["attn_mask"]
+        if mask is None:
+            return None
+        read = reachable([mask], lambda n: [] if n.target is SIZE else n.all_input_nodes)
+        return mask if all(n.op == "call_function" for n in read) else None
+
+
+def is_causal(mask: Tensor) -> bool:
+    """Whether all that a mask does is to keep queries from later keys.
+
+    Args:
+        mask: Shape (..., T, T), as torch.export sees it in models that would not make one for a
+            kernel that is causal by itself, and then faster.
+    """
+    tokens = mask.shape[-1]
+    if tokens == 1 or mask.shape[-2:] != (tokens, tokens):
+        return False
+    seen = torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device).tril()
+    # The mask is one of sizes alone, so for inputs of one form the answer can be written down.
+    with disable_proxy_modes_tracing():
+        if mask.dtype == torch.bool:
+            return bool((mask == seen).all())
+        hidden = mask <= torch.finfo(mask.dtype).min
+        return bool(((mask == 0) == seen).all() and (hidden == ~seen).all())
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    *_: Any,
+    causal: bool,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Fused attention in evaluation mode, without its mask if that is causal."""
+    mask = None if causal else attn_mask
+    attended: Tensor = SDPA(
+        query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=enable_gqa
+    )
+    return attended
 
 
 def find_fused(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from lrpfx.assign import Assignment
-from lrpfx.attention import Fused, find_fused
+from lrpfx.attention import Fused, attend, find_fused, is_causal
 from lrpfx.call import Call, argument_names
 from lrpfx.carriers import find_carriers
 from lrpfx.graph import op_name, record, slot_nodes
@@ -142,7 +142,8 @@ class _FastTwin(Twin, _FastStep):
             return self.rule.propagate(call, x, z, z * m if carry.takes else m).relevance
         found = self.rule.multiply(call, x, z, m, carry)
         return tuple(
-            c if gives else a * c for a, c, gives in zip(x, found, carry.gives, strict=True)
+            c if gives else self.rule.weigh(a, c)
+            for a, c, gives in zip(x, found, carry.gives, strict=True)
         )
 
 
@@ -175,6 +176,8 @@ class FastStreams(Streams):
         self.carriers = find_carriers(source, plan, live, starts, tapped)
         self.fused = find_fused(source, plan, live, self.carriers)
         self.frozen = frozen
+        #: By mask, what tells whether it is causal.
+        self.causal: dict[fx.Node, fx.Node] = {}
         #: ReLUs, and of each the node whose twin stands behind it.
         self.before = {relu: n for n in self.carriers if (relu := self._one_relu(n)) is not None}
         self.postponed = set(self.before.values())
@@ -228,13 +231,27 @@ class FastStreams(Streams):
 
     def _attend(self, node: fx.Node, fused: Fused) -> None:
         """Put a fused attention in the place of its parts, whose last is ``node``."""
-        self.clean[node], phantom = self._native(node, fused.call, fused.shares, exact=True)
+        self.clean[node], phantom = self._native(
+            node, fused.call, fused.shares, exact=True, causal=self._causal(fused.mask)
+        )
         if not self.carriers[node].takes:
             phantom = self._exchange(node, phantom, into="multiplier")
         self.phantoms[node] = phantom
 
+    def _causal(self, mask: fx.Node | None) -> fx.Node | None:
+        """Whether the mask is causal, which is asked once for all layers that have it."""
+        if mask is not None and mask not in self.causal:
+            answer = self.graph.call_function(is_causal, (self.clean[mask],))
+            self.causal[mask] = answer
+        return None if mask is None else self.causal[mask]
+
     def _native(
-        self, node: fx.Node, call: fx.Node, shares: Mapping[int, float], exact: bool = False
+        self,
+        node: fx.Node,
+        call: fx.Node,
+        shares: Mapping[int, float],
+        exact: bool = False,
+        causal: fx.Node | None = None,
     ) -> tuple[fx.Node, fx.Node]:
         """Run a call with autograd on: its value, and what stands for it in the phantom stream.
 
@@ -243,6 +260,7 @@ class FastStreams(Streams):
             call: The call.
             shares: By live slot, the share of the gradient that the rule hands on.
             exact: Whether multipliers are handed on, also to edges that carry relevance.
+            causal: Of a fused attention, whether its mask is.
         """
         common = min(shares.values())
         slots = iter(range(len(slot_nodes(call))))
@@ -259,7 +277,10 @@ class FastStreams(Streams):
         keywords = {name: call.kwargs[name] for name in names if name in call.kwargs}
         args: Any = fx.node.map_arg(call.args, given)
         kwargs = fx.node.map_arg(keywords, given)
-        value = self.graph.call_function(Native(call.target), args, kwargs)
+        target = call.target
+        if causal is not None:
+            target, kwargs = attend, {**kwargs, "causal": causal}
+        value = self.graph.call_function(Native(target), args, kwargs)
         return value, self._exchange(node, value, common)
 
     def _exchange(

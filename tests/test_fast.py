@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import lrpfx
-from lrpfx import composites
+from lrpfx import attention, composites, shortcuts
 from lrpfx.rules.base import Carry
 from lrpfx.rules.terms import AffineRule
 from tests import laws, zoo
@@ -88,6 +88,32 @@ def sdpa(**keywords: Any) -> Callable[..., Tensor]:
 
 
 BIAS = torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def below(q: Tensor, by: int = 0) -> Tensor:
+    """A causal mask as transformers makes it, of positions; ``by`` keys more are seen."""
+    t = torch.arange(q.shape[-2])
+    return (t[None, :] <= t[:, None] + by).expand(len(q), 1, -1, -1)
+
+
+def masked(mask: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask(q), scale=0.7)
+
+
+def as_bias(seen: Tensor, hidden: float = float("-inf")) -> Tensor:
+    return torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, hidden)
+
+
+#: Masks made of sizes alone, and whether a causal kernel may stand for them.
+MASKS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "causal": (below, True),
+    "one key more": (lambda q: below(q, 1), False),
+    "causal bias": (lambda q: as_bias(below(q)), True),
+    "least number": (lambda q: as_bias(below(q), torch.finfo(torch.float64).min), True),
+    "finite bias": (lambda q: as_bias(below(q), -3.0), False),
+    "first keys": (lambda q: torch.arange(q.shape[-2])[None] < 3, False),
+    "windows": (lambda q: below(q) & ~below(q, -2), False),
+}
 KERNELS = {
     "plain": sdpa(),
     "causal": sdpa(is_causal=True),
@@ -101,6 +127,7 @@ KERNELS = {
     ),
     "constant keys": lambda q, k, v: F.scaled_dot_product_attention(q, BIAS[:, :4].expand_as(k), v),
     "by hand": lambda q, k, v: (q @ k.mT / 2).softmax(-1) @ v,
+    **{f"mask of sizes: {name}": masked(make) for name, (make, _) in MASKS.items()},
 }
 
 
@@ -119,6 +146,26 @@ def test_attention_is_fused_only_where_its_parts_cancel() -> None:
         module = explainer._instrument((), fast=True)[0]
         assert ("gradient_of_scaled_dot_product_attention" in module.code) is fused
         assert "gradient_of" not in explainer.graph_module.code
+
+
+@pytest.mark.parametrize(("make", "causal"), MASKS.values(), ids=MASKS)
+def test_masks_that_are_causal_are_left_to_the_kernel(
+    make: Callable[[Tensor], Tensor], causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+
+    def asked(mask: Tensor) -> bool:
+        found.append(attention.is_causal(mask))
+        return found[-1]
+
+    monkeypatch.setattr(shortcuts, "is_causal", asked)
+    model, x = Block(masked(make)), torch.randn(2, 5, 8, dtype=torch.float64)
+    lrpfx.explain(model, x, 0, rules="attnlrp", ledger=False)
+    assert found == [causal]
+
+
+def test_the_mask_of_a_single_token_is_for_all_queries() -> None:
+    assert not attention.is_causal(torch.ones(1, 1, dtype=torch.bool))
 
 
 def test_no_attention_weights_are_kept() -> None:

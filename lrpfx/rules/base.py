@@ -242,6 +242,10 @@ class Rule:
         """
         raise NotImplementedError
 
+    def weigh(self, a: Tensor, c: Tensor) -> Tensor:
+        """R_x = a c, where relevance is to be handed to an input."""
+        return a * c
+
     def __str__(self) -> str:
         """Name and the parameters that differ from their defaults."""
         changed = [

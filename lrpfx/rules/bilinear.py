@@ -162,8 +162,7 @@ class Taylor(Rule):
     ) -> Flow:
         """R_x = x * (R - y * sum R)."""
         assert isinstance(R, Tensor)
-        finite = x[0].masked_fill(x[0].isinf(), 0.0)
-        R_x = finite * (R - z * R.sum(call.argument("dim"), keepdim=True))
+        R_x = self.weigh(x[0], R - z * R.sum(call.argument("dim"), keepdim=True))
 
         def absorbed() -> Absorbed:
             return {"softmax": sum_all([R]) - sum_all([R_x])}
@@ -188,3 +187,7 @@ class Taylor(Rule):
         """c_x = R - y * sum R."""
         R = z * m if carry.takes else m
         return (R - z * R.sum(call.argument("dim"), keepdim=True),)
+
+    def weigh(self, a: Tensor, c: Tensor) -> Tensor:
+        """A score of -infinity, which masks, gets nothing."""
+        return a.masked_fill(a.isinf(), 0.0) * c
