@@ -3,6 +3,7 @@
 # make test      what CI runs: lint, format, types, tests
 # make nightly   tests with more and new examples, then the models of three libraries (hours)
 # make bench     what explanations cost: refreshes docs/performance.md (a quarter of an hour)
+# make compiled  what they cost compiled: its section of docs/performance.md (as long again)
 # make clean     remove the environment and everything generated
 #
 # PYTHON names the interpreter (3.10 or newer) that the environment is made with. pip takes its
@@ -16,7 +17,7 @@ JOBS   ?= 2
 BIN     := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -c constraints.txt
 
-.PHONY: demo examples test check nightly bench clean
+.PHONY: demo examples test check nightly bench compiled clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/quickstart.py examples/out/quickstart.png
@@ -53,6 +54,10 @@ bench: $(VENV)/.installed-test
 			$(BIN)/python -m benchmarks.$$script --write --seconds=3 $(BENCH) \
 			|| failed="$$failed $$script"; \
 	done; test -z "$$failed"
+
+compiled: $(VENV)/.installed-test
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
+		$(BIN)/python -m benchmarks.compiled --write --seconds=5 $(BENCH)
 
 # One stamp per extra; an installation is repeated only when the requirements have changed.
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python

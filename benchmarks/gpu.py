@@ -1,8 +1,8 @@
 """The cost in gradients on CUDA: ``python -m benchmarks.gpu``.
 
-In fp32, tf32 and bf16, eager and by torch.compile, timed by CUDA's events. Compiled are the folded
-model on one side and ``Explainer.graph_module`` on the other. Relevance is compared in the same
-run with that of lrpfx's plain path, eager and with the ledger. Without CUDA nothing is done.
+In fp32, tf32 and bf16, eager and compiled, timed by CUDA's events. Compiled are the folded model by
+torch.compile on one side and ``Explainer.compile()`` on the other. Relevance is compared in the
+same run with that of lrpfx's plain path, with the ledger. Without CUDA nothing is done.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from benchmarks.measure import (
     Work,
     command,
     gradient,
-    graph_call,
     interleaved,
     milliseconds,
     publish,
@@ -106,7 +105,8 @@ def add_rows(
     """Eager and compiled; what fails is a row that says how, and makes the run fail."""
     start = [work.name, rules, precision]
     try:
-        explainer = lrpfx.Explainer(work.model, work.inputs, peers.composite(rules))
+        composite = peers.composite(rules)
+        explainer = lrpfx.Explainer(work.model, work.inputs, composite, freeze=True)
         expected = relevance_call(explainer, work, ledger=True)()
     except (lrpfx.errors.LrpError, RuntimeError) as error:
         add_failure(made, [*start, "set-up"], error)
@@ -131,10 +131,11 @@ def cells(
     """The numbers of one row."""
     compiled, device = mode == "compile", work.x.device.type
     calls = {"gradient": gradient(work, compiled)}
+    calls["lrpfx"] = relevance_call(explainer, work)
     if compiled:
-        calls["lrpfx"] = graph_call(explainer, work, compiled=True)
+        explainer.compile()
+        calls["lrpfx"]()  # compiles
     else:
-        calls["lrpfx"] = relevance_call(explainer, work)
         calls["ledger"] = relevance_call(explainer, work, ledger=True)
     differs = made.check(f"{work.name} under {rules}, {mode}", calls["lrpfx"](), expected)
     calls["gradient"]()

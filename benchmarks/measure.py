@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import inspect
 import itertools
 import platform
 import statistics
@@ -101,25 +100,17 @@ def gradient_of(work: Work, model: nn.Module) -> Call:
     return call
 
 
-def has_fast_path(explainer: lrpfx.Explainer) -> bool:
-    """Whether explanations can be had without the ledger."""
-    return "ledger" in inspect.signature(explainer.__call__).parameters
-
-
 def relevance_call(
     explainer: lrpfx.Explainer, work: Work, target: Any = None, *, ledger: bool = False
 ) -> Call:
-    """One explanation's relevance; without ``ledger`` by the fast path, where there is one."""
-    options = {"ledger": ledger} if has_fast_path(explainer) else {}
+    """One explanation's relevance; without ``ledger`` by the fast path."""
     target = work.score if target is None else target
-    return lambda: work.of(explainer(work.inputs, target, **options).relevance)
+    return lambda: work.of(explainer(work.inputs, target, ledger=ledger).relevance)
 
 
-def graph_call(explainer: lrpfx.Explainer, work: Work, compiled: bool = False) -> Call:
+def graph_call(explainer: lrpfx.Explainer, work: Work) -> Call:
     """The rewritten graph without its Explainer: forward, and backward to the explained tensor."""
     graph: Any = explainer.graph_module
-    if compiled:
-        graph = torch.compile(graph)
 
     def call() -> Tensor:
         x = work.x.detach().requires_grad_()

@@ -1,16 +1,13 @@
 """The benchmarks run at toy sizes, and see a map that is wrong. No number is looked at."""
 
-import argparse
-import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-import lrpfx
 from benchmarks import (
+    compiled,
     cost_vs_gradient,
     coverage,
     gpu,
@@ -64,42 +61,13 @@ def test_vs_peers() -> None:
 
 
 def test_many_targets() -> None:
-    assert_complete(many_targets.table([small_image], ("epsilon_plus",), BUDGET), 2)
+    makes = [(small_image, True), (small_image, False)]
+    assert_complete(many_targets.table(makes, ("epsilon_plus",), BUDGET), 3)
 
 
-def test_many_targets_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until an Explainer takes several targets per sample, by one that loops."""
-
-    class Looping(lrpfx.Explainer):
-        def __call__(self, inputs: Any, target: Any = None, **options: Any) -> Any:
-            if isinstance(target, list) and isinstance(target[0], list):
-                columns = [list(column) for column in zip(*target, strict=True)]
-            elif target == "all":
-                columns = list(range(10))
-            else:
-                return super().__call__(inputs, target, **options)
-            found = [super(Looping, self).__call__(inputs, t, **options) for t in columns]
-            relevance = torch.stack([explanation.relevance for explanation in found])
-            return dataclasses.replace(found[0], relevance=relevance)
-
-    monkeypatch.setattr(lrpfx, "Explainer", Looping)
-    table = many_targets.table([small_image], ("epsilon_plus",), BUDGET)
-    assert_complete(table, 2)
-    assert [row[table.columns.index("how")] for row in table.rows] == ["one call"] * 2
-
-
-def test_the_fast_path_is_taken_where_there_is_one() -> None:
-    class Asked:
-        ledger = []
-
-        def __call__(self, inputs: Any, target: Any = None, *, ledger: bool = True) -> Any:
-            self.ledger.append(ledger)
-            return argparse.Namespace(relevance=inputs)
-
-    explainer, work = Asked(), small_image()
-    for kept in (False, True):
-        measure.relevance_call(explainer, work, ledger=kept)()
-    assert explainer.ledger == [False, True]
+def test_compiled() -> None:
+    models = [(small_image, ("epsilon_plus",)), (small_llama, ("attnlrp",))]
+    assert_complete(compiled.table(models, BUDGET, "eager"), 2)
 
 
 def test_scaling(tmp_path: Path) -> None:
