@@ -29,7 +29,7 @@ from lrpfx.ops import Call, argument_names
 from lrpfx.rules import Gradient
 from lrpfx.rules.affine import AffineRule
 from lrpfx.rules.base import Carry, share
-from lrpfx.twins import Form, Step, Streams, Twin
+from lrpfx.twins import Arrival, Step, Streams, Twin
 
 aten = torch.ops.aten
 #: Elements from which on a weight is computed again in the place of being kept.
@@ -88,20 +88,13 @@ class Exchange(_FastStep):
     share: float
     into: str
 
-    def propagate(
-        self,
-        R: tuple[Tensor, ...],
-        z: Tensor,
-        values: tuple[Any, ...],
-        forms: Sequence[Form],
-        ledger: Ledger | None,
-    ) -> tuple[Tensor, ...]:
+    def propagate(self, given: Arrival) -> tuple[Tensor, ...]:
         """What the one phantom gets."""
-        (m,) = R
+        (m,) = given.R
         if self.into == "multiplier":
-            m = share(m, z, 0.0, False)
+            m = share(m, given.z, 0.0, False)
         elif self.into == "relevance":
-            m = m * z
+            m = m * given.z
         return (m if self.share == 1 else m * self.share,)
 
 
@@ -124,20 +117,13 @@ class _FastTwin(Twin, _FastStep):
     memory: dict[Any, Tensor] | None
     derived: Sequence[Derived]
 
-    def propagate(
-        self,
-        R: tuple[Tensor, ...],
-        z: Tensor,
-        values: tuple[Any, ...],
-        forms: Sequence[Form],
-        ledger: Ledger | None,
-    ) -> tuple[Tensor, ...]:
+    def propagate(self, given: Arrival) -> tuple[Tensor, ...]:
         """Multipliers or relevance of the live inputs, as each edge carries it."""
-        slots = list(values)
+        slots, z = list(given.values), given.z
         for index, make, places in self.derived:
-            slots[index] = make(*(values[i] for i in places))
+            slots[index] = make(*(given.values[i] for i in places))
         call = Call(self.site, tuple(slots), self.memory)
-        x, m, carry = self.live_inputs(slots, forms), self.received(R), self.carry
+        x, m, carry = self.live_inputs(slots, given.forms), self.received(given.R), self.carry
         if not self.rule.carries(self.site, carry.takes):
             return self.rule.propagate(call, x, z, z * m if carry.takes else m).relevance
         found = self.rule.multiply(call, x, z, m, carry)
