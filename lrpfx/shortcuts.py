@@ -125,7 +125,7 @@ class _FastTwin(Twin, _FastStep):
         call = Call(self.site, tuple(slots), self.memory)
         x, m, carry = self.live_inputs(slots, given.forms), self.received(given.R), self.carry
         if not self.rule.carries(self.site, carry.takes):
-            return self.rule.propagate(call, x, z, z * m if carry.takes else m).relevance
+            return self.rule.relevance(call, x, z, m, carry)
         found = self.rule.multiply(call, x, z, m, carry)
         return tuple(
             c if gives else a * c for a, c, gives in zip(x, found, carry.gives, strict=True)

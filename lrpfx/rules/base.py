@@ -244,6 +244,12 @@ class Rule:
         """
         raise NotImplementedError
 
+    def relevance(
+        self, call: Call, x: tuple[Tensor, ...], z: Tensor, m: Any, carry: Carry
+    ) -> tuple[Tensor, ...]:
+        """The relevance of each live input, where no multipliers are handed on."""
+        return self.propagate(call, x, z, z * m if carry.takes else m).relevance
+
     def __str__(self) -> str:
         """Name and the parameters that differ from their defaults."""
         changed = [
