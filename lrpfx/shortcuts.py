@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from lrpfx.assign import Assignment
-from lrpfx.attention import Fused, find_fused
+from lrpfx.attention import SDPA, Fused, find_fused
 from lrpfx.carriers import find_carriers
 from lrpfx.graph import op_name, record, slot_nodes
 from lrpfx.ledger import Ledger
@@ -165,6 +165,7 @@ class FastStreams(Streams):
         self.before = {relu: n for n in self.carriers if (relu := self._one_relu(n)) is not None}
         self.postponed = set(self.before.values())
         self.derived = set() if frozen else _derived(source)
+        self.masks: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
 
     def inputs_of(self, node: fx.Node) -> Sequence[fx.Node]:
         """Of an attention that is fused, those of the kernel."""
@@ -236,7 +237,7 @@ class FastStreams(Streams):
         def given(n: fx.Node) -> fx.Node:
             slot = next(slots)
             if slot not in shares:
-                return self.clean[n]
+                return self._additive(n, call)
             into = "relevance" if exact and not self._takes(n) else ""
             return self._exchange(n, self.phantoms[n], shares[slot] / common, into)
 
@@ -247,6 +248,22 @@ class FastStreams(Streams):
         kwargs = fx.node.map_arg(keywords, given)
         value = self.graph.call_function(Native(call.target), args, kwargs)
         return value, self._exchange(node, value, common)
+
+    def _additive(self, n: fx.Node, call: fx.Node) -> fx.Node:
+        """A constant that a call reads; a boolean mask as the kernel, at each call, would make it.
+
+        It keeps what it has made, so that all that share a mask had better share this.
+        """
+        if call.target is not SDPA or n.meta["val"].dtype != torch.bool:
+            return self.clean[n]
+        like = call.meta["val"]
+        key = n, like.dtype
+        if key not in self.masks:
+            keywords = {"dtype": like.dtype, "device": like.device}
+            zero = self.graph.call_function(aten.scalar_tensor.default, (0.0,), keywords)
+            args = (self.clean[n], zero, float("-inf"))
+            self.masks[key] = self.graph.call_function(aten.where.ScalarOther, args)
+        return self.masks[key]
 
     def _exchange(
         self, node: fx.Node, phantom: fx.Node, share: float = 1.0, into: str = ""

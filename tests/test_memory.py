@@ -78,3 +78,56 @@ def test_a_convolution_takes_few_tensors_at_once(rules: str, units: int) -> None
     explainer = lrpfx.Explainer(plain(), x, rules)
     taken = peak(lambda: explainer(x, 0, ledger=False)) / UNIT
     assert taken < 3 + units + 0.1
+
+
+def kept(explainer: lrpfx.Explainer, x: Tensor) -> list[torch.Size]:
+    """Shapes of what the forward pass keeps for the backward pass, each storage once."""
+    module, found = explainer._instrument((), fast=True)[0], dict[int, torch.Size]()
+    parameters = {_address(p) for p in module.parameters()}
+
+    def keep(t: Tensor) -> Tensor:
+        if _address(t) not in parameters:
+            found.setdefault(_address(t), t.shape)
+        return t
+
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        out = module(x, None)
+    del out  # until here nothing that is kept was freed, and no address given twice
+    return list(found.values())
+
+
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.SiLU(), nn.Hardswish()], ids=str)
+def test_of_an_activation_only_the_input_is_kept(activation: nn.Module) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), activation, nn.Linear(7, 3)).double()
+    explainer, x = lrpfx.Explainer(model, draw(2, 5), "attnlrp"), draw(2, 5)
+    assert [tuple(shape) for shape in kept(explainer, x)].count((2, 7)) == 1
+    plain, fast = (explainer(x, 0, ledger=ledger).relevance for ledger in (True, False))
+    torch.testing.assert_close(fast, plain, rtol=1e-10, atol=1e-12)
+
+
+class Masked(nn.Module):
+    """Two attentions under one boolean mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.head = nn.Linear(4, 12), nn.Linear(4, 3)
+        self.register_buffer("mask", torch.ones(11, 11, dtype=torch.bool).tril())
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            q, k, v = self.qkv(x).unsqueeze(1).chunk(3, -1)  # of one head
+            a = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.mask)
+            x = x + a.squeeze(1)
+        return self.head(x[:, -1])
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_attentions_share_what_the_kernel_makes_of_a_mask(freeze: bool) -> None:
+    x = draw(2, 11, 4)
+    explainer = lrpfx.Explainer(Masked(), x, "attnlrp", freeze=freeze)
+    assert sum(list(shape).count(11) == 2 for shape in kept(explainer, x)) == 1
+    plain, fast = (explainer(x, 0, ledger=ledger).relevance for ledger in (True, False))
+    torch.testing.assert_close(fast, plain, rtol=1e-10, atol=1e-12)
