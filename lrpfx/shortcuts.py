@@ -6,6 +6,7 @@ What the edges carry is in ``carriers``. On top of that:
   autograd on, and its own backward is the rule. It keeps what the gradient keeps.
 - An affine node whose output goes through one ReLU has its twin behind the ReLU: where that is
   zero nothing arrives, elsewhere it is the output. So only one of the two is kept.
+- Of a residual sum y = relu(z + b) only y and b are kept: where y is not zero, z is y - b.
 - Weights that are computed from parameters (folded batch norms) are computed again in the
   backward pass, unless the parameters are frozen.
 """
@@ -111,17 +112,21 @@ class _FastTwin(Twin, _FastStep):
         carry: What it receives and hands on.
         memory: Where it may keep parts of weights that stay as they are, else None.
         derived: The slots that are computed again.
+        addend: The place of what the given output has too much, None if it is the node's own.
     """
 
     carry: Carry
     memory: dict[Any, Tensor] | None
     derived: Sequence[Derived]
+    addend: int | None
 
     def propagate(self, given: Arrival) -> tuple[Tensor, ...]:
         """Multipliers or relevance of the live inputs, as each edge carries it."""
         slots, z = list(given.values), given.z
         for index, make, places in self.derived:
             slots[index] = make(*(given.values[i] for i in places))
+        if self.addend is not None:
+            z = z - slots[self.addend]
         call = Call(self.site, tuple(slots), self.memory)
         x, m, carry = self.live_inputs(slots, given.forms), self.received(given.R), self.carry
         if not self.rule.carries(self.site, carry.takes):
@@ -163,7 +168,9 @@ class FastStreams(Streams):
         self.frozen = frozen
         #: ReLUs, and of each the node whose twin stands behind it.
         self.before = {relu: n for n in self.carriers if (relu := self._one_relu(n)) is not None}
-        self.postponed = set(self.before.values())
+        #: ReLUs of a residual sum, and of each the summand that is recovered from the two others.
+        self.recovered = {relu: n for relu in self.before if (n := self._summand(relu)) is not None}
+        self.postponed = {*self.before.values(), *self.recovered.values()}
         self.derived = set() if frozen else _derived(source)
         self.masks: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
 
@@ -283,7 +290,13 @@ class FastStreams(Streams):
 
     def twin(self, node: fx.Node) -> fx.Node:
         """The twin of a node, or that of the node before its ReLU."""
-        before = self.before.get(node, node)
+        if node in self.recovered:
+            summand = self.recovered[node]
+            self.phantoms[summand] = self._twin(summand, node)
+        return self._twin(self.before.get(node, node), node)
+
+    def _twin(self, before: fx.Node, node: fx.Node) -> fx.Node:
+        """The twin of ``before``, with the output of ``node``."""
         assignment, carry = self.plan[before.name], self.carriers[before]
         rule, site = assignment.rule, assignment.record.site
         if rule.carries(site, carry.takes):
@@ -301,6 +314,10 @@ class FastStreams(Streams):
                 values += [self.clean[leaf] for leaf in leaves]
                 values[slot] = None
                 derived.append((slot, make, places))
+        addend: int | None = None
+        if before is self.recovered.get(node):
+            addend = len(values)
+            values.append(self.clean[_other(self.before[node], before)])
         memory: dict[Any, Tensor] | None = {} if self.frozen else None
         step = _FastTwin(
             name=before.name,
@@ -309,9 +326,10 @@ class FastStreams(Streams):
             rule=rule,
             site=site,
             reads_input=reads_input,
-            carry=replace(carry, cut=before is not node),
+            carry=replace(carry, cut=before is not node and addend is None),
             memory=memory,
             derived=derived,
+            addend=addend,
         )
         return self.beside(step, self.clean[node], phantoms, values)
 
@@ -325,6 +343,37 @@ class FastStreams(Streams):
         if len(users) != 1 or not carry.above or not isinstance(rule, AffineRule):
             return None
         return users[0] if rule.multiplies_by_output else None
+
+    def _summand(self, relu: fx.Node) -> fx.Node | None:
+        """Of a residual sum the summand z that nothing else reads, and whose rule multiplies by z.
+
+        Not in halves: z = y - b is as exact as y, and the relevance of z is shared by less.
+        """
+        total = self.before[relu]
+        if total.target is not aten.add.Tensor or total.kwargs or len(set(total.args)) < 2:
+            return None
+        form = total.meta["val"]
+        for n in total.args:
+            if not isinstance(n, fx.Node) or n not in self.carriers or len(n.users) > 1:
+                continue
+            rule, site = self.plan[n.name].rule, self.plan[n.name].record.site
+            other = _other(total, n).meta["val"]
+            if (
+                self.carriers[n].takes
+                and isinstance(rule, AffineRule)
+                and rule.multiplies_by_output
+                and rule.needs(site, True)[1]
+                and form.dtype in (torch.float32, torch.float64)
+                and n.meta["val"].shape == form.shape == other.shape
+            ):
+                return n
+        return None
+
+
+def _other(total: fx.Node, summand: fx.Node) -> fx.Node:
+    """The other of two summands."""
+    (other,) = (n for n in total.all_input_nodes if n is not summand)
+    return other
 
 
 #: What folding computes weights by; as cheap as reading them.

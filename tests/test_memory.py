@@ -131,3 +131,53 @@ def test_attentions_share_what_the_kernel_makes_of_a_mask(freeze: bool) -> None:
     assert sum(list(shape).count(11) == 2 for shape in kept(explainer, x)) == 1
     plain, fast = (explainer(x, 0, ledger=ledger).relevance for ledger in (True, False))
     torch.testing.assert_close(fast, plain, rtol=1e-10, atol=1e-12)
+
+
+class Residual(nn.Module):
+    """A block whose convolution meets its input, or another branch, before a ReLU."""
+
+    def __init__(self, meet: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.meet, self.stem = meet, nn.Conv2d(2, 4, 3, padding=1)
+        self.first, self.second = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
+        self.head = nn.Linear(4, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.stem(x).relu()
+        return self.head(self.meet(self.first(a), self.second(a), a).relu().mean((2, 3)))
+
+
+#: How they meet, and how many tensors of that size are kept: a, y, and summands of the sum.
+MEETINGS: dict[str, tuple[Callable[[Tensor, Tensor, Tensor], Tensor], int]] = {
+    "input": (lambda z, other, a: z + a, 2),
+    "input first": (lambda z, other, a: a + z, 2),
+    "branches": (lambda z, other, a: z + other, 3),
+    "in place": (lambda z, other, a: z.add_(a), 2),
+    "weighted": (lambda z, other, a: torch.add(z, a, alpha=2), 3),
+    "broadcast": (lambda z, other, a: z + a.mean((2, 3), keepdim=True), 3),
+    "broadcast up": (lambda z, other, a: a + z.mean((2, 3), keepdim=True), 3),
+    "twice": (lambda z, other, a: z + z, 3),
+    "read elsewhere": (lambda z, other, a: (z + a).relu() + z, 4),
+    "in a row": (lambda z, other, a: (z + a).relu() + other, 3),
+}
+
+
+@pytest.mark.parametrize("rules", ["epsilon_plus", "epsilon_alpha2_beta1", "epsilon_all"])
+@pytest.mark.parametrize("name", MEETINGS)
+def test_a_residual_sum_keeps_one_summand(name: str, rules: str) -> None:
+    meet, number = MEETINGS[name]
+    explainer, x = lrpfx.Explainer(Residual(meet), draw(2, 2, 6, 6), rules), draw(2, 2, 6, 6)
+    plain, fast = (explainer(x, 0, ledger=ledger).relevance for ledger in (True, False))
+    torch.testing.assert_close(fast, plain, rtol=1e-10, atol=1e-12)
+    assert [tuple(shape) for shape in kept(explainer, x)].count((2, 4, 6, 6)) == number
+
+
+def test_halves_keep_both_summands() -> None:
+    x = draw(2, 2, 6, 6)
+    both = [
+        len(kept(lrpfx.Explainer(Residual(lambda z, _, a: z + a).to(t), x.to(t)), x.to(t)))
+        for t in (torch.float32, torch.bfloat16)
+    ]
+    assert both[1] == both[0] + 1
