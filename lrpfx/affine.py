@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class AffineMap:
         backward: ``(s, weight, x) -> W's`` per live input; of x only the shapes count. None: the
             transpose is taken by ``torch.func.vjp`` of ``forward``.
         weight: W in the op's own layout, None for ops without weights.
+        change: What is made of it when it is first needed; None for W itself.
         bias: b in the op's own layout, None if there is none.
         bias_shape: Shape that makes ``bias`` broadcast to z, None where it does already.
         coefficients_one: The map of an op without weights with all its coefficients set to one
@@ -47,17 +49,19 @@ class AffineMap:
     coefficients_one: Callable[[Signal], Tensor] | None = None
     flat: Callable[[], AffineMap] | None = None
     memory: dict[Any, Tensor] | None = None
+    change: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, x: Signal, bias: Tensor | None = None) -> Tensor:
         """W x, plus ``bias`` (in the op's own layout) if one is given."""
-        return self.forward(x, self.weight, bias)
+        return self.forward(x, self._changed, bias)
 
     def T(self, s: Tensor, x: Signal) -> Signal:
         """W's, one tensor per live input; of ``x`` only shapes, dtypes and devices count."""
+        weight = self._changed
         if self.backward is not None:
-            return self.backward(s, self.weight, x)
+            return self.backward(s, weight, x)
         zeros = tuple(t.new_zeros(()).expand(t.shape) for t in x)
-        pull = torch.func.vjp(lambda *t: self.forward(t, self.weight, None), *zeros)[1]
+        pull = torch.func.vjp(lambda *t: self.forward(t, weight, None), *zeros)[1]
         return tuple(pull(s))
 
     def spread(self, bias: Tensor | None) -> Tensor | None:
@@ -70,11 +74,21 @@ class AffineMap:
         """The map with ``change(W)`` for W; by its name, if it has one, it may be remembered."""
         if self.weight is None:
             raise TypeError("this op has no weights")  # Rule.fits keeps rules from coming here
-        if self.memory is None or not name:
-            return replace(self, weight=change(self.weight), memory=None)
-        if name not in self.memory:
-            self.memory[name] = change(self.weight)
-        return replace(self, weight=self.memory[name], memory=None)
+        memory = self.memory
+
+        def remembered(weight: Tensor) -> Tensor:
+            if memory is None or not name:
+                return change(weight)
+            if name not in memory:
+                memory[name] = change(weight)
+            return memory[name]
+
+        return replace(self, weight=self._changed, change=remembered, memory=None)
+
+    @cached_property
+    def _changed(self) -> Any:
+        change, weight = self.change, self.weight
+        return weight if change is None or weight is None else change(weight)
 
     @property
     def pos(self) -> AffineMap:
@@ -110,8 +124,8 @@ def positive(t: Tensor) -> Tensor:
 
 
 def negative(t: Tensor) -> Tensor:
-    """n(t) = min(t, 0), written so that p(t) + n(t) = t holds for the derivatives too."""
-    return t - t.relu()
+    """n(t) = min(t, 0), with derivative 1 at 0: p(t) + n(t) = t holds for the derivatives too."""
+    return t.clamp_max(0)
 
 
 # -- builders: arguments of an ATen call -> its affine map

@@ -79,31 +79,48 @@ class Fused:
 
     @property
     def mask(self) -> fx.Node | None:
-        """The mask, if it is the same for all inputs of the same sizes."""
-        mask = bound_arguments(self.call)["attn_mask"]
-        if mask is None:
-            return None
-        read = reachable([mask], lambda n: [] if n.target is SIZE else n.all_input_nodes)
-        return mask if all(n.op == "call_function" for n in read) else None
+        """What is added to the scores, or says which of them count."""
+        mask: fx.Node | None = bound_arguments(self.call)["attn_mask"]
+        return mask
 
 
-def is_causal(mask: Tensor) -> bool:
-    """Whether all that a mask does is to keep queries from later keys.
+def is_of_sizes(mask: fx.Node) -> bool:
+    """Whether a mask is the same for all inputs of the same sizes."""
+    read = reachable([mask], lambda n: [] if n.target is SIZE else n.all_input_nodes)
+    return all(n.op == "call_function" for n in read)
+
+
+def mask_for_kernel(mask: Tensor, dtype: torch.dtype, of_sizes: bool) -> Tensor | None:
+    """The mask as the kernel, at each call, would make and keep it; None if it is just causal.
+
+    In models that leave a causal mask to the kernel torch.export sees one that is written out,
+    which takes the kernel half as long again.
 
     Args:
-        mask: Shape (..., T, T), as torch.export sees it in models that would not make one for a
-            kernel that is causal by itself, and then faster.
+        mask: Shape (..., T, T).
+        dtype: Of the scores.
+        of_sizes: Whether it depends on sizes only. Then, and only then, the answer may be written
+            down for inputs of one form.
     """
+    if of_sizes:
+        with disable_proxy_modes_tracing():
+            if _is_causal(mask):
+                return None
+    if mask.dtype != torch.bool:
+        return mask
+    zero = torch.zeros((), dtype=dtype, device=mask.device)
+    return torch.where(mask, zero, float("-inf"))
+
+
+def _is_causal(mask: Tensor) -> bool:
     tokens = mask.shape[-1]
     if tokens == 1 or mask.shape[-2:] != (tokens, tokens):
         return False
     seen = torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device).tril()
-    # The mask is one of sizes alone, so for inputs of one form the answer can be written down.
-    with disable_proxy_modes_tracing():
-        if mask.dtype == torch.bool:
-            return bool((mask == seen).all())
-        hidden = mask <= torch.finfo(mask.dtype).min
-        return bool(((mask == 0) == seen).all() and (hidden == ~seen).all())
+    if mask.dtype == torch.bool:
+        return bool((mask == seen).all())
+    hidden = mask <= torch.finfo(mask.dtype).min
+    return bool(((mask == 0) == seen).all() and (hidden == ~seen).all())
 
 
 def attend(
@@ -112,14 +129,18 @@ def attend(
     value: Tensor,
     attn_mask: Tensor | None,
     *_: Any,
-    causal: bool,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Fused attention in evaluation mode, without its mask if that is causal."""
-    mask = None if causal else attn_mask
+    """Fused attention in evaluation mode with what ``mask_for_kernel`` returned."""
     attended: Tensor = SDPA(
-        query, key, value, mask, is_causal=causal, scale=scale, enable_gqa=enable_gqa
+        query,
+        key,
+        value,
+        attn_mask,
+        is_causal=attn_mask is None,
+        scale=scale,
+        enable_gqa=enable_gqa,
     )
     return attended
 

@@ -6,6 +6,7 @@ What the edges carry is in ``carriers``. On top of that:
   autograd on, and its own backward is the rule. It keeps what the gradient keeps.
 - An affine node whose output goes through one ReLU has its twin behind the ReLU: where that is
   zero nothing arrives, elsewhere it is the output. So only one of the two is kept.
+- Of a residual sum y = relu(z + b) only y and b are kept: where y is not zero, z is y - b.
 - Weights that are computed from parameters (folded batch norms) are computed again in the
   backward pass, unless the parameters are frozen.
 """
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from lrpfx.assign import Assignment
-from lrpfx.attention import Fused, attend, find_fused, is_causal
+from lrpfx.attention import Fused, attend, find_fused, is_of_sizes, mask_for_kernel
 from lrpfx.call import Call, argument_names
 from lrpfx.carriers import find_carriers
 from lrpfx.graph import op_name, record, slot_nodes
@@ -29,7 +30,7 @@ from lrpfx.ledger import Ledger
 from lrpfx.rules import Gradient
 from lrpfx.rules.base import Carry, share
 from lrpfx.rules.terms import AffineRule
-from lrpfx.twins import Form, Step, Streams, Twin
+from lrpfx.twins import Arrival, Step, Streams, Twin
 
 aten = torch.ops.aten
 #: Elements from which on a weight is computed again in the place of being kept.
@@ -88,20 +89,13 @@ class Exchange(_FastStep):
     share: float
     into: str
 
-    def propagate(
-        self,
-        R: tuple[Tensor, ...],
-        z: Tensor,
-        values: tuple[Any, ...],
-        forms: Sequence[Form],
-        ledger: Ledger | None,
-    ) -> tuple[Tensor, ...]:
+    def propagate(self, given: Arrival) -> tuple[Tensor, ...]:
         """What the one phantom gets."""
-        (m,) = R
+        (m,) = given.R
         if self.into == "multiplier":
-            m = share(m, z, 0.0, False)
+            m = share(m, given.z, 0.0, False)
         elif self.into == "relevance":
-            m = m * z
+            m = m * given.z
         return (m if self.share == 1 else m * self.share,)
 
 
@@ -118,28 +112,25 @@ class _FastTwin(Twin, _FastStep):
         carry: What it receives and hands on.
         memory: Where it may keep parts of weights that stay as they are, else None.
         derived: The slots that are computed again.
+        addend: The place of what the given output has too much, None if it is the node's own.
     """
 
     carry: Carry
     memory: dict[Any, Tensor] | None
     derived: Sequence[Derived]
+    addend: int | None
 
-    def propagate(
-        self,
-        R: tuple[Tensor, ...],
-        z: Tensor,
-        values: tuple[Any, ...],
-        forms: Sequence[Form],
-        ledger: Ledger | None,
-    ) -> tuple[Tensor, ...]:
+    def propagate(self, given: Arrival) -> tuple[Tensor, ...]:
         """Multipliers or relevance of the live inputs, as each edge carries it."""
-        slots = list(values)
+        slots, z = list(given.values), given.z
         for index, make, places in self.derived:
-            slots[index] = make(*(values[i] for i in places))
+            slots[index] = make(*(given.values[i] for i in places))
+        if self.addend is not None:
+            z = z - slots[self.addend]
         call = Call(self.site, tuple(slots), self.memory)
-        x, m, carry = self.live_inputs(slots, forms), self.received(R), self.carry
+        x, m, carry = self.live_inputs(slots, given.forms), self.received(given.R), self.carry
         if not self.rule.carries(self.site, carry.takes):
-            return self.rule.propagate(call, x, z, z * m if carry.takes else m).relevance
+            return self.rule.relevance(call, x, z, m, carry)
         found = self.rule.multiply(call, x, z, m, carry)
         return tuple(
             c if gives else self.rule.weigh(a, c)
@@ -176,12 +167,14 @@ class FastStreams(Streams):
         self.carriers = find_carriers(source, plan, live, starts, tapped)
         self.fused = find_fused(source, plan, live, self.carriers)
         self.frozen = frozen
-        #: By mask, what tells whether it is causal.
-        self.causal: dict[fx.Node, fx.Node] = {}
         #: ReLUs, and of each the node whose twin stands behind it.
         self.before = {relu: n for n in self.carriers if (relu := self._one_relu(n)) is not None}
-        self.postponed = set(self.before.values())
+        #: ReLUs of a residual sum, and of each the summand that is recovered from the two others.
+        self.recovered = {relu: n for relu in self.before if (n := self._summand(relu)) is not None}
+        self.postponed = {*self.before.values(), *self.recovered.values()}
         self.derived = set() if frozen else _derived(source)
+        #: By mask and dtype, the mask as fused attention takes it.
+        self.masks: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
 
     def inputs_of(self, node: fx.Node) -> Sequence[fx.Node]:
         """Of an attention that is fused, those of the kernel."""
@@ -232,18 +225,21 @@ class FastStreams(Streams):
     def _attend(self, node: fx.Node, fused: Fused) -> None:
         """Put a fused attention in the place of its parts, whose last is ``node``."""
         self.clean[node], phantom = self._native(
-            node, fused.call, fused.shares, exact=True, causal=self._causal(fused.mask)
+            node, fused.call, fused.shares, exact=True, masks=self._masks(fused)
         )
         if not self.carriers[node].takes:
             phantom = self._exchange(node, phantom, into="multiplier")
         self.phantoms[node] = phantom
 
-    def _causal(self, mask: fx.Node | None) -> fx.Node | None:
-        """Whether the mask is causal, which is asked once for all layers that have it."""
-        if mask is not None and mask not in self.causal:
-            answer = self.graph.call_function(is_causal, (self.clean[mask],))
-            self.causal[mask] = answer
-        return None if mask is None else self.causal[mask]
+    def _masks(self, fused: Fused) -> dict[fx.Node, fx.Node]:
+        """What the kernel gets for its mask, if it has one; made once for all that share it."""
+        if fused.mask is None:
+            return {}
+        key = fused.mask, fused.call.meta["val"].dtype
+        if key not in self.masks:
+            args = (self.clean[fused.mask], key[1], is_of_sizes(fused.mask))
+            self.masks[key] = self.graph.call_function(mask_for_kernel, args)
+        return {fused.mask: self.masks[key]}
 
     def _native(
         self,
@@ -251,7 +247,7 @@ class FastStreams(Streams):
         call: fx.Node,
         shares: Mapping[int, float],
         exact: bool = False,
-        causal: fx.Node | None = None,
+        masks: Mapping[fx.Node, fx.Node] | None = None,
     ) -> tuple[fx.Node, fx.Node]:
         """Run a call with autograd on: its value, and what stands for it in the phantom stream.
 
@@ -260,7 +256,7 @@ class FastStreams(Streams):
             call: The call.
             shares: By live slot, the share of the gradient that the rule hands on.
             exact: Whether multipliers are handed on, also to edges that carry relevance.
-            causal: Of a fused attention, whether its mask is.
+            masks: Of a fused attention, what it gets for its mask.
         """
         common = min(shares.values())
         slots = iter(range(len(slot_nodes(call))))
@@ -268,7 +264,7 @@ class FastStreams(Streams):
         def given(n: fx.Node) -> fx.Node:
             slot = next(slots)
             if slot not in shares:
-                return self.clean[n]
+                return (masks or self.clean).get(n, self.clean[n])
             into = "relevance" if exact and not self._takes(n) else ""
             return self._exchange(n, self.phantoms[n], shares[slot] / common, into)
 
@@ -277,10 +273,7 @@ class FastStreams(Streams):
         keywords = {name: call.kwargs[name] for name in names if name in call.kwargs}
         args: Any = fx.node.map_arg(call.args, given)
         kwargs = fx.node.map_arg(keywords, given)
-        target = call.target
-        if causal is not None:
-            target, kwargs = attend, {**kwargs, "causal": causal}
-        value = self.graph.call_function(Native(target), args, kwargs)
+        value = self.graph.call_function(Native(attend if masks else call.target), args, kwargs)
         return value, self._exchange(node, value, common)
 
     def _exchange(
@@ -301,7 +294,13 @@ class FastStreams(Streams):
 
     def twin(self, node: fx.Node) -> fx.Node:
         """The twin of a node, or that of the node before its ReLU."""
-        before = self.before.get(node, node)
+        if node in self.recovered:
+            summand = self.recovered[node]
+            self.phantoms[summand] = self._twin(summand, node)
+        return self._twin(self.before.get(node, node), node)
+
+    def _twin(self, before: fx.Node, node: fx.Node) -> fx.Node:
+        """The twin of ``before``, with the output of ``node``."""
         assignment, carry = self.plan[before.name], self.carriers[before]
         rule, site = assignment.rule, assignment.record.site
         if rule.carries(site, carry.takes):
@@ -319,6 +318,10 @@ class FastStreams(Streams):
                 values += [self.clean[leaf] for leaf in leaves]
                 values[slot] = None
                 derived.append((slot, make, places))
+        addend: int | None = None
+        if before is self.recovered.get(node):
+            addend = len(values)
+            values.append(self.clean[_other(self.before[node], before)])
         memory: dict[Any, Tensor] | None = {} if self.frozen else None
         step = _FastTwin(
             name=before.name,
@@ -327,9 +330,10 @@ class FastStreams(Streams):
             rule=rule,
             site=site,
             reads_input=reads_input,
-            carry=replace(carry, cut=before is not node),
+            carry=replace(carry, cut=before is not node and addend is None),
             memory=memory,
             derived=derived,
+            addend=addend,
         )
         return self.beside(step, self.clean[node], phantoms, values)
 
@@ -343,6 +347,37 @@ class FastStreams(Streams):
         if len(users) != 1 or not carry.above or not isinstance(rule, AffineRule):
             return None
         return users[0] if rule.multiplies_by_output else None
+
+    def _summand(self, relu: fx.Node) -> fx.Node | None:
+        """Of a residual sum the summand z that nothing else reads, and whose rule multiplies by z.
+
+        Not in halves: z = y - b is as exact as y, and the relevance of z is shared by less.
+        """
+        total = self.before[relu]
+        if total.target is not aten.add.Tensor or total.kwargs or len(set(total.args)) < 2:
+            return None
+        form = total.meta["val"]
+        for n in total.args:
+            if not isinstance(n, fx.Node) or n not in self.carriers or len(n.users) > 1:
+                continue
+            rule, site = self.plan[n.name].rule, self.plan[n.name].record.site
+            other = _other(total, n).meta["val"]
+            if (
+                self.carriers[n].takes
+                and isinstance(rule, AffineRule)
+                and rule.multiplies_by_output
+                and rule.needs(site, True)[1]
+                and form.dtype in (torch.float32, torch.float64)
+                and n.meta["val"].shape == form.shape == other.shape
+            ):
+                return n
+        return None
+
+
+def _other(total: fx.Node, summand: fx.Node) -> fx.Node:
+    """The other of two summands."""
+    (other,) = (n for n in total.all_input_nodes if n is not summand)
+    return other
 
 
 #: What folding computes weights by; as cheap as reading them.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -25,6 +25,24 @@ from lrpfx.rules import Gradient, Rule
 
 #: Shape, dtype and device of a phantom.
 Form = tuple[torch.Size, torch.dtype, torch.device]
+
+
+class Arrival(NamedTuple):
+    """What a step is given in the backward pass.
+
+    Args:
+        R: What arrives at the outputs that have any relevance.
+        z: The clean output, if the step reads it.
+        values: What the step was called with beside output and phantoms.
+        forms: Of the phantoms that entered.
+        ledger: Where a twin books what it has done, if one is kept.
+    """
+
+    R: tuple[Tensor, ...]
+    z: Tensor
+    values: tuple[Any, ...]
+    forms: Sequence[Form]
+    ledger: Ledger | None
 
 
 class _Relevance(torch.autograd.Function):
@@ -56,7 +74,7 @@ class _Relevance(torch.autograd.Function):
             for is_tensor, static in zip(ctx.is_tensor, ctx.statics, strict=True)
         )
         R = tuple(r for r in relevance if r is not None)
-        passed = ctx.step.propagate(R, z, values, ctx.forms, ctx.ledger)
+        passed = ctx.step.propagate(Arrival(R, z, values, ctx.forms, ctx.ledger))
         return None, None, None, *passed, *(None for _ in values)
 
 
@@ -105,15 +123,8 @@ class Step:
         """What stands for an output in the phantom stream."""
         return phantom(clean)
 
-    def propagate(
-        self,
-        R: tuple[Tensor, ...],
-        z: Tensor,
-        values: tuple[Any, ...],
-        forms: Sequence[Form],
-        ledger: Ledger | None,
-    ) -> tuple[Tensor, ...]:
-        """What the phantoms that entered get, from what arrives at the outputs."""
+    def propagate(self, given: Arrival) -> tuple[Tensor, ...]:
+        """What the phantoms that entered get."""
         raise NotImplementedError
 
     def __reduce__(self) -> Any:
@@ -138,16 +149,9 @@ class Join(Step):
         """The output itself."""
         return clean.clone()
 
-    def propagate(
-        self,
-        R: tuple[Tensor, ...],
-        z: Tensor,
-        values: tuple[Any, ...],
-        forms: Sequence[Form],
-        ledger: Ledger | None,
-    ) -> tuple[Tensor, ...]:
+    def propagate(self, given: Arrival) -> tuple[Tensor, ...]:
         """R."""
-        return R
+        return given.R
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,20 +183,13 @@ class Twin(Step):
         """What arrives as the rule takes it: a tuple only from ops with several outputs."""
         return R[0] if len(R) == 1 and not self.site.several_outputs else R
 
-    def propagate(
-        self,
-        R: tuple[Tensor, ...],
-        z: Tensor,
-        values: tuple[Any, ...],
-        forms: Sequence[Form],
-        ledger: Ledger | None,
-    ) -> tuple[Tensor, ...]:
+    def propagate(self, given: Arrival) -> tuple[Tensor, ...]:
         """Relevance of the live inputs from the relevance of the output."""
-        call = Call(self.site, values)
-        x = self.live_inputs(values, forms)
-        flow = self.rule.propagate(call, x, z, self.received(R))
-        if ledger is not None:
-            ledger.book(self.name, R, flow)
+        call = Call(self.site, given.values)
+        x = self.live_inputs(given.values, given.forms)
+        flow = self.rule.propagate(call, x, given.z, self.received(given.R))
+        if given.ledger is not None:
+            given.ledger.book(self.name, given.R, flow)
         return flow.relevance
 
 

@@ -154,18 +154,20 @@ def test_masks_that_are_causal_are_left_to_the_kernel(
 ) -> None:
     found = []
 
-    def asked(mask: Tensor) -> bool:
-        found.append(attention.is_causal(mask))
+    def asked(*args: Any) -> Tensor | None:
+        found.append(attention.mask_for_kernel(*args))
         return found[-1]
 
-    monkeypatch.setattr(shortcuts, "is_causal", asked)
+    monkeypatch.setattr(shortcuts, "mask_for_kernel", asked)
     model, x = Block(masked(make)), torch.randn(2, 5, 8, dtype=torch.float64)
     lrpfx.explain(model, x, 0, rules="attnlrp", ledger=False)
-    assert found == [causal]
+    (mask,) = found
+    assert (mask is None) is causal
 
 
 def test_the_mask_of_a_single_token_is_for_all_queries() -> None:
-    assert not attention.is_causal(torch.ones(1, 1, dtype=torch.bool))
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    assert attention.mask_for_kernel(mask, torch.float64, True) is not None
 
 
 def test_no_attention_weights_are_kept() -> None:

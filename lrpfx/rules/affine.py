@@ -134,14 +134,14 @@ class AlphaBeta(AffineRule):
 
     def terms(self, x: Input, f: AffineMap, z: Tensor) -> Sequence[Term]:
         """Positive and negative contributions."""
-        plus = Term(_agreeing(x, f), _part(positive, f.bias), gate=float(self.alpha))
+        plus = Term(_agreeing(x, f), _part(positive, f.bias), gate=float(self.alpha), sign=1)
         if self.beta == 0:
             return [plus]
-        minus = Term(_opposing(x, f), _part(negative, f.bias), gate=-float(self.beta))
+        minus = Term(_opposing(x, f), _part(negative, f.bias), gate=-float(self.beta), sign=-1)
         # d1 + d2 = z; rounded to a half type, the difference is nothing like d2.
         if x.fast and not self.zero_params and z.dtype not in HALVES:
-            d = denominator([(x.all, f.pos)], plus.bias)
-            return [replace(plus, total=d, sign=1), replace(minus, total=z - d, sign=-1)]
+            d = denominator(plus.parts, plus.bias)
+            return [replace(plus, total=d), replace(minus, total=z - d)]
         return [plus, minus]
 
 

@@ -242,6 +242,12 @@ class Rule:
         """
         raise NotImplementedError
 
+    def relevance(
+        self, call: Call, x: tuple[Tensor, ...], z: Tensor, m: Any, carry: Carry
+    ) -> tuple[Tensor, ...]:
+        """The relevance of each live input, where no multipliers are handed on."""
+        return self.propagate(call, x, z, z * m if carry.takes else m).relevance
+
     def weigh(self, a: Tensor, c: Tensor) -> Tensor:
         """R_x = a c, where relevance is to be handed to an input."""
         return a * c

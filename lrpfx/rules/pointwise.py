@@ -43,8 +43,8 @@ class Pass(Rule):
         return (1.0,) if site.op.kind == "relu" else None
 
     def needs(self, site: Site, taken: bool) -> tuple[bool, bool]:
-        """Both for the quotient; of a ReLU's input the sign is enough."""
-        return True, site.op.kind != "relu"
+        """The input; the output is computed again where that is one op."""
+        return True, site.op.kind == "composed"
 
     def multiply(
         self, call: Call, x: tuple[Tensor, ...], z: Tensor, m: Any, carry: Carry
@@ -52,7 +52,7 @@ class Pass(Rule):
         """c_x = c f(x) / x."""
         if call.op.kind == "relu":
             return (torch.ops.aten.threshold_backward(m, x[0], 0),)
-        ratio = z / x[0]
+        ratio = z / x[0] if call.op.kind == "composed" else call.run(*x).div_(x[0])
         return (ratio.masked_fill_(x[0] == 0, 0.0) * m,)
 
 

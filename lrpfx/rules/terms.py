@@ -9,7 +9,7 @@ a part of the input:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -73,7 +73,8 @@ class Term:
         parts: Pairs (x_i, W_i); a pair whose x_i is None is a symbolic zero.
         bias: In the op's own layout; None if the denominator has no bias.
         gate: Factor on R: a number or a tensor shaped like z.
-        total: d where it is known already, to save computing it.
+        total: d where it is known already, to save computing it; of a term with a sign it is the
+            rule's own, and may be written into.
         sign: 1 if d is known to be >= 0, -1 if it is known to be <= 0, else 0.
         where: The term shares only what arrives where this is positive; everywhere if None.
     """
@@ -205,26 +206,62 @@ class AffineRule(Rule):
         f = self._parameters(replace(call.affine(x), memory=call.memory))
         if self._over_z:
             return f.T(share(m, z, self._stabilizer, carry.takes, int(carry.cut)), x)
-        R = z * m if carry.takes else m
-        found: list[tuple[float, Signal]] = []
-        for term in self.terms(Input(x, call.nonneg, fast=True, above=carry.above), f, z):
+        given = Input(x, call.nonneg, fast=True, above=carry.above)
+        return self._sum(list(self.terms(given, f, z)), x, z, m, carry.takes, lambda part, c: c)
+
+    def relevance(
+        self, call: Call, x: tuple[Tensor, ...], z: Tensor, m: Any, carry: Carry
+    ) -> tuple[Tensor, ...]:
+        """R_x = sum over terms and parts of x_i * (W_i's)."""
+        if type(self).propagate is not AffineRule.propagate:  # a rule that says it itself
+            return super().relevance(call, x, z, m, carry)
+        f = self._parameters(replace(call.affine(x), memory=call.memory))
+        terms = list(self.terms(Input(x, call.nonneg), f, z))
+        return self._sum(terms, x, z, m, carry.takes, torch.mul)
+
+    def _sum(
+        self,
+        terms: list[Term],
+        x: Signal,
+        z: Tensor,
+        m: Tensor,
+        taken: bool,
+        times: Callable[[Tensor, Tensor], Tensor],
+    ) -> Signal:
+        """The sum over terms and parts of ``times(x_i, W_i's)``; it uses the terms up."""
+        R, shares = z * m if taken else m, []
+        while terms:
+            term = terms.pop(0)
             parts = [(part, W) for part, W in term.parts if part is not None]
             gate, gated = term.gate, R if term.where is None else _above(term.where, R)
             if isinstance(gate, Tensor):
                 gate, gated = 1.0, gated * gate
-            s = self._share(gated, term, parts)
-            found += [(gate, W.T(s, x)) for _, W in parts]
-        return tuple(_weighted_sum([(gate, c[i]) for gate, c in found]) for i in range(len(x)))
+            own = gated is not R or (taken and not terms)
+            shares.append((gate, parts, self._share(gated, term, parts, own)))
+        del R, gated, term
+        total: list[Tensor] = []
+        while shares:
+            gate, parts, s = shares.pop(0)
+            for part, W in parts:
+                total = _add(total, list(map(times, part, W.T(s, x))), gate)
+        return tuple(total)
 
-    def _share(self, R: Tensor, term: Term, parts: Sequence[tuple[Signal, AffineMap]]) -> Tensor:
-        """R / st(d)."""
+    def _share(
+        self, R: Tensor, term: Term, parts: Sequence[tuple[Signal, AffineMap]], own: bool
+    ) -> Tensor:
+        """R / st(d); it may take the memory of R if that is its ``own``."""
         stabilizer, bias = self._stabilizer, term.bias
-        if term.total is not None and not self.zero_params:
-            return share(R, term.total, stabilizer, False, term.sign)
-        if term.sign > 0 and bias is not None and not callable(stabilizer) and stabilizer > 0:
-            if R.dtype not in HALVES:  # added where the bias is, it takes no pass of its own
-                return R / denominator(parts, bias + stabilizer)
-        return share(R, denominator(parts, bias), stabilizer, False, term.sign)
+        d = None if self.zero_params else term.total
+        if term.sign and not callable(stabilizer) and stabilizer > 0 and R.dtype not in HALVES:
+            epsilon = term.sign * stabilizer
+            if d is not None:
+                d = d.add_(epsilon)
+            elif bias is not None:  # added where the bias is, it takes no pass of its own
+                d = denominator(parts, bias + epsilon)
+            else:
+                d = denominator(parts, None) + epsilon
+            return R.div_(d) if own else R / d
+        return share(R, denominator(parts, bias) if d is None else d, stabilizer, False, term.sign)
 
     @property
     def _stabilizer(self) -> StabilizerLike:
@@ -257,18 +294,17 @@ def _above(where: Tensor, R: Tensor) -> Tensor:
     return passed
 
 
-def _weighted_sum(terms: Sequence[tuple[float, Tensor]]) -> Tensor:
-    gate, first = terms[0]
-    total = first if gate == 1 else first * gate
-    for gate, term in terms[1:]:
-        total = torch.add(total, term, alpha=gate)
-    return total
+def _add(total: list[Tensor], found: list[Tensor], gate: float) -> list[Tensor]:
+    """``total + gate * found``, where no total yet is an empty list."""
+    if not total:
+        return found if gate == 1 else [c * gate for c in found]
+    return [torch.add(t, c, alpha=gate) for t, c in zip(total, found, strict=True)]
 
 
-def denominator(parts: Sequence[tuple[Signal, AffineMap]], bias: Tensor | None) -> Tensor:
+def denominator(parts: Sequence[tuple[Signal | None, AffineMap]], bias: Tensor | None) -> Tensor:
     """d = sum_i W_i x_i + bias."""
-    first, *rest = parts
-    return _sum([first[1](first[0], bias), *(W(part) for part, W in rest)])
+    (first, W), *rest = [(part, W) for part, W in parts if part is not None]
+    return _sum([W(first, bias), *(W(part) for part, W in rest)])
 
 
 def _absorbed(
