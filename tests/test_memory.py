@@ -181,3 +181,13 @@ def test_halves_keep_both_summands() -> None:
         for t in (torch.float32, torch.bfloat16)
     ]
     assert both[1] == both[0] + 1
+
+
+def test_graphs_are_made_when_they_are_asked_for() -> None:
+    model, x = plain(), draw(1, 1, 8, 8)
+    explainer = lrpfx.Explainer(model, x)
+    assert explainer._public is None and not explainer._instrumented
+    explainer(x, 0, ledger=False)
+    assert explainer._public is None and len(explainer._instrumented) == 1
+    model[0].weight = nn.Parameter(2 * model[0].weight.detach())
+    torch.testing.assert_close(explainer.graph_module(x), model(x))
