@@ -168,7 +168,7 @@ class Explainer:
         self._met = {self._sizes(leaves)}
         #: Bytes of the largest activation, per element of the inputs.
         self._widest = max(_bytes(n.meta.get("val")) for n in self._live) / _elements(leaves)
-        self._public = rewrite(self._module, self._plan.assignments, self._live)
+        self._public: fx.GraphModule | None = None  # as the others: made when it is asked for
         self._instrumented: dict[
             tuple[tuple[str, ...], bool], tuple[fx.GraphModule, dict[str, int]]
         ] = {}
@@ -186,11 +186,12 @@ class Explainer:
         carriers = find_carriers(graph, self._plan.assignments, self._live, self._starts, ())
         multipliers = {node.name: carry.takes for node, carry in carriers.items()}
         self._report = make_report(self._plan, constants, notes, multipliers)
-        self._instrument(())
 
     @property
     def graph_module(self) -> fx.GraphModule:
         """The rewritten graph: forward is the model's, backward puts relevance into ``x.grad``."""
+        if self._public is None:
+            self._public = rewrite(self._module, self._plan.assignments, self._live)
         self._refresh()
         return self._public
 
@@ -348,9 +349,10 @@ class Explainer:
                 where=[n for n in self._versions if now.get(n) != self._versions[n]][:5],
                 fix="make a new Explainer, or leave freeze=False.",
             )
-        graphs = [self._module, self._public, *(m for m, _ in self._instrumented.values())]
+        graphs = [self._module, *(m for m, _ in self._instrumented.values())]
+        graphs += [] if self._public is None else [self._public]
         explicit = [] if self._compiled is None else self._compiled.explicit
-        graphs += [e.module for e in explicit]
+        graphs += [one.module for one in explicit]
         # The graphs hold what they point at, so that no other tensor can have its id.
         pointed = [len(graphs), *map(id, state.values())]
         if pointed == self._pointed:

@@ -351,7 +351,8 @@ class FastStreams(Streams):
     def _summand(self, relu: fx.Node) -> fx.Node | None:
         """Of a residual sum the summand z that nothing else reads, and whose rule multiplies by z.
 
-        Not in halves: z = y - b is as exact as y, and the relevance of z is shared by less.
+        z = y - b is as exact as y: good for R = z c, and not to be divided by; nor in halves, where
+        too little is left of it.
         """
         total = self.before[relu]
         if total.target is not aten.add.Tensor or total.kwargs or len(set(total.args)) < 2:
@@ -366,6 +367,7 @@ class FastStreams(Streams):
                 self.carriers[n].takes
                 and isinstance(rule, AffineRule)
                 and rule.multiplies_by_output
+                and not rule.divides_by_output
                 and rule.needs(site, True)[1]
                 and form.dtype in (torch.float32, torch.float64)
                 and n.meta["val"].shape == form.shape == other.shape
