@@ -166,7 +166,7 @@ class FastStreams(Streams):
         super().__init__(graph, plan, live, clean)
         self.carriers = find_carriers(source, plan, live, starts, tapped)
         self.fused = find_fused(source, plan, live, self.carriers)
-        self.frozen = frozen
+        self.frozen, self.tapped = frozen, tapped
         #: ReLUs, and of each the node whose twin stands behind it.
         self.before = {relu: n for n in self.carriers if (relu := self._one_relu(n)) is not None}
         #: ReLUs of a residual sum, and of each the summand that is recovered from the two others.
@@ -186,7 +186,7 @@ class FastStreams(Streams):
         if node in self.fused:
             self._attend(node, self.fused[node])
         elif node in self.postponed:  # its twin comes with the ReLU
-            self.clean[node] = self.graph.node_copy(node, self.clean.__getitem__)
+            self.clean[node] = self.copy(node)
         elif node in self.carriers and node not in self.before and self._is_native(node):
             self._run(node)
         else:
@@ -195,6 +195,16 @@ class FastStreams(Streams):
                 self.clean[node] = self.phantoms[node]
             elif node.op == "get_attr" or node.target is operator.getitem:
                 self.clean[node] = self.result(node)  # no gradient of it is wanted
+
+    def copy(self, node: fx.Node) -> fx.Node:
+        """The node; a ReLU whose input nothing else reads is written over it."""
+        copied, before = super().copy(node), self.before.get(node)
+        if before is None or len(before.users) > 1 or before in self.tapped:
+            return copied
+        fresh = before.target is aten.add.Tensor or self.plan[before.name].record.site.op.weighted
+        if fresh and node.target is aten.relu.default:
+            copied.target = aten.relu_.default
+        return copied
 
     def begin(self, node: fx.Node) -> fx.Node:
         """A leaf with a value, for ops that are run on it."""

@@ -234,7 +234,7 @@ class Streams:
     def add(self, node: fx.Node) -> None:
         """Add one node of the clean stream, and what stands for it in the phantom stream."""
         if node not in self.clean:
-            self.clean[node] = self.graph.node_copy(node, self.clean.__getitem__)
+            self.clean[node] = self.copy(node)
         if node not in self.live:
             return
         if node in self.own:
@@ -248,6 +248,10 @@ class Streams:
             self.phantoms[node] = self.graph.call_function(operator.getitem, args)
         else:
             self.phantoms[node] = self.begin(node)
+
+    def copy(self, node: fx.Node) -> fx.Node:
+        """The node in the clean stream."""
+        return self.graph.node_copy(node, self.clean.__getitem__)
 
     def begin(self, node: fx.Node) -> fx.Node:
         """Where relevance is wanted: a leaf."""

@@ -235,6 +235,38 @@ def test_layers_are_the_same() -> None:
             torch.testing.assert_close(b.activation, a.activation)
 
 
+@pytest.mark.parametrize("read", ["returned", "added", "of a layer"])
+def test_what_is_read_before_a_relu_is_not_written_over(read: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv, self.head = nn.Conv2d(2, 3, 3), nn.Linear(3, 2)
+            self.double()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            z = self.conv(x)
+            y = z.relu() + z.mean() if read == "added" else z.relu()
+            return self.head(y.mean((2, 3))), z if read == "returned" else y
+
+    model, x = Model(), zoo.images(2, 2, 5, 5)
+    expected = model(x)
+    explainer, layers = lrpfx.Explainer(model, x, "epsilon_plus"), ["conv"] * (read == "of a layer")
+    plain, fast = (explainer(x, 1, layers=layers, ledger=ledger) for ledger in (True, False))
+    assert laws.relative([fast.relevance], [plain.relevance.detach()]) < TOLERANCE
+    torch.testing.assert_close(fast.output, expected)
+    if layers:
+        torch.testing.assert_close(fast.layers["conv"].activation, model.conv(x))
+
+
+def test_a_relu_is_written_over_what_nothing_else_reads() -> None:
+    model, x = zoo.torchvision_model("resnet18"), zoo.images(1, 3, 32, 32)
+    explainer = lrpfx.Explainer(model, x, "epsilon_plus")
+    code = explainer._instrument((), fast=True)[0].code
+    assert code.count("aten.relu_.default") == 17 and "aten.relu.default" not in code
+    assert "aten.relu_." not in explainer.graph_module.code
+
+
 def test_the_report_says_that_there_is_no_ledger() -> None:
     model, x = zoo.torchvision_model("resnet18"), zoo.images(1, 3, 32, 32)
     e = lrpfx.explain(model, x, 1, ledger=False)
