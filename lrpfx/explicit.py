@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 from lrpfx.backward import Pulled, Run
-from lrpfx.freeze import freeze
+from lrpfx.freeze import freeze, written
 from lrpfx.graph import nodes_in, reachable
 from lrpfx.targets import Seed
 
@@ -178,6 +178,10 @@ def _written_down(
     for node in graph.graph.nodes:
         if node.target is aten.detach.default:  # without autograd it is the tensor itself
             node.replace_all_uses_with(node.args[0])
+        if written(node) and not node.users:
+            raise NotImplementedError(
+                f"a rule writes by {node.target} into part of a tensor, which is not followed here"
+            )
     graph.graph.eliminate_dead_code()
     return graph, structure[0]
 

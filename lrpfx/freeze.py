@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from lrpfx.graph import reachable
+
 
 def freeze(module: fx.GraphModule) -> fx.GraphModule:
     """``conv(x, w * scale)`` -> ``conv(x, w')``: what no input enters is computed once.
@@ -16,13 +18,18 @@ def freeze(module: fx.GraphModule) -> fx.GraphModule:
     Folded batch norms, masks and tables of positions become buffers of the graph.
     """
     graph = module.graph
+    constant = set[fx.Node]()
+    for node in graph.nodes:
+        is_op = isinstance(node.target, torch._ops.OpOverload)
+        if node.op == "get_attr" or (is_op and constant.issuperset(node.all_input_nodes)):
+            constant.add(node)
+    # What is written into has to be made anew for each call.
+    constant -= reachable(n for node in graph.nodes for n in written(node) if n in constant)
     values: dict[fx.Node, Any] = {}
     for node in graph.nodes:
         if node.op == "get_attr":
             values[node] = operator.attrgetter(str(node.target))(module)
-        elif isinstance(node.target, torch._ops.OpOverload) and all(
-            n in values for n in node.all_input_nodes
-        ):
+        elif node in constant and all(n in values for n in node.all_input_nodes):
             args, kwargs = (
                 fx.node.map_arg(a, values.__getitem__) for a in (node.args, node.kwargs)
             )
@@ -42,6 +49,17 @@ def freeze(module: fx.GraphModule) -> fx.GraphModule:
     graph.lint()
     module.recompile()
     return module
+
+
+def written(node: fx.Node) -> list[fx.Node]:
+    """The arguments that an in-place op writes into."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    return [
+        given
+        for argument, given in zip(node.target._schema.arguments, node.args, strict=False)
+        if argument.is_write and isinstance(given, fx.Node)
+    ]
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ That the explicit graphs give the relevance of the plain form is in test_fast.py
 run by ``backend="eager"``, which takes seconds where a compiler takes minutes.
 """
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, fx, nn
 import lrpfx
 from lrpfx import compiled
 from lrpfx.errors import CaptureError, CompileError, InputError, NonFiniteError
+from lrpfx.freeze import freeze
 from tests import laws, zoo
 from tests.conftest import Apply, assert_untouched
 
@@ -60,9 +62,9 @@ def test_by_the_default_compiler() -> None:
         torch.testing.assert_close(got.output, expected.output)
 
 
-@pytest.mark.parametrize("freeze", [False, True])
-def test_by_the_tracer_alone(freeze: bool) -> None:
-    explainer = lrpfx.Explainer(network(), X, "epsilon_alpha2_beta1", freeze=freeze)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_by_the_tracer_alone(frozen: bool) -> None:
+    explainer = lrpfx.Explainer(network(), X, "epsilon_alpha2_beta1", freeze=frozen)
     explainer.compile(backend="eager")
     expected = explainer(X, [0, 1])
     for _ in range(2):
@@ -254,6 +256,55 @@ def test_a_compiler_that_fails_or_is_wrong(backend: Any, said: str) -> None:
     assert explainer(X, 1).report.has_ledger
     explainer.compile(backend="eager")
     assert same(explainer(X, 1, ledger=False), explainer(X, 1))
+
+
+def test_rules_that_write_in_place() -> None:
+    """Into a tensor of their own: as it is. Into a part of it: refused."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Half(lrpfx.Gradient):
+        part: bool
+
+        def propagate(self, call: Any, x: Any, z: Any, R: Any) -> Any:
+            flow = super().propagate(call, x, z, R)
+            (c,) = flow.relevance
+            c = c.clone()
+            if self.part:
+                c[..., 0] = 0.0
+            else:
+                c.mul_(0.5)
+            return dataclasses.replace(flow, relevance=(c,))
+
+        def carries(self, site: Any, taken: bool) -> bool:
+            return False
+
+        def gradient_shares(self, site: Any) -> None:
+            return None
+
+    for frozen in (False, True):
+        explainer = lrpfx.Explainer(network(), X, [("relu", Half(False))], freeze=frozen)
+        expected = explainer(X, 1)
+        explainer.compile(backend="eager")
+        for _ in range(3):
+            assert same(explainer(X, 1, ledger=False), expected)
+    explainer = lrpfx.Explainer(network(), X, [("relu", Half(True))]).compile(backend="eager")
+    with pytest.raises(CompileError, match="into part of a tensor"):
+        explainer(X, 1, ledger=False)
+
+
+def test_what_is_written_into_is_not_frozen() -> None:
+    graph = fx.Graph()
+    x, w = graph.placeholder("x"), graph.get_attr("w")
+    double = graph.call_function(torch.ops.aten.mul.Tensor, (w, 2.0))
+    before = graph.call_function(torch.ops.aten.add.Tensor, (x, double))
+    after = graph.call_function(torch.ops.aten.add_.Tensor, (double, 1.0))
+    graph.output((before, after))
+    root = nn.Module()
+    root.register_buffer("w", torch.ones(2))
+    module = freeze(fx.GraphModule(root, graph))
+    for _ in range(2):
+        before, after = module(torch.zeros(2))
+        assert before.tolist() == [2, 2] and after.tolist() == [3, 3]
 
 
 def test_a_model_whose_relevance_hangs_on_rounding_is_compiled_nevertheless() -> None:
