@@ -95,7 +95,7 @@ def table(series: Sequence[Series], budget: float) -> tuple[Table, dict[str, lis
     for line in series:
         for size in line.sizes:
             work = line.make(size)
-            explainer = lrpfx.Explainer(work.model, work.inputs, line.rules)
+            explainer = lrpfx.Explainer(work.model, work.inputs, line.rules, freeze=True)
             calls: dict[str, Call] = {
                 "gradient": gradient(work),
                 "lrpfx": relevance_call(explainer, work),

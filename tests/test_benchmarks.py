@@ -49,6 +49,8 @@ def test_cost_vs_gradient() -> None:
     zennit, modified = (table.columns.index(name) for name in ("zennit", "modified gradient"))
     assert table.rows[0][zennit] and table.rows[1][modified]
     assert next(cost_vs_gradient.setup_seconds(small_image(), "epsilon_plus", 1)) > 0
+    for work in (small_image(), small_llama()):
+        assert work.name in cost_vs_gradient.overhead(work, "epsilon_all", BUDGET)
 
 
 def test_cost_of_a_model_in_bfloat16() -> None:
