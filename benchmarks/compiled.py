@@ -19,6 +19,7 @@ import torch
 
 import lrpfx
 from benchmarks import peers, works
+from benchmarks.cost_vs_gradient import LIMITS
 from benchmarks.measure import (
     Table,
     Work,
@@ -78,6 +79,7 @@ def table(
         "layout (the gradient stays in the usual one). Everything on: this, by `compile()`. First "
         "call: seconds of the clock of the one explanation that compiles."
     )
+    made.notes.append(LIMITS)
     return made
 
 

@@ -48,6 +48,12 @@ GOALS = {
     "attnlrp": 1.1,
     "cplrp": 1.1,
 }
+#: What no cleverness gets below.
+LIMITS = (
+    "The gradient runs two convolutions per layer, forward and backward. Epsilon runs as many, "
+    "z-plus and gamma three, alpha-beta four: where nothing but convolutions took time, their "
+    "ratios would be 1.0, 1.5 and 2.0."
+)
 CONVOLUTIONAL = tuple(GOALS)[:5]
 ATTENTION = tuple(GOALS)[5:]
 SETUP_GOAL = 3.0  # CPU seconds
@@ -97,6 +103,7 @@ def table(plan: Plan, budget: float) -> Table:
         "relative difference, from the same call with the ledger kept, of: lrpfx; bare graph; "
         "zennit, or modified gradients, these at epsilon 1e-12 as they have no stabilizer."
     )
+    made.notes.append(LIMITS)
     return made
 
 

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 Signal = tuple[Tensor, ...]
 
+#: Channels of an input whose parts are laid beside each other.
+_FEW = 4
 #: Dtypes too short for denominators: in float16 1e-9 is zero, and the square of 256 infinite.
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -39,6 +41,8 @@ class AffineMap:
             (what Flat means there), None where the map itself serves.
         flat: Makes the map with every weight one, where there is a cheaper way than by the weights.
         memory: Where parts of constant weights are kept between calls; None if weights may change.
+        channels: Dimension of the channels in x, and of what reads them in W, where maps can be
+            laid ``beside`` each other.
     """
 
     forward: Callable[[Signal, Any, Tensor | None], Tensor]
@@ -50,6 +54,7 @@ class AffineMap:
     flat: Callable[[], AffineMap] | None = None
     memory: dict[Any, Tensor] | None = None
     change: Callable[[Tensor], Tensor] | None = None
+    channels: int | None = None
 
     def __call__(self, x: Signal, bias: Tensor | None = None) -> Tensor:
         """W x, plus ``bias`` (in the op's own layout) if one is given."""
@@ -116,6 +121,21 @@ class AffineMap:
             one = self.coefficients_one
             return AffineMap(lambda x, weight, bias: one(x))
         return self
+
+
+Part = tuple[Signal, AffineMap]
+
+
+def beside(parts: Sequence[Part]) -> list[Part]:
+    """``W1 x1 + W2 x2`` -> ``[W1 W2] [x1, x2]``, one convolution in the place of several.
+
+    Only of few channels, as a first layer has: there it takes hardly longer than one of them.
+    """
+    ((x, *_), f), dim = parts[0], parts[0][1].channels
+    if len(parts) == 1 or dim is None or x.shape[dim] > _FEW:
+        return list(parts)
+    weight = torch.cat([W._changed for _, W in parts], dim)
+    return [((torch.cat([t for (t,), _ in parts], dim),), replace(f, weight=weight, change=None))]
 
 
 def positive(t: Tensor) -> Tensor:
@@ -204,7 +224,13 @@ def convolution(args: Arguments, live: Live, run: Run) -> AffineMap:
     whole = groups == 1 and edges is None
     bias = args.get("bias")
     return AffineMap(
-        forward, backward, weight, bias, (-1,) + (1,) * n, flat=flat if whole else None
+        forward,
+        backward,
+        weight,
+        bias,
+        bias_shape=(-1,) + (1,) * n,
+        flat=flat if whole else None,
+        channels=-n - 1 if groups == 1 else None,
     )
 
 

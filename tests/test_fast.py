@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrpfx
 from lrpfx import attention, composites, shortcuts
@@ -233,6 +234,36 @@ def test_layers_are_the_same() -> None:
         for a, b in zip(layer, fast.layers[path], strict=True):
             assert laws.relative([b.relevance], [a.relevance]) < TOLERANCE
             torch.testing.assert_close(b.activation, a.activation)
+
+
+class Convolutions(TorchDispatchMode):
+    """Counts them."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += func is torch.ops.aten.convolution.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("rule", "number"),
+    [(lrpfx.ZBox(-3, 3), 3), (lrpfx.ZPlus(), 3), (lrpfx.AlphaBeta(2, 1), 4), (lrpfx.Flat(), 3)],
+    ids=str,
+)
+@pytest.mark.parametrize("channels", [3, 30])
+def test_parts_of_few_channels_go_through_one_convolution(
+    rule: lrpfx.Rule, number: int, channels: int
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(channels, 5, 3, 2, 1), nn.Flatten(), nn.Linear(80, 2)).double()
+    x = zoo.images(2, channels, 8, 8)
+    explainer = lrpfx.Explainer(model, x, [("conv", rule)])
+    assert error(explainer, x, 1) < TOLERANCE
+    explainer = lrpfx.Explainer(model, x, [("conv", rule)])
+    with Convolutions() as found:
+        explainer(x, 1, ledger=False)
+    assert (found.number == number) is (channels == 3 or isinstance(rule, lrpfx.Flat))
 
 
 @pytest.mark.parametrize("read", ["returned", "added", "of a layer"])

@@ -140,7 +140,7 @@ class AlphaBeta(AffineRule):
         minus = Term(_opposing(x, f), _part(negative, f.bias), gate=-float(self.beta), sign=-1)
         # d1 + d2 = z; rounded to a half type, the difference is nothing like d2.
         if x.fast and not self.zero_params and z.dtype not in HALVES:
-            d = denominator(plus.parts, plus.bias)
+            d = denominator(plus.parts, plus.bias, fast=True)
             return [replace(plus, total=d), replace(minus, total=z - d)]
         return [plus, minus]
 

@@ -9,14 +9,14 @@ a part of the input:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lrpfx.affine import HALVES, AffineMap, Signal, negative, positive
+from lrpfx.affine import HALVES, AffineMap, Signal, beside, negative, positive
 from lrpfx.call import Call, Op, Site
 from lrpfx.errors import RuleError
 from lrpfx.rules.base import (
@@ -207,7 +207,7 @@ class AffineRule(Rule):
         if self._over_z:
             return f.T(share(m, z, self._stabilizer, carry.takes, int(carry.cut)), x)
         given = Input(x, call.nonneg, fast=True, above=carry.above)
-        return self._sum(list(self.terms(given, f, z)), x, z, m, carry.takes, lambda part, c: c)
+        return self._sum(list(self.terms(given, f, z)), x, z, m, carry.takes, weighed=False)
 
     def relevance(
         self, call: Call, x: tuple[Tensor, ...], z: Tensor, m: Any, carry: Carry
@@ -216,8 +216,10 @@ class AffineRule(Rule):
         if type(self).propagate is not AffineRule.propagate:  # a rule that says it itself
             return super().relevance(call, x, z, m, carry)
         f = self._parameters(replace(call.affine(x), memory=call.memory))
-        terms = list(self.terms(Input(x, call.nonneg), f, z))
-        return self._sum(terms, x, z, m, carry.takes, torch.mul)
+        # Without a multiplier z is not there.
+        given = Input(x, call.nonneg, fast=carry.takes, above=carry.above)
+        terms = list(self.terms(given, f, z))
+        return self._sum(terms, x, z, m, carry.takes, weighed=True)
 
     def _sum(
         self,
@@ -226,13 +228,14 @@ class AffineRule(Rule):
         z: Tensor,
         m: Tensor,
         taken: bool,
-        times: Callable[[Tensor, Tensor], Tensor],
+        weighed: bool,
     ) -> Signal:
-        """The sum over terms and parts of ``times(x_i, W_i's)``; it uses the terms up."""
+        """The sum over terms and parts of W_i's, or of x_i * (W_i's); it uses the terms up."""
         R, shares = z * m if taken else m, []
         while terms:
             term = terms.pop(0)
             parts = [(part, W) for part, W in term.parts if part is not None]
+            parts = beside(parts) if weighed else parts
             gate, gated = term.gate, R if term.where is None else _above(term.where, R)
             if isinstance(gate, Tensor):
                 gate, gated = 1.0, gated * gate
@@ -243,7 +246,10 @@ class AffineRule(Rule):
         while shares:
             gate, parts, s = shares.pop(0)
             for part, W in parts:
-                total = _add(total, list(map(times, part, W.T(s, x))), gate)
+                c = W.T(s, part)
+                if weighed:
+                    c = tuple(_folded(a * b, t) for a, b, t in zip(part, c, x, strict=True))
+                total = _add(total, list(c), gate)
         return tuple(total)
 
     def _share(
@@ -288,6 +294,15 @@ def _sum(terms: Sequence[Tensor]) -> Tensor:
     return total
 
 
+def _folded(R: Tensor, x: Tensor) -> Tensor:
+    """The sum of what stands beside each other, see ``affine.beside``."""
+    if R.shape == x.shape:
+        return R
+    (dim,) = (d for d, (many, one) in enumerate(zip(R.shape, x.shape, strict=True)) if many != one)
+    several: Tensor = R.unflatten(dim, (-1, x.shape[dim]))
+    return several.sum(dim)
+
+
 def _above(where: Tensor, R: Tensor) -> Tensor:
     """R where ``where`` is positive, else 0."""
     passed: Tensor = torch.ops.aten.threshold_backward(R, where, 0)
@@ -301,9 +316,12 @@ def _add(total: list[Tensor], found: list[Tensor], gate: float) -> list[Tensor]:
     return [torch.add(t, c, alpha=gate) for t, c in zip(total, found, strict=True)]
 
 
-def denominator(parts: Sequence[tuple[Signal | None, AffineMap]], bias: Tensor | None) -> Tensor:
+def denominator(
+    parts: Sequence[tuple[Signal | None, AffineMap]], bias: Tensor | None, fast: bool = False
+) -> Tensor:
     """d = sum_i W_i x_i + bias."""
-    (first, W), *rest = [(part, W) for part, W in parts if part is not None]
+    known = [(part, W) for part, W in parts if part is not None]
+    (first, W), *rest = beside(known) if fast else known
     return _sum([W(first, bias), *(W(part) for part, W in rest)])
 
 
