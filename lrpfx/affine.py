@@ -192,7 +192,8 @@ def convolution(args: Arguments, live: Live, run: Run) -> AffineMap:
 
     def backward(s: Tensor, w: Any, x: Signal) -> Signal:
         if matrix and s.ndim == n + 2 and s.is_contiguous():
-            return (torch.matmul(w.flatten(1).t(), s.flatten(2)).unflatten(2, s.shape[2:]),)
+            c = torch.matmul(w.flatten(1).t(), s.reshape(*s.shape[:2], -1))
+            return (c.reshape(*c.shape[:2], *s.shape[2:]),)
         spatial = list(x[0].shape[-n:])
         if edges is not None:
             spatial = [size + lo + hi for size, lo, hi in _per_dim(spatial, edges)]

@@ -1,7 +1,7 @@
 """Relevance without a ledger is computed by shortcuts; its values are those of the plain form."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrpfx
-from lrpfx import attention, composites, shortcuts
+from lrpfx import attention, backward, composites, shortcuts
 from lrpfx.rules.base import Carry
 from lrpfx.rules.terms import AffineRule
 from tests import laws, zoo
@@ -344,6 +344,43 @@ def test_a_wrong_shortcut_is_seen(part: str, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(lrpfx.AlphaBeta, "terms", off)
     model, x = zoo.torchvision_model("resnet18"), zoo.images(1, 3, 32, 32)
     assert error(lrpfx.Explainer(model, x, "epsilon_alpha2_beta1"), x, 1) > 1e-4
+
+
+BATCHED: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], Sequence[Any]]] = {
+    "resnet18": (
+        lambda: zoo.torchvision_model("resnet18"),
+        lambda: zoo.images(2, 3, 32, 32),
+        [*COMPOSITES[:5], "epsilon_alpha2_beta1_flat"],
+    ),
+    "squeezenet1_1": (  # convolutions of one pixel
+        lambda: zoo.torchvision_model("squeezenet1_1"),
+        lambda: zoo.images(2, 3, 32, 32),
+        ["epsilon_plus", "epsilon_alpha2_beta1"],
+    ),
+    "attention": (
+        lambda: Block(masked(below)),
+        lambda: torch.randn(2, 5, 8, dtype=torch.float64),
+        ["attnlrp", "cplrp", "epsilon_all"],
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "rules"),
+    [(name, rules) for name, (_, _, several) in BATCHED.items() for rules in several],
+    ids=lambda value: str(value)[:24],
+)
+def test_several_targets_go_through_the_backward_pass_together(
+    name: str, rules: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has no batches is pulled back one by one, with the same values and in more time."""
+    make, draw, _ = BATCHED[name]
+    model, x = make(), draw()
+    explainer = lrpfx.Explainer(model, x, rules)
+    alone = [explainer(x, target).relevance.detach() for target in (0, 2)]
+    monkeypatch.setattr(backward, "_pull", None)
+    together = explainer(x, [[0, 2]] * 2).relevance
+    assert laws.relative([*together], alone) < TOLERANCE
 
 
 # Parameters promised constant --------------------------------------------------------------------

@@ -299,8 +299,7 @@ def _folded(R: Tensor, x: Tensor) -> Tensor:
     if R.shape == x.shape:
         return R
     (dim,) = (d for d, (many, one) in enumerate(zip(R.shape, x.shape, strict=True)) if many != one)
-    several: Tensor = R.unflatten(dim, (-1, x.shape[dim]))
-    return several.sum(dim)
+    return R.reshape(*x.shape[:dim], -1, *x.shape[dim:]).sum(dim)
 
 
 def _above(where: Tensor, R: Tensor) -> Tensor:
