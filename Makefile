@@ -57,7 +57,7 @@ bench: $(VENV)/.installed-test
 
 compiled: $(VENV)/.installed-test
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
-		$(BIN)/python -m benchmarks.compiled --write --seconds=5 $(BENCH)
+		$(BIN)/python -m benchmarks.compiled --write --seconds=3 $(BENCH)
 
 # One stamp per extra; an installation is repeated only when the requirements have changed.
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python

@@ -73,7 +73,10 @@ def table(
     for make, composites in models:
         for name in composites:
             torch.compiler.reset()
-            add_row(made, make(), name, budget, backend)
+            try:
+                add_row(made, make(), name, budget, backend)
+            except lrpfx.errors.CompileError as error:  # the other rows are shown all the same
+                made.wrong.append(f"{name}: {error.what}")
     made.notes.append(
         "lrpfx: `freeze=True`, no ledger. channels_last: the same, with images and weights in this "
         "layout (the gradient stays in the usual one). Everything on: this, by `compile()`. First "

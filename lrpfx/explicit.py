@@ -178,6 +178,10 @@ def _written_down(
     for node in graph.graph.nodes:
         if node.target is aten.detach.default:  # without autograd it is the tensor itself
             node.replace_all_uses_with(node.args[0])
+        # Written down is what reshape came to with the strides of this call; compilers may have
+        # others on the way.
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
         if written(node) and not node.users:
             raise NotImplementedError(
                 f"a rule writes by {node.target} into part of a tensor, which is not followed here"

@@ -182,6 +182,21 @@ def test_tensors_that_rules_hold(made: list[fx.GraphModule]) -> None:
         assert same(explainer(X, 1, ledger=False), expected)
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_images_in_channels_last(size: int) -> None:
+    """The strides that kernels give are not always those that compilers expect of them."""
+    torch.manual_seed(0)
+    pooled = [nn.AdaptiveMaxPool2d(size), nn.AdaptiveAvgPool2d(4), nn.Flatten()]
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), *pooled, nn.Linear(128, 3)).double()
+    model.to(memory_format=torch.channels_last)
+    x = X[:1].contiguous(memory_format=torch.channels_last)
+    explainer = lrpfx.Explainer(model, x, "epsilon_plus")
+    expected = explainer(x, 1)
+    explainer.compile(backend="eager")
+    for _ in range(2):
+        assert same(explainer(x, 1, ledger=False), expected)
+
+
 def test_token_ids() -> None:
     def forward(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
         return model.head((model.embedding(ids) * mask[..., None]).mean(1))
