@@ -23,7 +23,7 @@ from tests.test_laws import cases
 TOLERANCE = 1e-10
 
 
-def error(explainer: lrpfx.Explainer, inputs: Any, target: Any) -> float:
+def error(explainer: lrpfx.Explainer, inputs: Any, target: Any, *, explicit: bool = True) -> float:
     """Largest difference of fast and explicit form from the plain one, relative to its largest."""
 
     def relevance(ledger: bool) -> list[Tensor]:
@@ -31,6 +31,8 @@ def error(explainer: lrpfx.Explainer, inputs: Any, target: Any) -> float:
         return [r.detach() for r in leaves if isinstance(r, Tensor)]
 
     plain, fast = relevance(ledger=True), relevance(ledger=False)
+    if not explicit:
+        return laws.relative(fast, plain)
     with mock.patch("torch.compile", lambda graph, **options: graph):
         explainer.compile()
         relevance(ledger=False)  # from now on by the explicit graphs
@@ -61,7 +63,8 @@ COMPOSITES = [
 @pytest.mark.parametrize("rules", COMPOSITES, ids=lambda rules: str(rules)[:24])
 def test_convolutional_networks(name: str, rules: Any) -> None:
     model, x = zoo.torchvision_model(name), zoo.images(2, 3, 32, 32)
-    assert error(lrpfx.Explainer(model, x, rules), x, [3, 4]) < TOLERANCE
+    explicit = name == "resnet18"  # which takes a third of the other's time
+    assert error(lrpfx.Explainer(model, x, rules), x, [3, 4], explicit=explicit) < TOLERANCE
 
 
 class Block(nn.Module):
