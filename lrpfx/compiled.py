@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from lrpfx.backward import Pulled, Run
 from lrpfx.capture import TRACING
-from lrpfx.errors import CompileError
+from lrpfx.errors import CompileError, LrpError
 from lrpfx.explicit import Explicit, ExplicitRun
 from lrpfx.faithful import rounded, worst_difference
 from lrpfx.targets import Seed
@@ -99,11 +99,11 @@ class Compiled:
                 explicit = Explicit(module, run.leaves, seed, self._frozen, self._compiler)
             again = explicit.run(run.leaves)
             got = _values(again, *again.pull([seed]))
-        except torch.OutOfMemoryError:
+        except (LrpError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # compilers fail in many ways
+        except Exception as error:  # compilers, which users choose, may raise anything
             raise CompileError(
-                f"torch.compile fails: {type(error).__name__}: {_beginning(error)}",
+                f"the explanation cannot be compiled: {type(error).__name__}: {_beginning(error)}",
                 fix='try compile(backend="eager"), or explain without compile().',
             ) from error
         self._check(run, seed, expected, got)

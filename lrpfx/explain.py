@@ -387,8 +387,6 @@ class Explainer:
             ) from error
         self._met.add(sizes)
 
-    # -- one explanation --------------------------------------------------------------------------
-
 
 def _paths(layers: Any) -> tuple[str, ...]:
     """The module paths of ``layers``."""
