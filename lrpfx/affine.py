@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,9 +39,9 @@ class AffineMap:
         coefficients_one: The map of an op without weights with all its coefficients set to one
             (what Flat means there), None where the map itself serves.
         flat: Makes the map with every weight one, where there is a cheaper way than by the weights.
-        memory: Where parts of constant weights are kept between calls; None if weights may change.
         channels: Dimension of the channels in x, and of what reads them in W, where maps can be
             laid ``beside`` each other.
+        kept: What was derived from weights and bias, by name.
     """
 
     forward: Callable[[Signal, Any, Tensor | None], Tensor]
@@ -52,17 +51,17 @@ class AffineMap:
     bias_shape: tuple[int, ...] | None = None
     coefficients_one: Callable[[Signal], Tensor] | None = None
     flat: Callable[[], AffineMap] | None = None
-    memory: dict[Any, Tensor] | None = None
     change: Callable[[Tensor], Tensor] | None = None
     channels: int | None = None
+    kept: dict[str, Any] = field(default_factory=dict)
 
     def __call__(self, x: Signal, bias: Tensor | None = None) -> Tensor:
         """W x, plus ``bias`` (in the op's own layout) if one is given."""
-        return self.forward(x, self._changed, bias)
+        return self.forward(x, self.matrix, bias)
 
     def T(self, s: Tensor, x: Signal) -> Signal:
         """W's, one tensor per live input; of ``x`` only shapes, dtypes and devices count."""
-        weight = self._changed
+        weight = self.matrix
         if self.backward is not None:
             return self.backward(s, weight, x)
         zeros = tuple(t.new_zeros(()).expand(t.shape) for t in x)
@@ -75,25 +74,44 @@ class AffineMap:
             return bias
         return bias.reshape(self.bias_shape)
 
-    def with_weight(self, change: Callable[[Tensor], Tensor], name: str = "") -> AffineMap:
-        """The map with ``change(W)`` for W; by its name, if it has one, it may be remembered."""
+    def with_weight(self, change: Callable[[Tensor], Tensor], name: str) -> AffineMap:
+        """The map with ``change(W)`` for W, known by its name from then on."""
         if self.weight is None:
             raise TypeError("this op has no weights")  # Rule.fits keeps rules from coming here
-        memory = self.memory
+        if name not in self.kept:
+            self.kept[name] = replace(self, weight=self.matrix, change=change, kept={})
+        found: AffineMap = self.kept[name]
+        return found
 
-        def remembered(weight: Tensor) -> Tensor:
-            if memory is None or not name:
-                return change(weight)
-            if name not in memory:
-                memory[name] = change(weight)
-            return memory[name]
+    def bias_part(self, change: Callable[[Tensor], Tensor], name: str) -> Tensor | None:
+        """``change(b)``, known by its name from then on; None without a bias."""
+        if self.bias is None:
+            return None
+        key = f"bias {name}"
+        if key not in self.kept:
+            self.kept[key] = change(self.bias)
+        found: Tensor = self.kept[key]
+        return found
 
-        return replace(self, weight=self._changed, change=remembered, memory=None)
+    def without(self, names: Sequence[str]) -> AffineMap:
+        """The map with the parameters of these names ("weight", "bias") taken as zero."""
+        key = f"without {sorted(names)}"
+        if key not in self.kept:
+            found = replace(self, bias=None, kept={}) if "bias" in names else self
+            if "weight" in names and self.weight is not None:
+                found = found.with_weight(torch.zeros_like, "zeros")
+            self.kept[key] = found
+        kept: AffineMap = self.kept[key]
+        return kept
 
-    @cached_property
-    def _changed(self) -> Any:
-        change, weight = self.change, self.weight
-        return weight if change is None or weight is None else change(weight)
+    @property
+    def matrix(self) -> Any:
+        """The weights as the op takes them, changed if they are to be."""
+        if self.change is None or self.weight is None:
+            return self.weight
+        if "matrix" not in self.kept:
+            self.kept["matrix"] = self.change(self.weight)
+        return self.kept["matrix"]
 
     @property
     def pos(self) -> AffineMap:
@@ -131,11 +149,12 @@ def beside(parts: Sequence[Part]) -> list[Part]:
 
     Only of few channels, as a first layer has: there it takes hardly longer than one of them.
     """
-    ((x, *_), f), dim = parts[0], parts[0][1].channels
-    if len(parts) == 1 or dim is None or x.shape[dim] > _FEW:
+    ((first, *_), f), dim = parts[0], parts[0][1].channels
+    if len(parts) == 1 or dim is None or first.shape[dim] > _FEW:
         return list(parts)
-    weight = torch.cat([W._changed for _, W in parts], dim)
-    return [((torch.cat([t for (t,), _ in parts], dim),), replace(f, weight=weight, change=None))]
+    x = torch.cat([t for (t,), _ in parts], dim)
+    weight = torch.cat([W.matrix for _, W in parts], dim)
+    return [((x,), replace(f, weight=weight, change=None, kept={}))]
 
 
 def positive(t: Tensor) -> Tensor:
@@ -187,13 +206,14 @@ def convolution(args: Arguments, live: Live, run: Run) -> AffineMap:
         return conv(a, w, b, stride, pads, dilation, groups)
 
     # One matrix at every pixel, for which PyTorch's conv_transpose takes up to twice as long on a
-    # CPU as the product does.
-    matrix = groups == 1 and not any(pads) and {*kernel, *stride} == {1}
+    # CPU as the product does, and with strides up to four times.
+    matrix = groups == 1 and not any(pads) and {*kernel} == {1}
 
     def backward(s: Tensor, w: Any, x: Signal) -> Signal:
         if matrix and s.ndim == n + 2 and s.is_contiguous():
             c = torch.matmul(w.flatten(1).t(), s.reshape(*s.shape[:2], -1))
-            return (c.reshape(*c.shape[:2], *s.shape[2:]),)
+            c = c.reshape(*c.shape[:2], *s.shape[2:])
+            return (c if {*stride} == {1} else _strewn(c, stride, x[0].shape[2:]),)
         spatial = list(x[0].shape[-n:])
         if edges is not None:
             spatial = [size + lo + hi for size, lo, hi in _per_dim(spatial, edges)]
@@ -233,6 +253,17 @@ def convolution(args: Arguments, live: Live, run: Run) -> AffineMap:
         flat=flat if whole else None,
         channels=-n - 1 if groups == 1 else None,
     )
+
+
+def _strewn(c: Tensor, stride: Sequence[int], sizes: Sequence[int]) -> Tensor:
+    """What every ``stride``-th pixel gets, among zeros for the others."""
+    known = c.shape[2:]
+    c = c.reshape(*c.shape[:2], *(size for k in known for size in (k, 1)))
+    c = F.pad(c, [edge for step in reversed(stride) for edge in (0, step - 1, 0, 0)])
+    c = c.reshape(*c.shape[:2], *(k * step for k, step in zip(known, stride, strict=True)))
+    # The last stride may reach past the input, or end before it.
+    edges = [e for size, k in zip(sizes, c.shape[2:], strict=True) for e in (size - k, 0)]
+    return F.pad(c, edges[::-1]) if any(edges) else c
 
 
 def _per_dim(sizes: Sequence[int], edges: Sequence[int]) -> list[tuple[int, int, int]]:

@@ -126,12 +126,12 @@ class Call:
     Args:
         site: The op.
         values: Of its slots.
-        memory: Where parts of constant weights are kept between calls; None if weights may change.
+        memory: Where the map of constant weights is kept between calls; None if they may change.
     """
 
     site: Site
     values: tuple[Any, ...]
-    memory: dict[Any, Tensor] | None = None
+    memory: list[AffineMap] | None = None
 
     @property
     def op(self) -> Op:
@@ -164,8 +164,13 @@ class Call:
 
     def affine(self, x: Sequence[Tensor]) -> AffineMap:
         """The affine map of the op; of ``x`` only shapes, dtypes and devices count."""
+        if self.memory:
+            return self.memory[0]
         assert self.op.affine is not None
-        return self.op.affine(self._arguments(x), self.site.live_names, self.run)
+        found = self.op.affine(self._arguments(x), self.site.live_names, self.run)
+        if self.memory is not None and self.op.weighted:
+            self.memory.append(found)
+        return found
 
     def pull_back(self, x: Sequence[Tensor], R: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """J'R per live input, J the Jacobian at ``x``; integer outputs have no relevance."""

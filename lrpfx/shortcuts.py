@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from lrpfx.affine import AffineMap
 from lrpfx.assign import Assignment
 from lrpfx.attention import Fused, attend, find_fused, is_of_sizes, mask_for_kernel
 from lrpfx.call import Call, argument_names
 from lrpfx.carriers import find_carriers
-from lrpfx.graph import op_name, record, slot_nodes
+from lrpfx.graph import op_name, reachable, record, slot_nodes
 from lrpfx.ledger import Ledger
 from lrpfx.rules import Gradient
 from lrpfx.rules.base import Carry, share
@@ -40,6 +41,11 @@ _LARGE = 4096
 def begin(clean: Tensor) -> Tensor:
     """A phantom that is a leaf, and has the value of ``clean``."""
     return clean.detach().requires_grad_()
+
+
+def add_to(own: Tensor, other: Tensor) -> Tensor:
+    """The sum, in the memory of ``own`` unless autocast has made that too short."""
+    return own.add_(other) if torch.result_type(own, other) == own.dtype else own + other
 
 
 class Native:
@@ -110,13 +116,13 @@ class _FastTwin(Twin, _FastStep):
 
     Args:
         carry: What it receives and hands on.
-        memory: Where it may keep parts of weights that stay as they are, else None.
+        memory: Where it may keep a map whose weights stay as they are, else None.
         derived: The slots that are computed again.
         addend: The place of what the given output has too much, None if it is the node's own.
     """
 
     carry: Carry
-    memory: dict[Any, Tensor] | None
+    memory: list[AffineMap] | None
     derived: Sequence[Derived]
     addend: int | None
 
@@ -172,6 +178,12 @@ class FastStreams(Streams):
         #: ReLUs of a residual sum, and of each the summand that is recovered from the two others.
         self.recovered = {relu: n for relu in self.before if (n := self._summand(relu)) is not None}
         self.postponed = {*self.before.values(), *self.recovered.values()}
+        #: Residual sums, and of each the summand whose memory it may take.
+        self.written_over = {
+            self.before[relu]: n
+            for relu, n in self.recovered.items()
+            if plan[n.name].record.site.op.weighted
+        }
         self.derived = set() if frozen else _derived(source)
         #: By mask and dtype, the mask as fused attention takes it.
         self.masks: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
@@ -197,7 +209,10 @@ class FastStreams(Streams):
                 self.clean[node] = self.result(node)  # no gradient of it is wanted
 
     def copy(self, node: fx.Node) -> fx.Node:
-        """The node; a ReLU whose input nothing else reads is written over it."""
+        """The node; sums and ReLUs are written over what nothing else reads."""
+        if (summand := self.written_over.get(node)) is not None:
+            args = self.clean[summand], self.clean[_other(node, summand)]
+            return self.graph.call_function(add_to, args)
         copied, before = super().copy(node), self.before.get(node)
         if before is None or len(before.users) > 1 or before in self.tapped:
             return copied
@@ -332,7 +347,10 @@ class FastStreams(Streams):
         if before is self.recovered.get(node):
             addend = len(values)
             values.append(self.clean[_other(self.before[node], before)])
-        memory: dict[Any, Tensor] | None = {} if self.frozen else None
+        constants = [n for i, n in enumerate(slot_nodes(before)) if i not in site.live]
+        memory: list[AffineMap] | None = None
+        if self.frozen and all(n.op != "placeholder" for n in reachable(constants)):
+            memory = []
         step = _FastTwin(
             name=before.name,
             arity=len(phantoms),
@@ -361,8 +379,8 @@ class FastStreams(Streams):
     def _summand(self, relu: fx.Node) -> fx.Node | None:
         """Of a residual sum the summand z that nothing else reads, and whose rule multiplies by z.
 
-        z = y - b is as exact as y: good for R = z c, and not to be divided by; nor in halves, where
-        too little is left of it.
+        z = y - b is as exact as y, which is about as exact as the z of a convolution is. Not in
+        halves, where too little would be left of it.
         """
         total = self.before[relu]
         if total.target is not aten.add.Tensor or total.kwargs or len(set(total.args)) < 2:
@@ -377,7 +395,6 @@ class FastStreams(Streams):
                 self.carriers[n].takes
                 and isinstance(rule, AffineRule)
                 and rule.multiplies_by_output
-                and not rule.divides_by_output
                 and rule.needs(site, True)[1]
                 and form.dtype in (torch.float32, torch.float64)
                 and n.meta["val"].shape == form.shape == other.shape

@@ -1,6 +1,5 @@
 """Relevance without a ledger is computed by shortcuts; its values are those of the plain form."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
@@ -14,7 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrpfx
-from lrpfx import attention, backward, composites, shortcuts
+from lrpfx import affine, attention, backward, composites, shortcuts
 from lrpfx.rules.base import Carry
 from lrpfx.rules.terms import AffineRule
 from tests import laws, zoo
@@ -293,6 +292,50 @@ def test_what_is_read_before_a_relu_is_not_written_over(read: str) -> None:
         torch.testing.assert_close(fast.layers["conv"].activation, model.conv(x))
 
 
+@pytest.mark.parametrize("rule", [lrpfx.ZPlus(), lrpfx.AlphaBeta(), lrpfx.Gamma()], ids=str)
+def test_weights_that_inputs_make_are_not_frozen(rule: lrpfx.Rule) -> None:
+    """A graph network: the matrix comes with the inputs, and parts of it are no constants."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lift, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+            return self.head((edges.to(x.dtype) - 0.5) @ self.lift(x).relu()).mean(1)
+
+    torch.manual_seed(0)
+    model, x = Model().double(), torch.randn(2, 5, 4, dtype=torch.float64)
+    graphs = [dict(x=x, edges=torch.rand(2, 5, 5) > 0.5) for _ in range(3)]
+    explainer = lrpfx.Explainer(model, graphs[0], [("*", rule)], freeze=True)
+    for inputs in graphs:
+        assert error(explainer, inputs, 1) < TOLERANCE
+
+
+def test_a_sum_is_written_over_the_summand_that_nothing_else_reads() -> None:
+    model, x = zoo.torchvision_model("resnet18"), zoo.images(1, 3, 32, 32)
+    for rules in ("epsilon_all", "epsilon_plus"):
+        explainer = lrpfx.Explainer(model, x, rules, freeze=True)
+        for layers, number in [((), 0), (("layer1.0.conv2",), 1)]:
+            code = explainer._instrument(layers, fast=True)[0].code
+            assert code.count("add_to(") == 8 - number
+            assert code.count("aten.add.Tensor(") == number
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_a_convolution_of_single_pixels_is_transposed_as_a_product(dims: int, stride: int) -> None:
+    make = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
+    weight = torch.randn(4, 3, *dims * [1], dtype=torch.float64)
+    args = dict(weight=weight, stride=stride, padding=0, dilation=1, groups=1)
+    f = affine.convolution(args, ["input"], make)
+    for size in range(1, 9):
+        x = torch.randn(2, 3, size, *(size + 1, size + 3)[: dims - 1], dtype=torch.float64)
+        z, pull = torch.func.vjp(lambda t: make(t, weight, stride=stride), x)
+        s = torch.randn_like(z)
+        torch.testing.assert_close(f.T(s, (x,)), pull(s))
+
+
 def test_a_relu_is_written_over_what_nothing_else_reads() -> None:
     model, x = zoo.torchvision_model("resnet18"), zoo.images(1, 3, 32, 32)
     explainer = lrpfx.Explainer(model, x, "epsilon_plus")
@@ -339,10 +382,7 @@ def test_a_wrong_shortcut_is_seen(part: str, monkeypatch: pytest.MonkeyPatch) ->
 
         def off(self: Any, x: Any, f: Any, z: Any) -> Any:
             found = terms(self, x, f, z)
-            return [
-                t if t.total is None else dataclasses.replace(t, total=1.001 * t.total)
-                for t in found
-            ]
+            return [t if t.stable is None else t._replace(stable=1.001 * t.stable) for t in found]
 
         monkeypatch.setattr(lrpfx.AlphaBeta, "terms", off)
     model, x = zoo.torchvision_model("resnet18"), zoo.images(1, 3, 32, 32)

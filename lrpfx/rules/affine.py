@@ -7,14 +7,14 @@ positive and the negative part.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lrpfx.affine import HALVES, AffineMap, Signal, negative, positive
+from lrpfx.affine import AffineMap, Signal, negative, positive
 from lrpfx.call import Op
 from lrpfx.errors import RuleError
 from lrpfx.rules.base import StabilizerLike, check_number
@@ -95,7 +95,7 @@ class ZPlus(AffineRule):
 
     def terms(self, x: Input, f: AffineMap, z: Tensor) -> Sequence[Term]:
         """The positive contributions."""
-        return [Term(_agreeing(x, f), _part(positive, f.bias), sign=1)]
+        return [Term(_agreeing(x, f), f.bias_part(positive, "pos"), sign=1)]
 
 
 @dataclass(frozen=True)
@@ -134,14 +134,15 @@ class AlphaBeta(AffineRule):
 
     def terms(self, x: Input, f: AffineMap, z: Tensor) -> Sequence[Term]:
         """Positive and negative contributions."""
-        plus = Term(_agreeing(x, f), _part(positive, f.bias), gate=float(self.alpha), sign=1)
+        plus = Term(_agreeing(x, f), f.bias_part(positive, "pos"), gate=float(self.alpha), sign=1)
         if self.beta == 0:
             return [plus]
-        minus = Term(_opposing(x, f), _part(negative, f.bias), gate=-float(self.beta), sign=-1)
-        # d1 + d2 = z; rounded to a half type, the difference is nothing like d2.
-        if x.fast and not self.zero_params and z.dtype not in HALVES:
-            d = denominator(plus.parts, plus.bias, fast=True)
-            return [replace(plus, total=d), replace(minus, total=z - d)]
+        minus = Term(_opposing(x, f), f.bias_part(negative, "neg"), gate=-float(self.beta), sign=-1)
+        # d1 + d2 = z, so d2 - epsilon = z - (d1 + epsilon). Rounded to a half type, the difference
+        # would be nothing like d2.
+        if x.fast and not self.zero_params and (epsilon := self.added(z)):
+            d = denominator(plus.parts, plus.bias, fast=True, added=epsilon)
+            return [plus._replace(stable=d), minus._replace(stable=z - d)]
         return [plus, minus]
 
 
@@ -178,25 +179,28 @@ class Gamma(AffineRule):
         """Outputs above zero favour positive contributions, outputs below zero negative ones."""
         g = self.gamma
         up = f.with_weight(lambda w: w + g * positive(w), f"up {g}")
-        bias_up = _part(lambda b: b + g * positive(b), f.bias)
+        bias_up = f.bias_part(lambda b: b + g * positive(b), f"up {g}")
+        epsilon = self.added(z)
         if x.above and x.nonneg:  # nothing arrives elsewhere
-            d = denominator([(x.all, up)], bias_up).clamp_min_(0.0)
-            return [Term([(x.all, up)], bias_up, total=d, sign=1)]
+            d = denominator([(x.all, up)], bias_up, added=epsilon).clamp_min_(epsilon)
+            known = Term([(x.all, up)], bias_up)
+            return [known._replace(stable=d) if epsilon else known._replace(total=d)]
         down = f.with_weight(lambda w: w + g * negative(w), f"down {g}")
-        bias_down = _part(lambda b: b + g * negative(b), f.bias)
+        bias_down = f.bias_part(lambda b: b + g * negative(b), f"down {g}")
         over = Term([(x.pos, up), (x.neg, down)], bias_up)
         under = Term([(x.pos, down), (x.neg, up)], bias_down)
         if not x.fast:
             above, below = (z > 0).to(z.dtype), (z < 0).to(z.dtype)
-            return [replace(over, gate=above), replace(under, gate=below)]
-        over, under = replace(over, where=z), replace(under, where=-z)
-        if x.nonneg and not self.zero_params and z.dtype not in HALVES:
-            # d1 = z + g d and d2 = z + g (z - d), with d what contributes positively; where a term
-            # counts, its denominator has the sign of z.
-            d = denominator([(x.all, f.pos)], _part(positive, f.bias))
-            over = replace(over, total=torch.add(z, d, alpha=g).clamp_min_(0.0), sign=1)
-            d2 = torch.sub((1 + g) * z, d, alpha=g)
-            under = replace(under, total=d2.clamp_max_(0.0), sign=-1)
+            return [over._replace(gate=above), under._replace(gate=below)]
+        p, n = positive(z), negative(z)
+        over, under = over._replace(of=p), under._replace(of=n)
+        if x.nonneg and epsilon and g and not self.zero_params:
+            # With d what contributes positively, d1 = z + g d where z > 0, and elsewhere
+            # d2 = z + g (z - d); g (d + epsilon / g) brings the stabilizers along.
+            d = denominator([(x.all, f.pos)], f.bias_part(positive, "pos"), added=epsilon / g)
+            over = over._replace(stable=torch.add(p, d, alpha=g))
+            d = d.sub_(n)
+            under = under._replace(stable=torch.sub(n, d, alpha=g, out=d))
         return [over, under]
 
 
@@ -258,7 +262,7 @@ class WSquare(AffineRule):
 
     def terms(self, x: Input, f: AffineMap, z: Tensor) -> Sequence[Term]:
         """The squared weights, whatever the input."""
-        return [Term([(x.one, f.square)], _part(torch.square, f.bias))]
+        return [Term([(x.one, f.square)], f.bias_part(torch.square, "square"))]
 
 
 @dataclass(frozen=True)
@@ -296,10 +300,6 @@ def _agreeing(x: Input, f: AffineMap) -> list[tuple[Signal | None, AffineMap]]:
 def _opposing(x: Input, f: AffineMap) -> list[tuple[Signal | None, AffineMap]]:
     """The contributions W x that are negative."""
     return [(x.pos, f.neg), (x.neg, f.pos)]
-
-
-def _part(change: Callable[[Tensor], Tensor], bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else change(bias)
 
 
 def _box(bound: float | Tensor, x: Input) -> Signal:

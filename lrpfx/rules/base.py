@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor  # what is_grads_batched hands on
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from lrpfx.affine import HALVES, widened
 from lrpfx.call import Call, Op, Site
@@ -161,7 +163,7 @@ def share(m: Tensor, z: Tensor, stabilizer: StabilizerLike, taken: bool, sign: i
         return m
     if taken and not callable(stabilizer):  # z / st(z) = |z| / (|z| + epsilon)
         size = widened(z if sign > 0 else z.abs())
-        return (m * size).div_(size + stabilizer).to(z.dtype)
+        return times(over(size, size + stabilizer), m).to(z.dtype)
     if callable(stabilizer) or z.dtype in HALVES:
         return divide(widened(z) * m if taken else m, z, stabilizer)[0]
     if stabilizer == 0:
@@ -170,6 +172,26 @@ def share(m: Tensor, z: Tensor, stabilizer: StabilizerLike, taken: bool, sign: i
         return m / (z + sign * stabilizer)
     # As ``divide`` has it, in less time: -0.0 counts as positive, too, and -0.0 + 0.0 is 0.0.
     return m / torch.copysign(z.new_tensor(stabilizer), z + 0.0).add_(z)
+
+
+def can_hold(own: Tensor, other: Tensor) -> bool:
+    """Whether what is computed of the two can take the memory of the first.
+
+    Not of several targets at once, which share what does not depend on them; nor while the ops are
+    written down, as compilers find such places themselves.
+    """
+    alike = own.dtype == other.dtype and own.shape == other.shape
+    return alike and not is_legacy_batchedtensor(other) and get_proxy_mode() is None
+
+
+def over(R: Tensor, d: Tensor) -> Tensor:
+    """``R / d``, in the memory of ``d`` if it can be."""
+    return torch.div(R, d, out=d) if can_hold(d, R) else R / d
+
+
+def times(s: Tensor, m: Tensor) -> Tensor:
+    """``s * m``, in the memory of ``s`` if it can be."""
+    return s.mul_(m) if can_hold(s, m) else s * m
 
 
 @dataclass(frozen=True)

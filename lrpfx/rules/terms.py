@@ -10,8 +10,8 @@ a part of the input:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,13 +28,14 @@ from lrpfx.rules.base import (
     check_stabilizer,
     divide,
     is_zero,
+    over,
     share,
     sum_all,
+    times,
 )
 
 
-@dataclass(frozen=True)
-class Input:
+class Input(NamedTuple):
     """The live inputs of an affine op, by parts.
 
     Args:
@@ -65,26 +66,27 @@ class Input:
         return tuple(t.new_ones(()).expand(t.shape) for t in self.all)
 
 
-@dataclass(frozen=True)
-class Term:
+class Term(NamedTuple):
     """One denominator d = sum of W_i x_i + bias, and the gate on the relevance it shares.
 
     Args:
         parts: Pairs (x_i, W_i); a pair whose x_i is None is a symbolic zero.
         bias: In the op's own layout; None if the denominator has no bias.
         gate: Factor on R: a number or a tensor shaped like z.
-        total: d where it is known already, to save computing it; of a term with a sign it is the
-            rule's own, and may be written into.
+        total: d where it is known already, to save computing it.
+        stable: st(d) where it is known already; it may be written into.
         sign: 1 if d is known to be >= 0, -1 if it is known to be <= 0, else 0.
-        where: The term shares only what arrives where this is positive; everywhere if None.
+        of: The term shares only what arrives at this part of the output, the positive or the
+            negative one; at all of it if None.
     """
 
     parts: Sequence[tuple[Signal | None, AffineMap]]
     bias: Tensor | None = None
     gate: float | Tensor = 1.0
     total: Tensor | None = None
+    stable: Tensor | None = None
     sign: int = 0
-    where: Tensor | None = None
+    of: Tensor | None = None
 
 
 ZeroParams = str | Sequence[str] | None
@@ -203,7 +205,7 @@ class AffineRule(Rule):
         self, call: Call, x: tuple[Tensor, ...], z: Tensor, m: Any, carry: Carry
     ) -> tuple[Tensor, ...]:
         """c_x = sum over terms and parts of W_i's."""
-        f = self._parameters(replace(call.affine(x), memory=call.memory))
+        f = self._parameters(call.affine(x))
         if self._over_z:
             return f.T(share(m, z, self._stabilizer, carry.takes, int(carry.cut)), x)
         given = Input(x, call.nonneg, fast=True, above=carry.above)
@@ -215,7 +217,7 @@ class AffineRule(Rule):
         """R_x = sum over terms and parts of x_i * (W_i's)."""
         if type(self).propagate is not AffineRule.propagate:  # a rule that says it itself
             return super().relevance(call, x, z, m, carry)
-        f = self._parameters(replace(call.affine(x), memory=call.memory))
+        f = self._parameters(call.affine(x))
         # Without a multiplier z is not there.
         given = Input(x, call.nonneg, fast=carry.takes, above=carry.above)
         terms = list(self.terms(given, f, z))
@@ -231,17 +233,22 @@ class AffineRule(Rule):
         weighed: bool,
     ) -> Signal:
         """The sum over terms and parts of W_i's, or of x_i * (W_i's); it uses the terms up."""
-        R, shares = z * m if taken else m, []
+        shares = []
+        # What several terms share is computed once.
+        R = z * m if taken and sum(term.of is None for term in terms) > 1 else None
         while terms:
             term = terms.pop(0)
             parts = [(part, W) for part, W in term.parts if part is not None]
             parts = beside(parts) if weighed else parts
-            gate, gated = term.gate, R if term.where is None else _above(term.where, R)
-            if isinstance(gate, Tensor):
-                gate, gated = 1.0, gated * gate
-            own = gated is not R or (taken and not terms)
-            shares.append((gate, parts, self._share(gated, term, parts, own)))
-        del R, gated, term
+            gate, own = (term.gate, m) if isinstance(term.gate, float) else (1.0, m * term.gate)
+            if term.of is None and R is not None:
+                s = self._share(R if own is m else R * term.gate, None, term, parts)
+            elif taken:
+                s = self._share(z if term.of is None else term.of, own, term, parts)
+            else:
+                s = self._share(own if term.of is None else _at(term.of, own), None, term, parts)
+            shares.append((gate, parts, s))
+        del R, own, term, s
         total: list[Tensor] = []
         while shares:
             gate, parts, s = shares.pop(0)
@@ -249,25 +256,33 @@ class AffineRule(Rule):
                 c = W.T(s, part)
                 if weighed:
                     c = tuple(_folded(a * b, t) for a, b, t in zip(part, c, x, strict=True))
-                total = _add(total, list(c), gate)
+                # Products, and what comes through weights, are nobody else's.
+                total = _add(total, list(c), gate, own=weighed or W.weight is not None)
         return tuple(total)
 
     def _share(
-        self, R: Tensor, term: Term, parts: Sequence[tuple[Signal, AffineMap]], own: bool
+        self,
+        R: Tensor,
+        m: Tensor | None,
+        term: Term,
+        parts: Sequence[tuple[Signal, AffineMap]],
     ) -> Tensor:
-        """R / st(d); it may take the memory of R if that is its ``own``."""
-        stabilizer, bias = self._stabilizer, term.bias
-        d = None if self.zero_params else term.total
-        if term.sign and not callable(stabilizer) and stabilizer > 0 and R.dtype not in HALVES:
-            epsilon = term.sign * stabilizer
-            if d is not None:
-                d = d.add_(epsilon)
-            elif bias is not None:  # added where the bias is, it takes no pass of its own
-                d = denominator(parts, bias + epsilon)
-            else:
-                d = denominator(parts, None) + epsilon
-            return R.div_(d) if own else R / d
-        return share(R, denominator(parts, bias) if d is None else d, stabilizer, False, term.sign)
+        """R / st(d), times m if there is one."""
+        stable, epsilon = term.stable, self.added(R)
+        if stable is None and term.sign and epsilon and (term.total is None or self.zero_params):
+            stable = denominator(parts, term.bias, added=term.sign * epsilon)
+        if stable is not None:
+            s = over(R, stable)
+            return s if m is None else times(s, m)
+        known = term.total is not None and not self.zero_params
+        d = term.total if known else denominator(parts, term.bias)
+        assert d is not None
+        return share(R if m is None else R * m, d, self._stabilizer, False, term.sign)
+
+    def added(self, z: Tensor) -> float:
+        """The number that the stabilizer adds to a denominator like z; 0 if it is none of these."""
+        stabilizer = self._stabilizer
+        return 0.0 if callable(stabilizer) or z.dtype in HALVES else stabilizer
 
     @property
     def _stabilizer(self) -> StabilizerLike:
@@ -275,12 +290,7 @@ class AffineRule(Rule):
         return value
 
     def _parameters(self, f: AffineMap) -> AffineMap:
-        names = _names(self.zero_params)
-        if "bias" in names:
-            f = replace(f, bias=None)
-        if "weight" in names and f.weight is not None:
-            f = f.with_weight(torch.zeros_like)
-        return f
+        return f.without(_names(self.zero_params)) if self.zero_params else f
 
 
 def _names(zero_params: ZeroParams) -> tuple[str, ...]:
@@ -302,26 +312,34 @@ def _folded(R: Tensor, x: Tensor) -> Tensor:
     return R.reshape(*x.shape[:dim], -1, *x.shape[dim:]).sum(dim)
 
 
-def _above(where: Tensor, R: Tensor) -> Tensor:
-    """R where ``where`` is positive, else 0."""
-    passed: Tensor = torch.ops.aten.threshold_backward(R, where, 0)
+def _at(part: Tensor, R: Tensor) -> Tensor:
+    """R where ``part`` is not zero, else 0."""
+    passed: Tensor = torch.ops.aten.hardshrink_backward(R, part, 0)
     return passed
 
 
-def _add(total: list[Tensor], found: list[Tensor], gate: float) -> list[Tensor]:
-    """``total + gate * found``, where no total yet is an empty list."""
+def _add(total: list[Tensor], found: list[Tensor], gate: float, own: bool) -> list[Tensor]:
+    """``total + gate * found``, where no total yet is an empty list; both may be changed."""
     if not total:
-        return found if gate == 1 else [c * gate for c in found]
+        return found if gate == 1 else [c.mul_(gate) if own else c * gate for c in found]
+    if own:
+        return [t.add_(c, alpha=gate) for t, c in zip(total, found, strict=True)]
     return [torch.add(t, c, alpha=gate) for t, c in zip(total, found, strict=True)]
 
 
 def denominator(
-    parts: Sequence[tuple[Signal | None, AffineMap]], bias: Tensor | None, fast: bool = False
+    parts: Sequence[tuple[Signal | None, AffineMap]],
+    bias: Tensor | None,
+    fast: bool = False,
+    added: float = 0.0,
 ) -> Tensor:
-    """d = sum_i W_i x_i + bias."""
+    """d = sum_i W_i x_i + bias, and a number ``added``."""
     known = [(part, W) for part, W in parts if part is not None]
     (first, W), *rest = beside(known) if fast else known
-    return _sum([W(first, bias), *(W(part) for part, W in rest)])
+    if added and bias is not None:  # where it takes no pass of its own
+        bias, added = bias + added, 0.0
+    d = _sum([W(first, bias), *(W(part) for part, W in rest)])
+    return d + added if added else d
 
 
 def _absorbed(
