@@ -20,6 +20,7 @@ from lrpfx.capture import TRACING
 from lrpfx.errors import CompileError, LrpError
 from lrpfx.explicit import Explicit, ExplicitRun
 from lrpfx.faithful import rounded, worst_difference
+from lrpfx.inputs import is_finite
 from lrpfx.targets import Seed
 
 #: Forms of inputs and seeds that one Explainer is compiled for; as many as torch.compile has.
@@ -169,7 +170,7 @@ class CompiledRun:
         if explicit is None:
             run = self.begun if isinstance(self.begun, Run) else self.plain(self.leaves)
             (found,) = run.pull([seed])
-            if all(bool(t.isfinite().all()) for t in found.tensors):  # else there is an error
+            if all(map(is_finite, found.tensors)):  # else there is an error
                 self.of.learn(self, seed, _values(run, found))
             yield found
         else:

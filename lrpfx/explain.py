@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from lrpfx.errors import (
 )
 from lrpfx.explanation import Explanation
 from lrpfx.faithful import check_faithful
-from lrpfx.freeze import state_of, versions
 from lrpfx.gather import Gather, by_layer, reported
 from lrpfx.graph import (
     HELD,
@@ -37,7 +36,7 @@ from lrpfx.graph import (
     used_nodes,
 )
 from lrpfx.hold import DIVISOR
-from lrpfx.inputs import Inputs, check_inputs, flatten_inputs, varying_sizes
+from lrpfx.inputs import Inputs, check_inputs, flatten_inputs, is_finite, varying_sizes
 from lrpfx.ledger import Ledger
 from lrpfx.refuse import refuse_if_the_model_does, refuse_relevance, refuse_seed
 from lrpfx.report import Report, make_report
@@ -45,6 +44,7 @@ from lrpfx.resolve import RulesLike
 from lrpfx.rewrite import instrument, rewrite
 from lrpfx.rules import Stop
 from lrpfx.starts import find_starts
+from lrpfx.state import State, Versions, state_of, versions
 from lrpfx.taps import find_taps
 from lrpfx.targets import Target, each_target, is_several, make_seed
 
@@ -133,14 +133,19 @@ class Explainer:
         dynamic: Sequence[int] = (),
         freeze: bool = False,
     ) -> None:
-        self._versions: dict[str, tuple[int, int]] | None = None
+        fixed = None
         if freeze and isinstance(model, nn.Module):
-            self._versions = versions(state_of(model))
+            fixed = versions(state_of(model))
         with TRACING:  # meanwhile another thread's trace may hold fake tensors in the model
-            self._set_up(model, example_inputs, rules, dynamic)
+            self._set_up(model, example_inputs, rules, dynamic, fixed)
 
     def _set_up(
-        self, model: nn.Module, example_inputs: Inputs, rules: RulesLike, dynamic: Sequence[int]
+        self,
+        model: nn.Module,
+        example_inputs: Inputs,
+        rules: RulesLike,
+        dynamic: Sequence[int],
+        fixed: Versions | None,
     ) -> None:
         self._captured: Captured = capture(model, example_inputs, dynamic)
         self._module = canonize(self._captured.program)
@@ -161,8 +166,8 @@ class Explainer:
             which = ", ".join(sorted({r.kind for r in stopped}))
             notes.append(f"{len(stopped)} nodes count as constants by rule Stop: {which}")
         self._gather = Gather(self._captured, self._module, self._starts)
-        self._forms = _state_forms(state_of(model))
-        self._pointed: list[int] = []
+        self._state = State(model, fixed)
+        self._pointed: tuple[dict[str, Tensor], int] = {}, 0
         self._compiled: Compiled | None = None
         leaves = flatten_inputs(example_inputs)[0]
         self._met = {self._sizes(leaves)}
@@ -190,10 +195,11 @@ class Explainer:
     @property
     def graph_module(self) -> fx.GraphModule:
         """The rewritten graph: forward is the model's, backward puts relevance into ``x.grad``."""
-        if self._public is None:
-            self._public = rewrite(self._module, self._plan.assignments, self._live)
-        self._refresh()
-        return self._public
+        with TRACING:
+            self._refresh()
+            if self._public is None:
+                self._public = rewrite(self._module, self._plan.assignments, self._live)
+            return self._public
 
     @property
     def report(self) -> Report:
@@ -224,7 +230,7 @@ class Explainer:
             CompileError: On the call that compiles: PyTorch cannot compile the graphs, or they
                 give another relevance.
         """
-        frozen = self._versions is not None
+        frozen = self._state.fixed is not None
         self._compiled = Compiled(self._for_compiler, frozen, options)
         return self
 
@@ -251,14 +257,14 @@ class Explainer:
         ledger: bool,
     ) -> Explanation:
         leaves = check_inputs(self._captured.signature, inputs)
-        with TRACING:
-            self._refresh()
-            self._check_sizes(inputs, leaves)
         paths = _paths(layers)
         several = is_several(target)
         ledger = ledger and not several
         fast = not ledger and not create_graph
-        module, calls = self._instrument(paths, fast=fast)
+        with TRACING:
+            self._refresh()
+            self._check_sizes(inputs, leaves)
+            module, calls = self._instrument(paths, fast=fast)
         kept = [_kept(v, create_graph) for v in leaves]
         book = Ledger() if ledger else None
 
@@ -277,13 +283,13 @@ class Explainer:
             targets = each_target(run.explained, target) if several else [target]
             seeds = [make_seed(run.explained, one, self._gather.finish) for one in targets]
             for seed in seeds:
-                if not all(bool(s.isfinite().all()) for s in seed.seeds if s is not None):
+                if not all(is_finite(s) for s in seed.seeds if s is not None):
                     refuse_seed(self._module, seed, run.explained, kept)
             together = 1 if create_graph else at_a_time(self._widest * _elements(leaves))
             found = run.pull(seeds, together=together, create_graph=create_graph)
             parts = []
             for one, seed, pulled in zip(targets, seeds, found, strict=True):
-                if not all(bool(r.isfinite().all()) for r in pulled.starts if r is not None):
+                if not all(is_finite(r) for r in pulled.starts if r is not None):
                     if book is None:  # the plain form can name the place
                         self._explain(inputs, one, layers, create_graph, ledger=True)
                     refuse_relevance(self._plan, book.bookings() if book is not None else {})
@@ -314,7 +320,7 @@ class Explainer:
     ) -> tuple[fx.GraphModule, dict[str, int]]:
         """The graph that also returns what is asked for of ``layers``; calls per module path."""
         if (paths, fast) not in self._instrumented:
-            frozen = self._versions is not None
+            frozen = self._state.fixed is not None
             self._instrumented[paths, fast] = self._new(paths, fast, frozen)
         return self._instrumented[paths, fast]
 
@@ -333,31 +339,14 @@ class Explainer:
 
     def _refresh(self) -> None:
         """Point every graph at the parameters that the model holds now."""
-        model, prefix = self._captured.model, self._captured.prefix
-        state = state_of(model)
-        forms = _state_forms(state)
-        if forms != self._forms:
-            changed = [n for n in self._forms if forms.get(n) != self._forms[n]]
-            raise CaptureError(
-                "the model's parameters changed form since it was captured.",
-                where=[f"{n}: {self._forms[n]} -> {forms.get(n)}" for n in changed[:5]],
-                fix="make a new Explainer after .to(), .half() or a change of architecture.",
-            )
-        if self._versions is not None and (now := versions(state)) != self._versions:
-            raise CaptureError(
-                "the model's parameters changed, though they were promised to stay (freeze=True).",
-                where=[n for n in self._versions if now.get(n) != self._versions[n]][:5],
-                fix="make a new Explainer, or leave freeze=False.",
-            )
+        state, prefix = self._state.current(), self._captured.prefix
         graphs = [self._module, *(m for m, _ in self._instrumented.values())]
         graphs += [] if self._public is None else [self._public]
         explicit = [] if self._compiled is None else self._compiled.explicit
         graphs += [one.module for one in explicit]
-        # The graphs hold what they point at, so that no other tensor can have its id.
-        pointed = [len(graphs), *map(id, state.values())]
-        if pointed == self._pointed:
+        if self._pointed[0] is state and self._pointed[1] == len(graphs):
             return
-        self._pointed = pointed
+        self._pointed = state, len(graphs)
         for module in graphs:
             for name, held in state_of(module).items():
                 current = state.get(name.removeprefix(prefix))
@@ -407,15 +396,6 @@ def _kept(leaf: Any, create_graph: bool) -> Any:
         return leaf
     leaf = leaf.clone() if leaf.is_inference() else leaf
     return leaf if create_graph else leaf.detach()
-
-
-def _state_forms(state: Mapping[str, Tensor]) -> dict[str, tuple[Any, ...]]:
-    """Shape, dtype and device of each parameter and buffer, and which other it is tied to."""
-    first: dict[int, str] = {}
-    return {
-        name: (tuple(t.shape), t.dtype, t.device, f"same as {first.setdefault(id(t), name)}")
-        for name, t in state.items()
-    }
 
 
 def _elements(leaves: Sequence[Any]) -> int:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from lrpfx.graph import reachable
 
@@ -60,16 +59,3 @@ def written(node: fx.Node) -> list[fx.Node]:
         for argument, given in zip(node.target._schema.arguments, node.args, strict=False)
         if argument.is_write and isinstance(given, fx.Node)
     ]
-
-
-def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name, shared ones under each of theirs."""
-    state: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    state.update(model.named_buffers(remove_duplicate=False))
-    return state
-
-
-def versions(state: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
-    """What tells of each parameter and buffer whether it has been replaced or written into."""
-    # Tensors made in inference mode keep no count of writes.
-    return {name: (id(t), 0 if t.is_inference() else t._version) for name, t in state.items()}

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lrpfx.errors import TargetError
+from lrpfx.inputs import is_finite
 
 Target = None | int | Sequence[int] | tuple[Any, ...] | Tensor | Callable[[Any], Tensor]
 
@@ -123,7 +124,7 @@ def _from_output(output: Tensor, target: Any) -> tuple[Tensor, Tensor | None, st
             )
         if target.is_meta:
             raise TargetError("the seed has no values: it is on the meta device.", fix="give it.")
-        if not bool(target.isfinite().all()):
+        if not is_finite(target):
             raise TargetError("the seed has NaN or infinite entries.", fix="give finite numbers.")
         return target.to(output), None, "the given seed relevance"
     if target is None:

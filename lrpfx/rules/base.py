@@ -189,6 +189,12 @@ def over(R: Tensor, d: Tensor) -> Tensor:
     return torch.div(R, d, out=d) if can_hold(d, R) else R / d
 
 
+def only_where(z: Tensor, R: Tensor) -> Tensor:
+    """``R`` where ``z`` is not zero, else 0, also for NaN; in one pass."""
+    kept: Tensor = torch.ops.aten.hardshrink_backward(R, z, 0)
+    return kept
+
+
 def times(s: Tensor, m: Tensor) -> Tensor:
     """``s * m``, in the memory of ``s`` if it can be."""
     return s.mul_(m) if can_hold(s, m) else s * m

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lrpfx.call import Call, Op, Site
 from lrpfx.errors import RuleError
-from lrpfx.rules.base import Absorbed, Carry, Flow, Rule, sum_all
+from lrpfx.rules.base import Absorbed, Carry, Flow, Rule, only_where, sum_all, times
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Pass(Rule):
         if call.op.kind == "relu":
             return (torch.ops.aten.threshold_backward(m, x[0], 0),)
         ratio = z / x[0] if call.op.kind == "composed" else call.run(*x).div_(x[0])
-        return (ratio.masked_fill_(x[0] == 0, 0.0) * m,)
+        return (times(only_where(x[0], ratio), m),)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from lrpfx.rules.base import (
     check_stabilizer,
     divide,
     is_zero,
+    only_where,
     over,
     share,
     sum_all,
@@ -241,14 +242,15 @@ class AffineRule(Rule):
             parts = [(part, W) for part, W in term.parts if part is not None]
             parts = beside(parts) if weighed else parts
             gate, own = (term.gate, m) if isinstance(term.gate, float) else (1.0, m * term.gate)
-            if term.of is None and R is not None:
-                s = self._share(R if own is m else R * term.gate, None, term, parts)
-            elif taken:
+            if taken and (R is None or term.of is not None):
                 s = self._share(z if term.of is None else term.of, own, term, parts)
             else:
-                s = self._share(own if term.of is None else _at(term.of, own), None, term, parts)
+                arrived = own if R is None else R if own is m else R * term.gate
+                arrived = arrived if term.of is None else only_where(term.of, arrived)
+                s = self._share(arrived, None, term, parts)
+                del arrived
             shares.append((gate, parts, s))
-        del R, own, term, s
+        del R, own, term, s  # their memory is needed
         total: list[Tensor] = []
         while shares:
             gate, parts, s = shares.pop(0)
@@ -310,12 +312,6 @@ def _folded(R: Tensor, x: Tensor) -> Tensor:
         return R
     (dim,) = (d for d, (many, one) in enumerate(zip(R.shape, x.shape, strict=True)) if many != one)
     return R.reshape(*x.shape[:dim], -1, *x.shape[dim:]).sum(dim)
-
-
-def _at(part: Tensor, R: Tensor) -> Tensor:
-    """R where ``part`` is not zero, else 0."""
-    passed: Tensor = torch.ops.aten.hardshrink_backward(R, part, 0)
-    return passed
 
 
 def _add(total: list[Tensor], found: list[Tensor], gate: float, own: bool) -> list[Tensor]:
