@@ -26,7 +26,7 @@ from lrpfx.assign import Assignment
 from lrpfx.attention import Fused, attend, find_fused, is_of_sizes, mask_for_kernel
 from lrpfx.call import Call, argument_names
 from lrpfx.carriers import find_carriers
-from lrpfx.graph import op_name, reachable, record, slot_nodes
+from lrpfx.graph import op_name, reachable, slot_nodes
 from lrpfx.ledger import Ledger
 from lrpfx.rules import Gradient
 from lrpfx.rules.base import Carry, share
@@ -176,7 +176,7 @@ class FastStreams(Streams):
         super().__init__(graph, plan, live, clean)
         self.carriers = find_carriers(source, plan, live, starts, tapped)
         self.fused = find_fused(source, plan, live, self.carriers)
-        self.frozen, self.tapped = frozen, tapped
+        self.frozen, self.starts, self.tapped = frozen, starts, tapped
         #: ReLUs, and of each the node whose twin stands behind it.
         self.before = {relu: n for n in self.carriers if (relu := self._one_relu(n)) is not None}
         #: ReLUs of a residual sum, and of each the summand that is recovered from the two others.
@@ -239,9 +239,11 @@ class FastStreams(Streams):
         carry, assignment = self.carriers[node], self.plan[node.name]
         if assignment.rule.gradient_shares(assignment.record.site) is None:
             return False
-        if isinstance(assignment.rule, Gradient):  # moves relevance as it moves multipliers
-            return all(gives == carry.takes for gives in carry.gives)
-        return carry.takes and all(carry.gives)
+        if not carry.takes:  # the rule Gradient moves relevance as it moves multipliers
+            return isinstance(assignment.rule, Gradient) and not any(carry.gives)
+        slots = slot_nodes(node)
+        ends = [slots[i] in self.starts for i in assignment.record.site.live]
+        return all(gives or end for gives, end in zip(carry.gives, ends, strict=True))
 
     def _run(self, node: fx.Node) -> None:
         assignment = self.plan[node.name]
@@ -249,7 +251,8 @@ class FastStreams(Streams):
         found = assignment.rule.gradient_shares(site)
         assert found is not None
         shares = dict(zip(site.live, found, strict=True))
-        self.clean[node], self.phantoms[node] = self._native(node, node, shares)
+        exact = self.carriers[node].takes
+        self.clean[node], self.phantoms[node] = self._native(node, node, shares, exact)
 
     def _attend(self, node: fx.Node, fused: Fused) -> None:
         """Put a fused attention in the place of its parts, whose last is ``node``."""
@@ -315,8 +318,8 @@ class FastStreams(Streams):
 
     def _takes(self, node: fx.Node) -> bool:
         """Whether the edge at a node's output carries multipliers."""
-        while record(node) is None and node not in self.carriers and node.op != "placeholder":
-            node = node.all_input_nodes[0]  # getitem: as the node that it picks from
+        while node.target is operator.getitem and node not in self.starts:
+            node = node.all_input_nodes[0]  # as the node that it picks from
         return node in self.carriers and self.carriers[node].takes
 
     # -- the others
