@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from lrpfx.affine import AffineMap, Builder
+from lrpfx.affine import AffineMap
+from lrpfx.maps import Builder
 
 #: The families, and the rule that they get where nothing else is said.
 FAMILIES = {
@@ -169,6 +170,7 @@ class Call:
         assert self.op.affine is not None
         found = self.op.affine(self._arguments(x), self.site.live_names, self.run)
         if self.memory is not None and self.op.weighted:
+            found = replace(found, kept={})
             self.memory.append(found)
         return found
 

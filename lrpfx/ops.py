@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lrpfx import affine as maps
+from lrpfx import maps
 from lrpfx.call import FAMILIES, Composed, Op, Sign, always, inherited, never, product
 
 aten = torch.ops.aten

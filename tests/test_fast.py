@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrpfx
-from lrpfx import affine, attention, backward, composites, shortcuts
+from lrpfx import attention, backward, composites, maps, shortcuts
 from lrpfx.rules.base import Carry
 from lrpfx.rules.terms import AffineRule
 from tests import laws, zoo
@@ -328,7 +328,7 @@ def test_a_convolution_of_single_pixels_is_transposed_as_a_product(dims: int, st
     make = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
     weight = torch.randn(4, 3, *dims * [1], dtype=torch.float64)
     args = dict(weight=weight, stride=stride, padding=0, dilation=1, groups=1)
-    f = affine.convolution(args, ["input"], make)
+    f = maps.convolution(args, ["input"], make)
     for size in range(1, 9):
         x = torch.randn(2, 3, size, *(size + 1, size + 3)[: dims - 1], dtype=torch.float64)
         z, pull = torch.func.vjp(lambda t: make(t, weight, stride=stride), x)
