@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.profiler import ProfilerActivity, profile
 
 import lrpfx
 
@@ -152,6 +153,14 @@ def seconds(call: Call, device: str = "cpu") -> float:
     end.record()
     torch.cuda.synchronize()
     return begin.elapsed_time(end) / 1000
+
+
+def products(call: Call) -> float:
+    """Seconds that one call spends in convolutions and matrix products."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        call()
+    ops = [e for e in profiled.key_averages() if "conv" in e.key.lower() or "mm" in e.key]
+    return float(sum(e.self_cpu_time_total for e in ops)) / 1e6
 
 
 def interleaved(
