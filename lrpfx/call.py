@@ -169,7 +169,7 @@ class Call:
             return self.memory[0]
         assert self.op.affine is not None
         found = self.op.affine(self._arguments(x), self.site.live_names, self.run)
-        if self.memory is not None and self.op.weighted:
+        if self.memory is not None and self.op.weighted:  # the same map, whatever x is
             found = replace(found, kept={})
             self.memory.append(found)
         return found

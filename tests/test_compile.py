@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import lrpfx
-from lrpfx import compiled
+from lrpfx import compiled, composites
 from lrpfx.errors import CaptureError, CompileError, InputError, NonFiniteError
 from lrpfx.freeze import freeze
 from tests import laws, zoo
@@ -182,15 +182,24 @@ def test_tensors_that_rules_hold(made: list[fx.GraphModule]) -> None:
         assert same(explainer(X, 1, ledger=False), expected)
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
-def test_images_in_channels_last(size: int) -> None:
+BOX = composites.EpsilonGammaBox(-3, 3)
+
+
+@pytest.mark.parametrize(
+    ("size", "rules"),
+    [(1, "epsilon_plus"), (2, "epsilon_plus"), (4, "epsilon_plus"), (2, "epsilon_all")]
+    + [(2, "epsilon_alpha2_beta1"), (2, BOX)],
+    ids=str,
+)
+def test_images_in_channels_last(size: int, rules: Any) -> None:
     """The strides that kernels give are not always those that compilers expect of them."""
     torch.manual_seed(0)
     pooled = [nn.AdaptiveMaxPool2d(size), nn.AdaptiveAvgPool2d(4), nn.Flatten()]
-    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), *pooled, nn.Linear(128, 3)).double()
+    convolved = [nn.Conv2d(2, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)]
+    model = nn.Sequential(*convolved, *pooled, nn.Linear(128, 3)).double()
     model.to(memory_format=torch.channels_last)
     x = X[:1].contiguous(memory_format=torch.channels_last)
-    explainer = lrpfx.Explainer(model, x, "epsilon_plus")
+    explainer = lrpfx.Explainer(model, x, rules)
     expected = explainer(x, 1)
     explainer.compile(backend="eager")
     for _ in range(2):

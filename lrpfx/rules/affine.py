@@ -199,8 +199,7 @@ class Gamma(AffineRule):
             # d2 = z + g (z - d); g (d + epsilon / g) brings the stabilizers along.
             d = denominator([(x.all, f.pos)], f.bias_part(positive, "pos"), added=epsilon / g)
             over = over._replace(stable=torch.add(p, d, alpha=g))
-            d = d.sub_(n)
-            under = under._replace(stable=torch.sub(n, d, alpha=g, out=d))
+            under = under._replace(stable=d.mul_(-g).add_(n, alpha=1 + g))
         return [over, under]
 
 
