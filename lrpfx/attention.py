@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from lrpfx.assign import Assignment
 from lrpfx.functionalize import insert
@@ -18,8 +19,44 @@ from lrpfx.rules.base import Carry
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
 SIZE = aten.sym_size.int
+_RESHAPES = {aten.reshape.default, aten.view.default, aten.flatten.using_ints}
 #: On the last of the parts: the call that they stand for.
 _FUSED = "lrpfx_fused"
+
+
+def group_heads(module: fx.GraphModule) -> fx.GraphModule:
+    """``sdpa(q, repeated(k), repeated(v))`` -> ``sdpa(q, k, v, enable_gqa=True)``.
+
+    Heads that share keys and values need no copies of them.
+    """
+    for node in [n for n in module.graph.nodes if n.target is SDPA]:
+        q, *repeated = node.args[:3]
+        k, v = (_once(t) for t in repeated)
+        if k is None or v is None or node.kwargs.get("enable_gqa"):
+            continue
+        if k.meta["val"].shape[-3] == v.meta["val"].shape[-3]:
+            node.args = (q, k, v, *node.args[3:])
+            node.update_kwarg("enable_gqa", True)
+    module.graph.eliminate_dead_code()
+    return module
+
+
+def _once(repeated: Any) -> fx.Node | None:
+    """``t`` of ``reshape(expand(unsqueeze(t)))``, each head of (N, H, T, D) several times."""
+    steps = [repeated]
+    for target in (_RESHAPES, {aten.expand.default}, {aten.unsqueeze.default}):
+        if steps[-1].target not in target:
+            return None
+        steps.append(steps[-1].all_input_nodes[0])
+    form, spread, grown, once = (step.meta["val"].shape for step in steps)
+    if len(once) != 4 or len(spread) != 5:
+        return None
+    n, heads, tokens, size = once
+    times = spread[2]
+    expected = [n, heads, 1, tokens, size, n, heads, times, tokens, size]
+    expected += [n, heads * times, tokens, size]
+    same = zip((*grown, *spread, *form), expected, strict=True)
+    return steps[-1] if all(statically_known_true(a == b) for a, b in same) else None
 
 
 def open_attention(module: fx.GraphModule) -> fx.GraphModule:

@@ -11,8 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from lrpfx.attention import open_attention
+from lrpfx.attention import group_heads, open_attention
 from lrpfx.compose import flat_products, whole_activations
 from lrpfx.errors import CaptureError, TrainingModeError
 from lrpfx.fold import fold_batch_norm
@@ -170,17 +171,26 @@ _IDENTITIES = {
 }
 _CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default}
 _CASTS |= {aten.type_as.default, aten.to.other}
+#: What changes nothing but the shape, if that.
+_SHAPES = {aten.slice.Tensor, aten.expand.default, aten.reshape.default, aten.view.default}
+_SHAPES |= {aten.flatten.using_ints}
 
 
 def drop_noops(module: fx.GraphModule) -> fx.GraphModule:
     """``y = dropout(x)`` -> ``x``; likewise clone, contiguous, casts to the same type; no asserts.
+
+    So are slices of everything and reshapes to the same shape, whatever the batch size.
 
     Comes after ``refuse_training``: the dropouts left are those of evaluation mode.
     """
     for node in reversed(module.graph.nodes):
         if node.op != "call_function":
             continue
-        if node.target in _IDENTITIES or (node.target in _CASTS and _keeps_type(node)):
+        if (
+            node.target in _IDENTITIES
+            or (node.target in _CASTS and _keeps_type(node))
+            or (node.target in _SHAPES and _keeps_shape(node))
+        ):
             node.replace_all_uses_with(nodes_in(node.args)[0])
             module.graph.erase_node(node)
         elif "assert" in str(node.target) and not node.users:
@@ -193,6 +203,15 @@ def _keeps_type(node: fx.Node) -> bool:
     if not isinstance(before, Tensor) or not isinstance(after, Tensor):
         return False
     return before.dtype == after.dtype and before.device == after.device
+
+
+def _keeps_shape(node: fx.Node) -> bool:
+    before, after = nodes_in(node.args)[0].meta.get("val"), node.meta.get("val")
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        return False
+    return before.ndim == after.ndim and all(
+        statically_known_true(a == b) for a, b in zip(before.shape, after.shape, strict=True)
+    )
 
 
 def views_to_reshapes(module: fx.GraphModule) -> fx.GraphModule:
@@ -213,6 +232,7 @@ PASSES: tuple[Pass, ...] = (
     refuse_random,
     one_name_each,
     open_parts,
+    group_heads,
     open_attention,
     hold_statistics,
     whole_activations,

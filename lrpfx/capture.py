@@ -29,6 +29,7 @@ from lrpfx.inputs import (
     copies,
     flatten_inputs,
     form_of,
+    input_paths,
     is_explained,
     split_inputs,
 )
@@ -86,7 +87,7 @@ def capture(model: nn.Module, inputs: Inputs, dynamic: Sequence[int] = ()) -> Ca
         InputError: No input can be explained, or the model itself fails on the inputs.
     """
     _refuse_untraceable(model)
-    leaves, spec, paths = flatten_inputs(inputs)
+    (leaves, spec), paths = flatten_inputs(inputs), input_paths(inputs)
     if not any(isinstance(leaf, Tensor) for leaf in leaves):
         raise InputError(
             "there is nothing to explain: no input is a tensor.",

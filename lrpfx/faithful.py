@@ -21,7 +21,7 @@ def check_faithful(captured: Captured, module: fx.GraphModule, inputs: Inputs) -
 
     Python state and random numbers are baked in at capture; this is where they come to light.
     """
-    leaves, spec, _ = flatten_inputs(inputs)
+    leaves, spec = flatten_inputs(inputs)
     model = captured.model
     with preserved(model), torch.no_grad():
         run_model(model, copies(leaves), spec)

@@ -147,8 +147,8 @@ def _absorbed(seeds: Sequence[Tensor], relevance: Sequence[Tensor]) -> Tensor:
     per_sample = all(t.shape[:1] == batch for t in tensors) and bool(batch)
 
     def total(parts: Sequence[Tensor]) -> Tensor:
-        flat = [t.detach().reshape(len(t) if per_sample else 1, -1).double() for t in parts]
-        sums = torch.stack([t.sum(1) for t in flat]).sum(0)
+        flat = (t.detach().reshape(len(t) if per_sample else 1, -1) for t in parts)
+        sums = torch.stack([t.sum(1, dtype=torch.float64) for t in flat]).sum(0)
         return (sums if per_sample else sums[0]).to(seeds[0].dtype)
 
     return total(seeds) - total(relevance)

@@ -63,15 +63,18 @@ def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     )
 
 
-def flatten_inputs(inputs: Inputs) -> tuple[list[Any], pytree.TreeSpec, tuple[str, ...]]:
-    """Leaves of ``inputs``, their tree, and a name for each leaf."""
-    args, kwargs = split_inputs(inputs)
-    keyed, spec = pytree.tree_flatten_with_path((args, kwargs))
-    # The first two keys of a path say "args or kwargs" and which; users know them as inputs[...].
-    paths = tuple("inputs" + pytree.keystr(path[1:]) for path, _ in keyed)
+def flatten_inputs(inputs: Inputs) -> tuple[list[Any], pytree.TreeSpec]:
+    """Leaves of ``inputs``, and their tree."""
+    return pytree.tree_flatten(split_inputs(inputs))
+
+
+def input_paths(inputs: Inputs) -> tuple[str, ...]:
+    """A name for each leaf of ``inputs``."""
     if isinstance(inputs, Tensor):
-        paths = ("the input",)
-    return [leaf for _, leaf in keyed], spec, paths
+        return ("the input",)
+    keyed, _ = pytree.tree_flatten_with_path(split_inputs(inputs))
+    # The first two keys of a path say "args or kwargs" and which; users know them as inputs[...].
+    return tuple("inputs" + pytree.keystr(path[1:]) for path, _ in keyed)
 
 
 def is_explained(leaf: Any) -> bool:
@@ -102,15 +105,18 @@ def check_inputs(signature: Signature, inputs: Inputs) -> list[Any]:
     """
     if isinstance(inputs, Mapping) and set(inputs) == set(signature.keywords):
         inputs = {key: inputs[key] for key in signature.keywords}
-    leaves, spec, paths = flatten_inputs(inputs)
+    leaves, spec = flatten_inputs(inputs)
     if spec != signature.spec:
         raise InputError(
             "the inputs are structured otherwise than those the model was captured with.",
-            where=[f"captured: {', '.join(signature.paths)}", f"given: {', '.join(paths)}"],
+            where=[
+                f"captured: {', '.join(signature.paths)}",
+                f"given: {', '.join(input_paths(inputs))}",
+            ],
             fix="make an Explainer for this structure.",
         )
     bad = []
-    for leaf, form, path in zip(leaves, signature.leaves, paths, strict=True):
+    for leaf, form, path in zip(leaves, signature.leaves, signature.paths, strict=True):
         if not isinstance(form, TensorForm):
             if isinstance(leaf, Tensor) or leaf != form:
                 bad.append(f"{path}: {leaf!r}, captured with the constant {form!r}")
@@ -128,7 +134,7 @@ def check_inputs(signature: Signature, inputs: Inputs) -> list[Any]:
             raise InputError(
                 f"the inputs have {what} {sorted(sizes)}.", fix="give one size, at least 1."
             )
-    _refuse_infinite(leaves, paths)
+    _refuse_infinite(leaves, signature.paths)
     return leaves
 
 

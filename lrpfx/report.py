@@ -353,23 +353,27 @@ def with_ledger(
     notes: Sequence[str] = (),
 ) -> Report:
     """The report of one explanation: the plan's rows with what the ledger booked."""
-    rows = []
-    for row in report.rows:
-        if booking := bookings.get(row.node):
-            row = replace(
-                row,
-                relevance_in=booking.received,
-                relevance_out=booking.passed,
-                absorbed={c: v for c, v in booking.absorbed.items() if v != 0},
-            )
-        rows.append(row)
+    rows = report.rows
+    if bookings:
+        rows = tuple(_booked_row(row, bookings.get(row.node)) for row in rows)
     return replace(
         report,
-        rows=tuple(rows),
+        rows=rows,
         notes=(*report.notes, *notes),
         target=target,
         started=started,
         reached=reached,
+    )
+
+
+def _booked_row(row: Row, booking: Booking | None) -> Row:
+    if booking is None:
+        return row
+    return replace(
+        row,
+        relevance_in=booking.received,
+        relevance_out=booking.passed,
+        absorbed={c: v for c, v in booking.absorbed.items() if v != 0},
     )
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,128 +24,17 @@ from torch import Tensor, fx
 from lrpfx.affine import AffineMap
 from lrpfx.assign import Assignment
 from lrpfx.attention import Fused, attend, find_fused, is_of_sizes, mask_for_kernel
-from lrpfx.call import Call, argument_names
+from lrpfx.call import argument_names
 from lrpfx.carriers import find_carriers
-from lrpfx.graph import op_name, reachable, slot_nodes
-from lrpfx.ledger import Ledger
+from lrpfx.fast_twins import Derived, Exchange, FastTwin, add_to, begin, scaled
+from lrpfx.graph import reachable, slot_nodes
 from lrpfx.rules import Gradient
-from lrpfx.rules.base import Carry, share
 from lrpfx.rules.terms import AffineRule
-from lrpfx.twins import Arrival, Step, Streams, Twin
+from lrpfx.twins import Step, Streams
 
 aten = torch.ops.aten
 #: Elements from which on a weight is computed again in the place of being kept.
 _LARGE = 4096
-
-
-def begin(clean: Tensor) -> Tensor:
-    """A phantom that is a leaf, and has the value of ``clean``."""
-    return clean.detach().requires_grad_()
-
-
-def add_to(own: Tensor, other: Tensor) -> Tensor:
-    """The sum, in the memory of ``own`` unless autocast has made that too short."""
-    return own.add_(other) if torch.result_type(own, other) == own.dtype else own + other
-
-
-class Native:
-    """An op that runs with autograd on, whatever the grad mode: its backward is its rule."""
-
-    def __init__(self, target: Any) -> None:
-        self.target, self.__name__ = target, f"gradient_of_{op_name(target)}"
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """What the op returns, with its graph."""
-        before = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(True)  # in a tenth of the time that enable_grad takes
-        try:
-            return self.target(*args, **kwargs)
-        finally:
-            torch._C._set_grad_enabled(before)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Native:
-        return self
-
-
-@dataclass(frozen=True, eq=False)
-class _FastStep(Step):
-    """A step whose phantom is the activation itself, for ops that are run on it."""
-
-    def __call__(self, clean: Any, *rest: Any, ledger: Ledger | None = None) -> Any:
-        """Values that carry a graph of their own are read without it."""
-        phantoms, values = rest[: self.arity], rest[self.arity :]
-        return super().__call__(_plain(clean), *phantoms, *map(_plain, values))
-
-    def phantom(self, clean: Tensor) -> Tensor:
-        """The activation, as a start of a graph."""
-        return clean
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach() if value.requires_grad else value
-    return tuple(map(_plain, value)) if isinstance(value, (tuple, list)) else value
-
-
-@dataclass(frozen=True, eq=False)
-class Exchange(_FastStep):
-    """Between two ops: multiplies what the edge carries, or turns R into R / a or back.
-
-    Args:
-        share: A number to multiply by.
-        into: "" to leave it as it is, "multiplier" for R -> R / a, "relevance" for c -> a c.
-    """
-
-    share: float
-    into: str
-
-    def propagate(self, given: Arrival) -> tuple[Tensor, ...]:
-        """What the one phantom gets."""
-        (m,) = given.R
-        if self.into == "multiplier":
-            m = share(m, given.z, 0.0, False)
-        elif self.into == "relevance":
-            m = m * given.z
-        return (m if self.share == 1 else m * self.share,)
-
-
-#: How a slot is computed from values that are given after the slots: its index, the function, and
-#: the places of the function's arguments.
-Derived = tuple[int, Callable[..., Tensor], tuple[int, ...]]
-
-
-@dataclass(frozen=True, eq=False)
-class _FastTwin(Twin, _FastStep):
-    """A twin whose edges carry multipliers or relevance.
-
-    Args:
-        carry: What it receives and hands on.
-        memory: Where it may keep a map whose weights stay as they are, else None.
-        derived: The slots that are computed again.
-        addend: The place of what the given output has too much, None if it is the node's own.
-    """
-
-    carry: Carry
-    memory: list[AffineMap] | None
-    derived: Sequence[Derived]
-    addend: int | None
-
-    def propagate(self, given: Arrival) -> tuple[Tensor, ...]:
-        """Multipliers or relevance of the live inputs, as each edge carries it."""
-        slots, z = list(given.values), given.z
-        for index, make, places in self.derived:
-            slots[index] = make(*(given.values[i] for i in places))
-        if self.addend is not None:
-            z = z - slots[self.addend]
-        call = Call(self.site, tuple(slots), self.memory)
-        x, m, carry = self.live_inputs(slots, given.forms), self.received(given.R), self.carry
-        if not self.rule.carries(self.site, carry.takes):
-            return self.rule.relevance(call, x, z, m, carry)
-        found = self.rule.multiply(call, x, z, m, carry)
-        return tuple(
-            c if gives else self.rule.weigh(a, c)
-            for a, c, gives in zip(x, found, carry.gives, strict=True)
-        )
 
 
 class FastStreams(Streams):
@@ -189,8 +78,27 @@ class FastStreams(Streams):
             if plan[n.name].record.site.op.weighted
         }
         self.derived = set() if frozen else _derived(source)
+        #: Nodes that run with autograd on, and are their own rule.
+        self.recorded: set[fx.Node] = set()
         #: By mask and dtype, the mask as fused attention takes it.
         self.masks: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+
+    def run(self, source: fx.Graph, ends: Sequence[fx.Node]) -> None:
+        """Add every node that ``ends`` depend on, and where autograd goes on and off."""
+        super().run(source, ends)
+        ops = [n for n in self.graph.nodes if n.op == "call_function" and n.target not in _EITHER]
+        if not ops:
+            return
+        with self.graph.inserting_before(ops[0]):
+            before = self.graph.call_function(torch.is_grad_enabled)
+        on: bool | None = None
+        for node in ops:
+            wanted = node in self.recorded or isinstance(node.target, Step)
+            if wanted != on:
+                with self.graph.inserting_before(node):
+                    self.graph.call_function(_switch, (wanted,))
+                on = wanted
+        self.graph.call_function(_switch, (before,))
 
     def inputs_of(self, node: fx.Node) -> Sequence[fx.Node]:
         """Of an attention that is fused, those of the kernel."""
@@ -305,16 +213,21 @@ class FastStreams(Streams):
         keywords = {name: call.kwargs[name] for name in names if name in call.kwargs}
         args: Any = fx.node.map_arg(call.args, given)
         kwargs = fx.node.map_arg(keywords, given)
-        value = self.graph.call_function(Native(attend if masks else call.target), args, kwargs)
+        target: Any = attend if masks else call.target
+        value = self.graph.call_function(target, args, kwargs)
+        self.recorded.add(value)
         return value, self._exchange(node, value, common)
 
     def _exchange(
         self, node: fx.Node, phantom: fx.Node, share: float = 1.0, into: str = ""
     ) -> fx.Node:
-        if share == 1 and not into:
+        if share != 1:
+            phantom = self.graph.call_function(scaled, (phantom, share))
+            self.recorded.add(phantom)
+        if not into:
             return phantom
-        step = Exchange(f"{node.name}_edge", 1, bool(into), share, into)
-        return self.beside(step, self.clean[node] if into else phantom, [phantom])
+        step = Exchange(f"{node.name}_edge", 1, reads_output=True, into=into)
+        return self.beside(step, self.clean[node], [phantom])
 
     def _takes(self, node: fx.Node) -> bool:
         """Whether the edge at a node's output carries multipliers."""
@@ -358,7 +271,7 @@ class FastStreams(Streams):
         memory: list[AffineMap] | None = None
         if self.frozen and all(n.op != "placeholder" for n in reachable(constants)):
             memory = []
-        step = _FastTwin(
+        step = FastTwin(
             name=before.name,
             arity=len(phantoms),
             reads_output=reads_output,
@@ -415,6 +328,11 @@ def _other(total: fx.Node, summand: fx.Node) -> fx.Node:
     (other,) = (n for n in total.all_input_nodes if n is not summand)
     return other
 
+
+#: As ``torch.set_grad_enabled``, in a tenth of the time.
+_switch = torch._C._set_grad_enabled
+#: What is the same with and without autograd.
+_EITHER = {operator.getitem, begin}
 
 #: What folding computes weights by; as cheap as reading them.
 _CHEAP = {aten.mul.Tensor, aten.add.Tensor, aten.sub.Tensor, aten.neg.default}

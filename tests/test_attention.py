@@ -145,17 +145,45 @@ def test_every_spelling_of_attention_gives_the_same(
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4 * max(1.0, y.abs().max().item()))
 
 
-def test_grouped_query_attention_shares_keys() -> None:
+def repeated(t: Tensor, dim: int = 2) -> Tensor:
+    """Each head twice, as transformers spells it; along another dimension all heads twice."""
+    return t.unsqueeze(dim).expand(*t.shape[:dim], 2, *t.shape[dim:]).reshape(-1, 4, *t.shape[2:])
+
+
+GROUPED = {
+    "grouped": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
+    "repeated": lambda q, k, v: sdpa(q, repeated(k), repeated(v)),
+    "sliced": lambda q, k, v: sdpa(q, repeated(k[:, :, :]), repeated(v[:, :, :])),
+}
+
+
+@pytest.mark.parametrize("fn", GROUPED.values(), ids=GROUPED)
+def test_grouped_query_attention_shares_keys(fn: Callable) -> None:
     torch.manual_seed(0)
     q = torch.randn(2, 4, 5, 4, dtype=torch.float64)
     k, v = (torch.randn(2, 2, 5, 4, dtype=torch.float64) for _ in range(2))
     seed = torch.randn(2, 4, 5, 4, dtype=torch.float64)
-    grouped = Attention(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True))
-    repeated = Attention(
+    by_copies = Attention(
         lambda q, k, v: by_hand(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1))
     )
+    expected = lrpfx.explain(by_copies, (q, k, v), seed, rules="attnlrp").relevance
+    explainer = lrpfx.Explainer(Attention(fn), (q, k, v), "attnlrp")
+    assert {row.op for row in explainer.report.rows} >= {"repeat_interleave"}
+    for ledger in (True, False):
+        got = explainer((q, k, v), seed, ledger=ledger).relevance
+        for x, y in zip(got, expected, strict=True):
+            torch.testing.assert_close(x, y)
+
+
+def test_heads_that_are_copied_in_another_order_are_not_grouped() -> None:
+    torch.manual_seed(0)
+    q = torch.randn(2, 4, 5, 4, dtype=torch.float64)
+    k, v = (torch.randn(2, 2, 5, 4, dtype=torch.float64) for _ in range(2))
+    model = Attention(lambda q, k, v: sdpa(q, repeated(k, 1), repeated(v, 1)))
+    by_copies = Attention(lambda q, k, v: by_hand(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1)))
     a, b = (
-        lrpfx.explain(m, (q, k, v), seed, rules="attnlrp").relevance for m in (grouped, repeated)
+        lrpfx.explain(m, (q, k, v), q, rules="attnlrp", ledger=False).relevance
+        for m in (model, by_copies)
     )
     for x, y in zip(a, b, strict=True):
         torch.testing.assert_close(x, y)

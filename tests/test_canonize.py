@@ -225,6 +225,16 @@ def test_noops_are_dropped() -> None:
     assert targets(canonical(model, torch.randn(2, 3).double())) == [aten.mul.Tensor]
 
 
+def test_slices_of_everything_and_reshapes_to_the_same_shape_are_dropped() -> None:
+    model = Plain(lambda x: x[:, 0:, None][..., 0].expand(-1, 3).flatten(1).view(len(x), 3) * 2)
+    x = torch.randn(2, 3)
+    kept = [aten.unsqueeze.default, aten.select.int, aten.mul.Tensor]
+    assert targets(canonical(model, x)) == kept
+    # Of the two samples it was captured with, this is everything; of three it is not.
+    first = Plain(lambda x: x[:2] * 2)
+    assert aten.slice.Tensor in targets(canonical(first, x))
+
+
 def test_relevance_ends_at_detach_and_no_grad() -> None:
     """What is detached is a constant: x * detach(g(x)) is a scale, not a product."""
 

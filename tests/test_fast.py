@@ -128,6 +128,9 @@ KERNELS = {
     "grouped": lambda q, k, v: F.scaled_dot_product_attention(
         q, k[:, :1], v[:, :1], enable_gqa=True
     ),
+    "repeated": lambda q, k, v: F.scaled_dot_product_attention(
+        q, *(t[:, :1, None].expand(-1, -1, 2, -1, -1).reshape(q.shape) for t in (k, v))
+    ),
     "constant keys": lambda q, k, v: F.scaled_dot_product_attention(q, BIAS[:, :4].expand_as(k), v),
     "by hand": lambda q, k, v: (q @ k.mT / 2).softmax(-1) @ v,
     **{f"mask of sizes: {name}": masked(make) for name, (make, _) in MASKS.items()},
@@ -147,8 +150,20 @@ def test_attention_is_fused_only_where_its_parts_cancel() -> None:
     for rules, fused in [("attnlrp", True), ("cplrp", True), ("epsilon_all", False)]:
         explainer = lrpfx.Explainer(model, x, rules)
         module = explainer._instrument((), fast=True)[0]
-        assert ("gradient_of_scaled_dot_product_attention" in module.code) is fused
-        assert "gradient_of" not in explainer.graph_module.code
+        assert ("aten.scaled_dot_product_attention" in module.code) is fused
+        assert "aten.scaled_dot_product_attention" not in explainer.graph_module.code
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_autograd_is_on_only_for_ops_that_are_their_own_rule(enabled: bool) -> None:
+    model, x = Block(sdpa()), torch.randn(2, 5, 8, dtype=torch.float64)
+    model.requires_grad_(True)
+    module, _ = lrpfx.Explainer(model, x, "attnlrp")._instrument((), fast=True)
+    with torch.set_grad_enabled(enabled):
+        clean, explained, _, starts, _ = module(x, None)
+        assert torch.is_grad_enabled() is enabled
+    assert not any(t.requires_grad for t in (*clean, *explained))
+    assert all(t.requires_grad for t in starts)
 
 
 @pytest.mark.parametrize(("make", "causal"), MASKS.values(), ids=MASKS)

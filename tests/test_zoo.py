@@ -168,6 +168,7 @@ def views(x: Tensor, w: Weight) -> Sequence[Tensor]:
         row.view_as(fixed),
         x.reshape_as(row),
         row.reshape_as(fixed),
+        x[:, :1].expand(-1, 3, -1, -1),
         x[:, :1].expand_as(x),
         x[:, :1].expand_as(fixed),
         x.repeat(1, 2, 1, 1),
