@@ -319,7 +319,12 @@ def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
         what = f"torch.export cannot trace the model: {_first_line(error)}"
         fix = "rewrite that line with torch ops, or explain a wrapper module around the rest."
     owner = model.model if isinstance(model, AsDict) else model
-    return CaptureError(what, where=_user_frames(error) or [type(owner).__name__], fix=fix)
+    where = _user_frames(error) or [type(owner).__name__]
+    if made := [name for name, t in _state(owner) if t.is_inference()]:
+        what = "the model was made in inference mode; what is made there never works with autograd."
+        fix = "make or load it outside torch.inference_mode(), or copy.deepcopy(model) there."
+        where = made[:5]
+    return CaptureError(what, where=where, fix=fix)
 
 
 def _first_line(error: BaseException) -> str:

@@ -152,7 +152,7 @@ _add(
     + [aten.adaptive_avg_pool3d.default],
     "avg_pool",
     "affine",
-    nonneg=inherited,
+    nonneg=lambda args, inputs: inputs and (args.get("divisor_override") or 1) > 0,
 )
 _add(
     [aten.mean.default, aten.mean.dim, aten.sum.default, aten.sum.dim_IntList],
@@ -274,8 +274,8 @@ _add(
 def _clamped(args: dict[str, Any], inputs: bool) -> bool:
     low = args.get("min", args.get("min_val"))
     high = args.get("max", args.get("max_val"))
-    above = isinstance(low, (int, float)) and low >= 0
-    return above or (inputs and (high is None or (isinstance(high, (int, float)) and high >= 0)))
+    below = high is None or (isinstance(high, (int, float)) and high >= 0)
+    return below and (inputs or (isinstance(low, (int, float)) and low >= 0))
 
 
 def _power(args: dict[str, Any], inputs: bool) -> bool:
@@ -305,7 +305,7 @@ _ACTIVATIONS: dict[str, tuple[list[Any], Sign]] = {
     "sigmoid": ([aten.sigmoid.default], always),
     "log_sigmoid": ([aten.log_sigmoid.default], never),
     "tanh": ([aten.tanh.default], inherited),
-    "softplus": ([aten.softplus.default], always),
+    "softplus": ([aten.softplus.default], lambda args, inputs: args["beta"] > 0),
     "hardshrink": ([aten.hardshrink.default], inherited),
     "softshrink": ([aten.softshrink.default], inherited),
     "threshold": ([aten.threshold.default], never),

@@ -4,6 +4,7 @@ A case is a call that must fail. All cases run twice: once for the error they ra
 traces they leave. Errors about ``target=`` are in test_targets.py.
 """
 
+import copy
 import random
 import re
 from collections import OrderedDict, deque
@@ -761,3 +762,11 @@ def test_assert_untouched_lets_pass() -> None:
         model[0].weight = nn.Parameter(torch.zeros(4, 3))
         model[0].weight = weight
         raise ZeroDivisionError
+
+
+def test_a_model_made_in_inference_mode_is_refused_by_name() -> None:
+    with torch.inference_mode():
+        model = mlp()
+    with pytest.raises(errors.CaptureError, match=r"(?s)inference mode.*\b0\.weight\b.*deepcopy"):
+        lrpfx.explain(model, x())
+    lrpfx.explain(copy.deepcopy(model), x())

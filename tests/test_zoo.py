@@ -8,16 +8,19 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 import lrpfx
 from benchmarks.coverage import measure
 from benchmarks.zoos import ZOOS, Case, images
 from lrpfx import ops
+from lrpfx.call import always
 from lrpfx.graph import live_names, record
 
 aten = torch.ops.aten
@@ -103,6 +106,9 @@ def pools(x: Tensor, w: Weight) -> Sequence[Tensor]:
         F.interpolate(x, (4, 9), mode="nearest-exact"),
         F.interpolate(volume, (3, 4, 5), mode="nearest-exact"),
         F.grid_sample(x, w(1, 3, 5, 2).expand(x.shape[0], 3, 5, 2).tanh(), align_corners=False),
+        F.grid_sample(
+            x, w(1, 9, 9, 2).expand(x.shape[0], 9, 9, 2).tanh(), "bicubic", align_corners=False
+        ),
     ]
 
 
@@ -346,3 +352,66 @@ def test_every_row_of_the_op_table_is_reached() -> None:
     table = {(target, live) for target, op in ops.rows() for live in op.live}
     missing = table - set().union(*(reached(case) for case in CASES.values()))
     assert not missing, sorted(f"{target} with live {sorted(live)}" for target, live in missing)
+
+
+class Values(fx.Interpreter):
+    """Runs a graph, and keeps what each node came to."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.found: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.found[n] = super().run_node(n)
+        return self.found[n]
+
+
+def least_where_proven(model: nn.Module, x: Tensor) -> dict[str, float]:
+    """Of each op whose output is said to be >= 0, the least that it comes to."""
+    explainer = lrpfx.Explainer(model.eval(), x)
+    values, least = Values(explainer._module), {}
+    with torch.no_grad():
+        values.run(x)
+    for node, value in values.found.items():
+        known = record(node)
+        if known is not None and known.nonneg:
+            tensors = [t for t in pytree.tree_leaves(value) if t.is_floating_point()]
+            least[f"{known.kind} {node.name}"] = min(t.min().item() for t in tensors)
+    return least
+
+
+def odd_signs(x: Tensor, w: Weight) -> Sequence[Tensor]:
+    """What takes the sign of an argument, or is >= 0 but for an odd one."""
+    return [
+        F.softplus(x, beta=-1.0),
+        x.clamp(0.5, -1.0),
+        F.hardtanh(x, -2.0, -1.0),
+        x.pow(3),
+        (-x).pow(3),
+        torch.add(x, x.flip(1), alpha=-2),
+        torch.add(x, 0.5, alpha=-2),
+        x * -2,
+        x / -2,
+        x - 0.5,
+        F.pad(x, (1, 1), value=-1.0),
+        F.elu(-x),
+        x.masked_fill(w(6, 6) > 0, -1.0),
+        F.avg_pool2d(x, 2, divisor_override=-4),
+    ]
+
+
+@pytest.mark.parametrize("parts", [*MIXED, odd_signs], ids=lambda parts: parts.__name__)
+def test_what_is_said_to_be_non_negative_is(parts: Parts) -> None:
+    """Rules leave out the negative part of such inputs."""
+    model = Mixed(lambda x, w: parts(x.relu(), w))
+    least = least_where_proven(model, torch.randn(5, 4, 6, 6))
+    assert len(least) > 3
+    assert not {name: value for name, value in least.items() if value < 0}
+
+
+def test_a_wrong_claim_of_sign_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = ops.find(aten.upsample_bicubic2d.vec, frozenset({"input"}))
+    monkeypatch.setitem(ops._TABLE, aten.upsample_bicubic2d.vec, [replace(row, nonneg=always)])
+    model = Mixed(lambda x, w: [F.interpolate(x.relu(), (9, 5), mode="bicubic")])
+    least = least_where_proven(model, torch.randn(5, 4, 6, 6))
+    assert min(least.values()) < 0
