@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from lrpfx.affine import AffineMap
+from lrpfx.affine import AffineMap, pull_back
 from lrpfx.maps import Builder
 
 #: The families, and the rule that they get where nothing else is said.
@@ -176,15 +175,7 @@ class Call:
 
     def pull_back(self, x: Sequence[Tensor], R: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """J'R per live input, J the Jacobian at ``x``; integer outputs have no relevance."""
-
-        def floating(*t: Tensor) -> Any:
-            out = self.run(*t)
-            if isinstance(out, Tensor):
-                return out
-            return tuple(o for o in out if o.is_floating_point())
-
-        pull = torch.func.vjp(floating, *x)[1]
-        return tuple(pull(R))
+        return pull_back(self.run, tuple(x), R)
 
 
 @dataclass(frozen=True, eq=False)
