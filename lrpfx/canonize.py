@@ -23,6 +23,7 @@ from lrpfx.functionalize import (
     inline_no_grad,
     insert,
     unlifted,
+    writes,
 )
 from lrpfx.graph import (
     bound_arguments,
@@ -54,6 +55,13 @@ def canonize(program: ExportedProgram) -> fx.GraphModule:
     for canonical in PASSES:
         module = canonical(module)
         verify(module.graph)
+    # Twins are put beside what an output depends on; a write that is left would be lost there.
+    if left := [node for node in module.graph.nodes if writes(node)]:
+        raise CaptureError(
+            "in-place ops are left that other ops depend on.",
+            where=[f"{node.target}   {source_line(node)}" for node in left],
+            fix="write them without the in-place op.",
+        )
     module.recompile()
     return module
 

@@ -53,11 +53,13 @@ class Captured:
         output: What the model returns, if there are dataclasses in it that the graph has as
             dicts; else None.
         why_static: Why the batch size is fixed, "" if it is not.
+        training: Whether each module was in training mode.
     """
 
     program: ExportedProgram
     model: nn.Module
     signature: Signature
+    training: tuple[tuple[nn.Module, bool], ...]
     output: Any = None
     why_static: str = ""
 
@@ -114,6 +116,7 @@ def capture(model: nn.Module, inputs: Inputs, dynamic: Sequence[int] = ()) -> Ca
         program=program,
         model=model,
         signature=Signature(spec, forms, paths, keywords, batch if why_static else None),
+        training=tuple((module, module.training) for module in model.modules()),
         output=output if traced else None,
         why_static=why_static,
     )
@@ -145,12 +148,12 @@ def run_model(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) ->
         ]
         if mixing:  # in training mode batch norm refuses single samples
             raise TrainingModeError(
-                f"the model is in training mode and fails: {_first_line(error)}",
+                f"the model is in training mode and fails: {first_line(error)}",
                 where=mixing,
                 fix="call model.eval() first.",
             ) from error
         raise InputError(
-            f"the model itself fails on these inputs: {type(error).__name__}: {_first_line(error)}",
+            f"the model itself fails on these inputs: {type(error).__name__}: {first_line(error)}",
             where=_user_frames(error)
             + [f"inputs: {', '.join(str(form_of(leaf, {})) for leaf in leaves)}"],
             fix="check that model(...) runs on them: shapes, dtypes and devices.",
@@ -221,7 +224,7 @@ def _export(
         try:
             return _export_once(model, _widened(leaves, batched), spec, batched, dynamic), ""
         except Exception as error:  # whatever the tracer raises: the next attempt may do
-            why = _first_line(error)
+            why = first_line(error)
     try:
         return _export_once(model, list(leaves), spec, set(), dynamic), why
     except Exception as error:
@@ -316,7 +319,7 @@ def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
             "or explain a wrapper module around the part that has none."
         )
     else:
-        what = f"torch.export cannot trace the model: {_first_line(error)}"
+        what = f"torch.export cannot trace the model: {first_line(error)}"
         fix = "rewrite that line with torch ops, or explain a wrapper module around the rest."
     owner = model.model if isinstance(model, AsDict) else model
     where = _user_frames(error) or [type(owner).__name__]
@@ -327,7 +330,8 @@ def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
     return CaptureError(what, where=where, fix=fix)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an exception says, or is, cut to one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 

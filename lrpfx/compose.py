@@ -54,8 +54,9 @@ def flat_products(module: fx.GraphModule) -> fx.GraphModule:
     for node in list(module.graph.nodes):
         if not _is_product(node, changing):
             continue
-        if any(_is_product(user, changing) for user in node.users):
-            continue
+        (user, *others) = node.users or (node,)
+        if not others and _is_product(user, changing) and user.args[0] is not user.args[1]:
+            continue  # it is a factor there
         factors, inner = _factors(node, changing)
         if not inner:
             continue

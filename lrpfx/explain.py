@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -357,16 +358,19 @@ class Explainer:
             one.reload()
 
     def _sizes(self, leaves: Sequence[Any]) -> frozenset[tuple[str, int]]:
-        """The sizes besides the batch that may vary, as these inputs have them."""
+        """The sizes that may vary, as these inputs have them."""
         sizes = varying_sizes(self._captured.signature, leaves).items()
-        return frozenset((letter, max(values)) for letter, values in sizes if letter != "N")
+        return frozenset((letter, max(values)) for letter, values in sizes)
 
     def _check_sizes(self, inputs: Inputs, leaves: Sequence[Any]) -> None:
         """Compare the graph with the model at sizes not met before: a guard may have been lost."""
         if (sizes := self._sizes(leaves)) in self._met:
             return
         try:
-            check_faithful(self._captured, self._module, inputs)
+            with contextlib.ExitStack() as plainly:
+                for device in {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}:
+                    plainly.enter_context(torch.autocast(device, enabled=False))
+                check_faithful(self._captured, self._module, inputs)
         except (CaptureError, RuntimeError, IndexError, ValueError) as error:
             shown = ", ".join(f"{letter}={size}" for letter, size in sorted(sizes))
             raise InputError(
@@ -410,4 +414,6 @@ def _bytes(value: Any) -> int:
 
 
 def _captured_size(size: int | torch.SymInt) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)
+    if isinstance(size, int):
+        return size
+    return 1 if size.node.hint is None else int(size.node.hint)  # None: it depends on values

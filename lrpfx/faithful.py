@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ def check_faithful(captured: Captured, module: fx.GraphModule, inputs: Inputs) -
     """
     leaves, spec = flatten_inputs(inputs)
     model = captured.model
-    with preserved(model), torch.no_grad():
+    with _as_captured(captured):
         run_model(model, copies(leaves), spec)
         # The second run: what changes from call to call is no function of the inputs.
         expected = tensors_in(run_model(model, copies(leaves), spec))
@@ -32,7 +33,7 @@ def check_faithful(captured: Captured, module: fx.GraphModule, inputs: Inputs) -
     worst = worst_difference(expected, got)
     if not worst <= 1.0:
         changed = [rounded(leaf) for leaf in copies(leaves)]
-        with preserved(model):
+        with _as_captured(captured):
             again, near = (
                 worst_difference(expected, tensors_in(run_model(model, given, spec)))
                 for given in (copies(leaves), changed)
@@ -51,6 +52,15 @@ def check_faithful(captured: Captured, module: fx.GraphModule, inputs: Inputs) -
             fix="look for random numbers, counters or other Python state in forward(); "
             "they were baked in when the model was traced.",
         )
+
+
+@contextmanager
+def _as_captured(captured: Captured) -> Iterator[None]:
+    """The model in the mode that it was captured in, and left as it was."""
+    with preserved(captured.model), torch.no_grad():
+        for module, training in captured.training:
+            module.training = training
+        yield
 
 
 def worst_difference(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:

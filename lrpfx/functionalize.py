@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch.export import ExportedProgram
 
-from lrpfx.capture import tracing
+from lrpfx.capture import first_line, tracing
 from lrpfx.errors import CaptureError
 from lrpfx.graph import nodes_in, source_line
 
@@ -27,6 +27,8 @@ def functionalize(program: ExportedProgram) -> fx.GraphModule:
     module = unlifted(program)
     compound = {node.target for node in module.graph.nodes if node.target in _COMPOUND}
     regions = any(_is_region(node, "autocast") for node in module.graph.nodes)
+    bodies = [m for m in module.modules() if isinstance(m, fx.GraphModule) and m is not module]
+    regions = regions or any(writes(node) for body in bodies for node in body.graph.nodes)
     private = all(_is_private(node) for node in module.graph.nodes if writes(node))
     if private and not regions and not compound:
         for node in [n for n in module.graph.nodes if writes(n)]:
@@ -35,7 +37,15 @@ def functionalize(program: ExportedProgram) -> fx.GraphModule:
     _detach_regions(program.graph_module)
     with tracing():
         known = torch.export.default_decompositions()
-        module = unlifted(program.run_decompositions({op: known[op] for op in compound}))
+        try:
+            program = program.run_decompositions({op: known[op] for op in compound})
+        except Exception as error:  # whatever the tracer raises
+            raise CaptureError(
+                f"in-place ops could not be undone: {type(error).__name__}: {first_line(error)}",
+                where=[source_line(n) for n in module.graph.nodes if writes(n)],
+                fix="write them without the in-place op.",
+            ) from error
+        module = unlifted(program)
     for node in reversed([n for n in module.graph.nodes if writes(n)]):
         if nodes_in(node.args)[0].op not in ("placeholder", "get_attr") or node.users:
             raise CaptureError(

@@ -102,24 +102,27 @@ class Gather:
         """Relevance per flat input, and for token ids that of their embedding per feature.
 
         The relevance of token ids is their embedding's, summed over features. An id that is looked
-        up several times collects it all.
+        up several times collects it all; so does a floating tensor that holds ids among others.
         """
         found: list[Tensor | None] = [None] * len(leaves)
         per_feature: list[Tensor | None] = [None] * len(leaves)
         for (i, places), r in zip(self._starts, relevance, strict=True):
             if places is None:
-                found[i] = torch.zeros_like(leaves[i]) if r is None else r
+                found[i] = _added(found[i], torch.zeros_like(leaves[i]) if r is None else r)
             elif r is not None:
                 ids = leaves[i]
                 own = torch.arange(ids.numel(), device=ids.device).reshape(ids.shape)
                 at = places(*leaves[:i], own, *leaves[i + 1 :]).flatten()
                 vectors = r.new_zeros(ids.numel(), r.shape[-1])
                 vectors = vectors.index_add(0, at, r.reshape(-1, r.shape[-1]))
-                before = per_feature[i]
                 vectors = vectors.reshape(*ids.shape, -1)
-                per_feature[i] = vectors = vectors if before is None else before + vectors
-                found[i] = vectors.sum(-1)
+                per_feature[i] = _added(per_feature[i], vectors)
+                found[i] = _added(found[i], vectors.sum(-1))
         return found, per_feature
+
+
+def _added(total: Tensor | None, more: Tensor) -> Tensor:
+    return more if total is None else total + more
 
 
 def reported(

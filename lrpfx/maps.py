@@ -71,15 +71,16 @@ def convolution(args: Arguments, live: Live, run: Run) -> AffineMap:
 
     def flat() -> AffineMap:
         """All channels see the same sums: one channel of ones in the place of all."""
-        one = weight.new_ones(()).expand(1, 1, *kernel)
+        one, channels = weight.new_ones(()).expand(1, 1, *kernel), -n - 1
 
         def spread(x: Signal, w: Any, b: Tensor | None) -> Tensor:
-            z: Tensor = conv(x[0].sum(1, keepdim=True), one, None, stride, pads, dilation)
-            return z.expand(-1, len(weight), *z.shape[2:])
+            z: Tensor = conv(x[0].sum(channels, keepdim=True), one, None, stride, pads, dilation)
+            return z.expand(*z.shape[:channels], len(weight), *z.shape[-n:])
 
         def gather(s: Tensor, w: Any, x: Signal) -> Signal:
             (a,) = x
-            (c,) = backward(s.sum(1, keepdim=True), one, (a[:, :1],))
+            first = (a.narrow(channels, 0, 1),)
+            (c,) = backward(s.sum(channels, keepdim=True), one, first)
             return (c.expand(a.shape),)
 
         return AffineMap(spread, gather)

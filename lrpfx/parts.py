@@ -214,6 +214,9 @@ def _einsum(op: _Writer, equation: str, tensors: Any, path: Any) -> fx.Node | No
     columns = [c for c in w if c not in a]
     if not contracted or set(rows + columns) - set(out):
         return None
+    sizes = [dict(zip(t, tensors[k].meta["val"].shape, strict=True)) for k, t in enumerate(terms)]
+    x = _widened(op, x, sizes[i], sizes[1 - i])
+    weight = _widened(op, weight, sizes[1 - i], sizes[i])
     size = dict(zip(w, weight.meta["val"].shape, strict=True))
     x = op(aten.permute.default, x, [a.index(c) for c in rows + shared + contracted])
     weight = op(aten.permute.default, weight, [w.index(c) for c in shared + contracted + columns])
@@ -231,6 +234,13 @@ def _einsum(op: _Writer, equation: str, tensors: Any, path: Any) -> fx.Node | No
         z = op(aten.squeeze.dim, z, -1)
     order = rows + shared + columns
     return op(aten.permute.default, z, [order.index(c) for c in out])
+
+
+def _widened(op: _Writer, t: Any, own: dict[str, Any], other: dict[str, Any]) -> Any:
+    """The operand with sizes of 1 as the other operand has them."""
+    small = {c for c, n in own.items() if isinstance(n, int) and n == 1}
+    grown = [other[c] if c in small and c in other else -1 for c in own]
+    return op(aten.expand.default, t, grown) if set(grown) - {-1, 1} else t
 
 
 def _tensordot(op: _Writer, self: Any, other: Any, dims_self: Any, dims_other: Any) -> fx.Node:

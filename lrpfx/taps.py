@@ -25,9 +25,11 @@ def find_taps(
         prefix: What to strip from module paths.
 
     Raises:
-        SelectorError: A pattern matches no module that has a relevance of its own.
+        SelectorError: A pattern matches no module that has one relevance of its own.
     """
-    used = used_nodes(graph) | {n for n in graph.nodes if n.op == "output"}
+    used = used_nodes(graph)
+    # Constants that are computed from a tensor, such as the statistics of a norm, are no way out.
+    seen = (used & live) | {n for n in graph.nodes if n.op == "output"}
     inside: dict[ModuleCall, list[fx.Node]] = {}
     for node in graph.nodes:
         if node in live and node in used and node.op == "call_function":
@@ -47,9 +49,15 @@ def find_taps(
                 if near
                 else f"module paths here: {', '.join(paths[:12])}",
             )
+        refused: list[SelectorError] = []
         for path in matched:
             calls = sorted((c for c in inside if c.path == path), key=lambda c: c.call)
-            found[path] = [_tap(call, inside[call], used, prefix) for call in calls]
+            try:
+                found[path] = [_tap(call, inside[call], seen, prefix) for call in calls]
+            except SelectorError as error:
+                refused.append(error)
+        if len(refused) == len(matched):  # of several that match, those that have one serve
+            raise refused[0]
     return found
 
 
@@ -57,9 +65,9 @@ def _stripped(calls: Sequence[ModuleCall], prefix: str) -> list[ModuleCall]:
     return [ModuleCall(c.path.removeprefix(prefix), c.call) for c in calls]
 
 
-def _tap(call: ModuleCall, nodes: Sequence[fx.Node], used: set[fx.Node], prefix: str) -> Tap:
+def _tap(call: ModuleCall, nodes: Sequence[fx.Node], seen: set[fx.Node], prefix: str) -> Tap:
     within = set(nodes)
-    leaving = [n for n in nodes if any(u not in within and u in used for u in n.users)]
+    leaving = [n for n in nodes if any(u not in within and u in seen for u in n.users)]
     if len(leaving) != 1:
         raise SelectorError(
             f"layers: module {call.path!r} hands on {len(leaving)} tensors, not one.",

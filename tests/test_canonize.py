@@ -474,3 +474,89 @@ def test_multiply_add_is_taken_apart() -> None:
 def test_random_numbers_in_forward_are_refused(fn: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(lrpfx.errors.CaptureError, match="random numbers"):
         lrpfx.explain(Plain(fn), torch.randn(3, 4))
+
+
+# Writes in regions -------------------------------------------------------------------------------
+
+
+def _constant_mask(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        mask = torch.zeros(6, dtype=x.dtype)
+        mask[2:] = 1.0
+    return x * mask
+
+
+def _blanked(x: Tensor) -> Tensor:
+    h = F.relu(x)
+    with torch.no_grad():
+        h[:, 0] = 0.0
+    return h * 2
+
+
+@torch.no_grad()
+def _table(n: int) -> Tensor:
+    steps, table = torch.arange(n, dtype=torch.float64), torch.empty(n, dtype=torch.float64)
+    table[0::2], table[1::2] = steps[0::2].sin(), steps[1::2].cos()
+    return table
+
+
+def _with_grad(x: Tensor) -> Tensor:
+    h = x * 1
+    with torch.enable_grad():
+        h[:, 0] = 1.0
+    return h * 2
+
+
+@pytest.mark.parametrize("outside", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize(
+    ("region", "plain"),
+    [
+        (_constant_mask, lambda x: x * torch.tensor([0, 0, 1, 1, 1, 1], dtype=x.dtype)),
+        (_blanked, lambda x: torch.cat([torch.zeros_like(x[:, :1]), F.relu(x[:, 1:])], 1) * 2),
+        (lambda x: x + _table(x.shape[1]), lambda x: x + _table(6)),
+        (_with_grad, lambda x: torch.cat([torch.ones_like(x[:, :1]), x[:, 1:]], 1) * 2),
+    ],
+    ids=["mask", "blanked", "table", "enable_grad"],
+)
+def test_writes_in_regions_are_kept(region: Callable, plain: Callable, outside: Callable) -> None:
+    x, seed = torch.randn(2, 6, dtype=torch.float64), torch.randn(2, 6, dtype=torch.float64)
+    with outside():
+        got, expected = (
+            lrpfx.explain(Plain(fn), x, seed, rules=lrpfx.composites.EpsilonAll(1e-12))
+            for fn in (region, plain)
+        )
+    torch.testing.assert_close(got.output, region(x))
+    torch.testing.assert_close(got.relevance, expected.relevance)
+
+
+@pytest.mark.parametrize(
+    ("x", "w"), [((2, 1), (4, 3)), ((2, 4), (1, 3)), ((2, 1, 5), (4, 5))], ids=str
+)
+def test_an_einsum_that_broadcasts_is_a_linear_layer(
+    x: tuple[int, ...], w: tuple[int, ...]
+) -> None:
+    weight = torch.randn(w, dtype=torch.float64)
+    equation = "ij,jk->ik" if len(x) == 2 else "ijk,jk->ik"
+    inputs = torch.randn(x, dtype=torch.float64)
+    model = Plain(lambda x: torch.einsum(equation, x, weight))
+    torch.testing.assert_close(canonical(model, inputs)(inputs), model(inputs))
+    leaf = inputs.clone().requires_grad_()
+    model(leaf)[:, 1].sum().backward()
+    got = lrpfx.explain(
+        model,
+        inputs,
+        torch.eye(model(inputs).shape[1])[1].double().expand(*model(inputs).shape) * model(inputs),
+        rules=lrpfx.composites.EpsilonAll(1e-12),
+    ).relevance
+    torch.testing.assert_close(got, inputs * leaf.grad)
+
+
+def test_what_cannot_be_made_functional_is_refused() -> None:
+    def write(x: Tensor) -> Tensor:
+        h = (x * 1).view(-1, 2, 3)
+        v = h.transpose(1, 2)
+        v.masked_fill_(torch.arange(2) > 0, 0.5)
+        return h.flatten(1) + v.flatten(1)
+
+    with pytest.raises(lrpfx.errors.CaptureError, match=r"in-place(.|\n)*test_canonize\.py:\d+"):
+        lrpfx.explain(Plain(write), torch.randn(2, 6))

@@ -1244,3 +1244,43 @@ def test_copied_graph_module_cannot_be_pickled_either(
     copied = copy.deepcopy(rewritten[1].graph_module)
     with pytest.raises(Exception):  # noqa: B017  (torch's own pickler may see it first)
         pickle.dumps(copied)
+
+
+@pytest.mark.parametrize(
+    ("forward", "size"),
+    [
+        (lambda m, x: m.fc(x) * (2.0 if x.shape[0] > 4 else 1.0), 6),
+        (lambda m, x: m.fc(x) * (2.0 if x.shape[0] % 2 == 0 else 1.0), 3),
+        (lambda m, x: m.fc(x) * (2.0 if x.shape[0] > 1 else 1.0), 1),
+    ],
+    ids=["more than four", "even", "more than one"],
+)
+def test_branches_on_the_batch_size_are_seen(forward: Any, size: int) -> None:
+    model = fc(forward)
+    explainer = lrpfx.Explainer(model, torch.randn(2, 3))
+    model.train()  # what the graph holds for is the mode of its capture
+    assert explainer(torch.randn(2, 3), 1).output.shape == (2, 3)
+    with pytest.raises(lrpfx.errors.InputError, match=f"does not hold for N={size}"):
+        explainer(torch.randn(size, 3), 1)
+    assert model.training
+
+
+def test_a_floating_tensor_that_holds_ids_among_others() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.rest, self.head = nn.Embedding(5, 4), nn.Linear(2, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.embed(x[:, 0].long()) + self.rest(x[:, 1:]))
+
+    torch.manual_seed(0)
+    model = Table().double().eval()
+    x = torch.tensor([[1.0, 0.5, 2.0], [3.0, -1.0, 0.2]], dtype=torch.float64)
+    vectors = model.embed(x[:, 0].long()).detach().requires_grad_()
+    rest = x[:, 1:].clone().requires_grad_()
+    model.head(vectors + model.rest(rest))[:, 0].sum().backward()
+    expected = torch.cat([(vectors * vectors.grad).sum(-1, keepdim=True), rest * rest.grad], 1)
+    for ledger in (True, False):
+        got = lrpfx.explain(model, x, 0, rules="attnlrp", ledger=ledger).relevance
+        torch.testing.assert_close(got, expected.detach())

@@ -1,5 +1,7 @@
 """Normalisations and products of live tensors, against their formulas written out by hand."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -177,3 +179,86 @@ def test_rules_that_make_no_sense_on_a_norm_are_refused(rule: lrpfx.Rule) -> Non
     model = randomized(Alone(nn.LayerNorm(6)))
     with pytest.raises(lrpfx.errors.RuleError, match="layer_norm"):
         lrpfx.explain(model, torch.randn(2, 6).double(), rules=[("layer_norm", rule)])
+
+
+# What is held, and what is not -------------------------------------------------------------------
+
+
+class Beside(nn.Module):
+    """A linear layer of the input, and what a function of input and parameters adds to it."""
+
+    def __init__(self, fn: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.fn, self.linear, self.inner = fn, nn.Linear(4, 3), nn.Linear(4, 3)
+        self.gain, self.gain_and_one = nn.Parameter(torch.randn(3)), nn.Parameter(torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.fn(self, x)
+
+
+def energy(x: Tensor) -> Tensor:
+    return x.pow(2).mean(-1, keepdim=True)
+
+
+FEATURES = {
+    "energy": (lambda m, x: energy(x) * (1 + m.gain), lambda m, x: energy(x) * m.gain_and_one),
+    "divided": (
+        lambda m, x: energy(x) / torch.exp(-m.gain_and_one.log()),
+        lambda m, x: energy(x) * m.gain_and_one,
+    ),
+    "two energies": (
+        lambda m, x: energy(x[:, :2]) * energy(x[:, 2:]) * m.gain_and_one,
+        lambda m, x: (
+            x[:, :2].abs().pow(2.0000000001).mean(-1, keepdim=True)
+            * x[:, 2:].abs().pow(2.0000000001).mean(-1, keepdim=True)
+            * m.gain_and_one
+        ),
+    ),
+    "a constant over a divisor": (
+        lambda m, x: torch.ones_like(m.inner(x)) / (1 + m.inner(x).exp()),
+        lambda m, x: 1 / (1 + m.inner(x).exp()),
+    ),
+    "what is detached over a divisor": (
+        lambda m, x: m.inner(x).detach().sign().abs() / (1 + m.inner(x).exp()),
+        lambda m, x: 1 / (1 + m.inner(x).exp()),
+    ),
+}
+
+
+@pytest.mark.parametrize(("one", "other"), FEATURES.values(), ids=FEATURES)
+def test_what_normalises_nothing_is_no_constant(one: Callable, other: Callable) -> None:
+    x, found = torch.randn(2, 4, dtype=torch.float64), []
+    for fn in (one, other):
+        model = randomized(Beside(fn))
+        with torch.no_grad():
+            model.gain_and_one.copy_(1 + model.gain.abs())
+            model.gain.abs_()
+        found.append(lrpfx.explain(model, x, 1, rules=EPSILON_ALL))
+    torch.testing.assert_close(found[0].output, found[1].output)
+    torch.testing.assert_close(found[0].relevance, found[1].relevance)
+    assert not any("divisors" in note for note in found[0].report.notes)
+
+
+@pytest.mark.parametrize(
+    ("end", "shares"),
+    [
+        (lambda p, d: p + d, (1 / 3, 1 / 3, 1 / 3)),
+        (lambda p, d: p * d, (1 / 3, 1 / 3, 1 / 3)),
+    ],
+    ids=["sum", "product"],
+)
+def test_a_second_use_of_a_product_changes_no_share(end: Callable, shares: tuple) -> None:
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Linear(4, 3) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            p = self.a(x) * self.b(x) * self.c(x)
+            return torch.cat([p, end(p, self.d(x))], 1)
+
+    x = torch.randn(2, 4, dtype=torch.float64)
+    seed = torch.cat([torch.randn(2, 3), torch.zeros(2, 3)], 1).double()
+    e = lrpfx.explain(randomized(Three()), x, seed, rules="attnlrp", layers=["a", "b", "c"])
+    got = [(e.layers[k][0].relevance.sum() / seed.sum()).item() for k in "abc"]
+    assert got == pytest.approx(shares)

@@ -396,3 +396,31 @@ def test_a_registered_op_is_explained_and_an_unknown_one_refused() -> None:
 def test_a_wrong_registration_says_what_is_wrong(arguments: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lrpfx.register_op(*arguments)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("dims", [1, 2])
+def test_flat_of_a_sample_without_a_batch(channels: int, dims: int) -> None:
+    make = (nn.Conv1d, nn.Conv2d)[dims - 1]
+    conv = make(channels, 4, 3, padding=1).double()
+    x = torch.randn(channels, *(5, 6)[-dims:], dtype=torch.float64)
+    seed = torch.randn_like(conv(x)).detach()
+    rules = [("conv", lrpfx.Flat())]
+    got = lrpfx.explain(conv, x, seed, rules=rules).relevance
+    expected = lrpfx.explain(conv, x[None], seed[None], rules=rules).relevance[0]
+    torch.testing.assert_close(got, expected)
+
+
+def test_features_that_a_boolean_buffer_picks() -> None:
+    class Picked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", torch.tensor([True, False, True, False]))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, self.mask] * 2
+
+    x = torch.randn(3, 4)
+    relevance = lrpfx.explain(Picked(), x, 1).relevance
+    torch.testing.assert_close(relevance[:, 2], 2 * x[:, 2])
+    assert not relevance[:, [0, 1, 3]].any()

@@ -268,3 +268,32 @@ def attention(
     weights = scores.softmax(-1)
     mixed = half(weights @ value) if taylor else weights.detach() @ value
     return mixed.transpose(1, 2).contiguous(), weights
+
+
+@pytest.mark.parametrize("ledger", [True, False])
+def test_blocks_of_a_llama_are_layers(ledger: bool) -> None:
+    """Their norms are written by hand, of statistics that are constants."""
+    model, inputs, seen = model_of("llama", "sdpa"), inputs_of("llama"), dict[str, Tensor]()
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda module, args, out: seen.update({name: out if len(out) else out[0]})
+
+    paths = ["model.layers.0", "model.layers.1", "model.layers.1.mlp", "model.norm"]
+    handles = [model.get_submodule(p).register_forward_hook(keep(p)) for p in paths]
+    with torch.no_grad():
+        model(**inputs)
+    for handle in handles:
+        handle.remove()
+    explanation = lrpfx.explain(
+        model,
+        inputs,
+        target_of("llama"),
+        rules=RULES["cplrp, gate stop"],
+        layers=["model.layers.*", "model.norm"],
+        ledger=ledger,
+    )
+    assert set(paths) <= set(explanation.layers)
+    for path in paths:
+        torch.testing.assert_close(explanation.layers[path].activation, seen[path])
+    through = [explanation.layers[path].relevance.sum() for path in paths if "mlp" not in path]
+    assert all(r == pytest.approx(explanation.seed.sum()) for r in through)
