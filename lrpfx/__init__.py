@@ -2,17 +2,18 @@
 
 >>> import lrpfx
 >>> explanation = lrpfx.explain(model, x, target=3, rules="epsilon_plus_flat")
->>> explanation.relevance          # shaped like x; sums to the explained logit
+>>> explanation.relevance          # shaped like x
 >>> print(explanation.report)      # which rule each node got, why, and what was absorbed
 >>> explanation.plot("out.png")    # heatmap beside the image
 """
 
-from lrpfx import composites, errors
+from lrpfx import composites, errors, heatmap
 from lrpfx.affine import AffineMap
 from lrpfx.coverage import coverage
 from lrpfx.explain import Explainer, explain
 from lrpfx.explanation import Explanation
 from lrpfx.ops import register_op
+from lrpfx.report import Report
 from lrpfx.rules import (
     AlphaBeta,
     Bilinear,
@@ -52,6 +53,7 @@ __all__ = [
     "ReLUBetaSmooth",
     "ReLUDeconvNet",
     "ReLUGuidedBackprop",
+    "Report",
     "Rule",
     "Stabilizer",
     "Stop",
@@ -64,5 +66,6 @@ __all__ = [
     "coverage",
     "errors",
     "explain",
+    "heatmap",
     "register_op",
 ]

@@ -12,7 +12,7 @@ from torch import nn
 from lrpfx import ops
 from lrpfx.call import FAMILIES
 from lrpfx.composites import First, Selector, describe
-from lrpfx.errors import RuleError, SelectorError
+from lrpfx.errors import RuleError, SelectorError, some
 from lrpfx.graph import Record
 from lrpfx.resolve import RulesLike, resolve
 from lrpfx.rules import Rule
@@ -34,10 +34,12 @@ class Plan:
     Args:
         assignments: By node name.
         rules: How ``rules=`` was read, for the report.
+        notes: What the user may not have meant, for the report.
     """
 
     assignments: dict[str, Assignment]
     rules: str
+    notes: tuple[str, ...] = ()
 
 
 def assign(
@@ -62,15 +64,19 @@ def assign(
     """
     layers, reading = resolve(rules, kinds or {r.kind for r in records})
     chosen: dict[str, Assignment] = {}
+    notes: list[str] = []
     for composite in layers:
         for selector, rule in composite.entries:
             matched = [r for r in records if _matches(selector, r, model)]
             reasons = {r.name: rule.fits(r.op) for r in matched}
             if composite.strict and kinds is None:
                 _check(selector, rule, matched, reasons, records, model)
-            for r in matched:
-                if not reasons[r.name] and r.name not in chosen:
-                    chosen[r.name] = Assignment(r, rule, f"{composite.name}: {_why(selector)}")
+            decided = [r for r in matched if not reasons[r.name] and r.name not in chosen]
+            for r in decided:
+                chosen[r.name] = Assignment(r, rule, f"{composite.name}: {_why(selector)}")
+            if composite.strict and kinds is None and not decided:
+                entry = f"({describe(selector)}, {rule})"
+                notes.append(f"{entry} decides nothing: entries before it match first")
     missing = [r for r in records if r.name not in chosen]
     if missing:
         raise RuleError(
@@ -78,7 +84,7 @@ def assign(
             where=[str(r) for r in missing],
             fix="add an entry for their kind.",
         )
-    return Plan({r.name: chosen[r.name] for r in records}, reading)
+    return Plan({r.name: chosen[r.name] for r in records}, reading, tuple(notes))
 
 
 def _why(selector: Selector) -> str:
@@ -107,6 +113,11 @@ def _matches(selector: Selector, r: Record, model: nn.Module) -> bool:
     if isinstance(selector, type):
         calls = ("", *(c.path for c in r.modules))
         return any(isinstance(model.get_submodule(path), selector) for path in calls)
+    if isinstance(selector, nn.Module):
+        raise SelectorError(
+            f"a module of class {type(selector).__name__} is no selector.",
+            fix='give its path, such as "layer4.*", or its class.',
+        )
     try:
         return bool(selector(r))
     except Exception as error:  # the predicate is the user's code, and may raise anything
@@ -142,7 +153,7 @@ def _check(
     if misfits and (_names_outright(selector) or len(misfits) == len(matched)):
         raise RuleError(
             f"{rule} does not fit what {describe(selector)} names.",
-            where=[f"{r}: {reasons[r.name]}" for r in misfits[:5]],
+            where=some([f"{r}: {reasons[r.name]}" for r in misfits]),
             fix="choose another rule for these ops, or a selector that leaves them out.",
         )
 

@@ -6,6 +6,7 @@ import inspect
 import io
 import keyword
 import logging
+import re
 import threading
 import traceback
 import warnings
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from lrpfx.errors import CaptureError, InputError, TrainingModeError
+from lrpfx.errors import CaptureError, InputError, TrainingModeError, some
 from lrpfx.graph import letters_of
 from lrpfx.inputs import (
     Inputs,
@@ -89,6 +90,14 @@ def capture(model: nn.Module, inputs: Inputs, dynamic: Sequence[int] = ()) -> Ca
         InputError: No input can be explained, or the model itself fails on the inputs.
     """
     _refuse_untraceable(model)
+    wrong = not isinstance(dynamic, (tuple, list, range)) or any(
+        not isinstance(d, int) or isinstance(d, bool) or d < 1 for d in dynamic
+    )
+    if wrong:
+        raise InputError(
+            f"dynamic={dynamic!r} is no sequence of dimensions beside the batch.",
+            fix="give positive numbers, such as (1,) for the tokens of (N, T, D).",
+        )
     (leaves, spec), paths = flatten_inputs(inputs), input_paths(inputs)
     if not any(isinstance(leaf, Tensor) for leaf in leaves):
         raise InputError(
@@ -99,6 +108,15 @@ def capture(model: nn.Module, inputs: Inputs, dynamic: Sequence[int] = ()) -> Ca
             fix="give at least one floating tensor, or token ids that feed an embedding.",
         )
     detached = copies(leaves)
+    lacking = [d for d in dynamic if all(d >= t.ndim for t in leaves if isinstance(t, Tensor))]
+    if lacking:
+        raise InputError(
+            f"dynamic={dynamic!r}: no input has a dimension {lacking[0]}.",
+            where=[
+                f"{path}: {form_of(leaf, {})}" for path, leaf in zip(paths, leaves, strict=True)
+            ],
+            fix="name dimensions that some input has; the batch, 0, varies by itself.",
+        )
     sized = [leaf for leaf in detached if isinstance(leaf, Tensor) and leaf.ndim > 0]
     sized.sort(key=lambda leaf: not is_explained(leaf))  # floating inputs tell before token ids
     batch = sized[0].shape[0] if sized else None
@@ -179,21 +197,21 @@ def _refuse_untraceable(model: nn.Module) -> None:
     if lazy:
         raise InputError(
             "the model has parameters that are not initialised yet.",
-            where=lazy[:5],
+            where=some(lazy),
             fix="run the model once on some input first.",
         )
     empty = [name for name, t in _state(model) if t.is_meta]
     if empty:
         raise InputError(
             "the model has parameters without values, on the meta device.",
-            where=empty[:5],
+            where=some(empty),
             fix="load the weights onto a real device first.",
         )
     odd = [repr(name) for name, _ in _state(model) if _breaks_code(name)]
     if odd:
         raise CaptureError(
             "parameters have names that cannot stand in code, and a graph is code.",
-            where=odd[:5],
+            where=some(odd),
             fix="use no quotes, backslashes, line breaks and Python keywords.",
         )
     bad = {
@@ -318,6 +336,13 @@ def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
             "move the branch out of forward(), or write it with torch.where; "
             "or explain a wrapper module around the part that has none."
         )
+    elif unknown := re.search(r"Found <class '([\w.]+)'> in output", text):
+        what = f"the model returns a {unknown[1]}, which torch.export does not know."
+        fix = "return tensors only, from a wrapper module" + (
+            "; of a language model give use_cache=False with the inputs."
+            if "Cache" in unknown[1]
+            else "."
+        )
     else:
         what = f"torch.export cannot trace the model: {first_line(error)}"
         fix = "rewrite that line with torch ops, or explain a wrapper module around the rest."
@@ -326,7 +351,7 @@ def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
     if made := [name for name, t in _state(owner) if t.is_inference()]:
         what = "the model was made in inference mode; what is made there never works with autograd."
         fix = "make or load it outside torch.inference_mode(), or copy.deepcopy(model) there."
-        where = made[:5]
+        where = some(made)
     return CaptureError(what, where=where, fix=fix)
 
 

@@ -38,6 +38,12 @@ class LrpError(Exception):
         super().__init__("\n".join(lines))
 
 
+def some(places: Sequence[str], most: int = 5) -> list[str]:
+    """The first of many places, and how many more there are."""
+    more = len(places) - most
+    return [*places[:most], *([f"and {more} more"] if more > 0 else [])]
+
+
 class CaptureError(LrpError):
     """The model could not be captured as a graph, or the graph does not compute what it does."""
 

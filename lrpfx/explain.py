@@ -62,19 +62,23 @@ def explain(
 ) -> Explanation:
     """Explain a model's output by the relevance of its inputs.
 
+    The model is captured anew for each call; for several explanations make an ``Explainer``.
+
     Args:
         model: Any module that torch.export can trace, in evaluation mode. It is not modified.
         inputs: A tensor (N, ...), a tuple of positional or a dict of keyword arguments. Floating
             tensors are explained, and so are integer tensors that index an embedding: at its
             output, summed over features. Everything else is passed through as a constant.
-        target: What to explain: None (argmax per sample), a class, one class per sample (sequence
-            or integer tensor), a tuple (index into a sample's output), a callable
-            ``output -> (N,)``, or a floating tensor shaped like the output, used unchanged as the
-            seed relevance. For the index forms the seed is one-hot times the output value. A
-            softmax or log-softmax at the output is left out: the seed is laid on its logits.
-            Several targets of each sample, as a list of N lists of K classes or "all" for every
-            class, share one forward pass: every tensor of the explanation but ``output`` then has
-            a leading dimension K, and no ledger is kept.
+        target: What to explain: None (argmax per sample), a class (an index into dimension 1 of an
+            output (N, C) or (N, C, H, W)), one class per sample (sequence or integer tensor), a
+            tuple (index into a sample's output, such as a position and a token), a callable
+            ``output -> (N,)``, or one number for the batch, or a floating tensor shaped like the
+            output, used unchanged as the seed relevance. For the index forms the seed is one-hot
+            times the output value. A softmax or log-softmax at the output is left out: the seed is
+            laid on its logits. Several targets of each sample, as N lists of K classes, an integer
+            array (N, K), or "all" for every class of an output (N, C), share one forward pass:
+            every tensor of the explanation but ``output`` then has a leading dimension K, and no
+            ledger is kept.
         rules: A composite, its snake_case name, or a list of (selector, rule) laid over the
             default. A selector is an op kind ("conv"), a module class, a module-path glob
             ("layer4.*"), "*", or a predicate on the node's record. None picks by what the graph
@@ -106,8 +110,9 @@ class Explainer:
 
     It reads the model's live parameters: an optimizer step, ``load_state_dict`` or a change of
     ``.data`` between calls is seen. Other attributes of the model's modules are constants of the
-    graph: after changing one, make a new Explainer. Calls from several threads do not disturb
-    each other.
+    graph, and so is its mode: after changing one, make a new Explainer. At a batch size, or
+    another size that may vary, which it has not met before, the graph is compared with the model.
+    Calls from several threads do not disturb each other.
 
     Args:
         model: See ``explain``.
@@ -118,8 +123,9 @@ class Explainer:
             fixes by how it computes stay fixed. Other sizes are checked against the model when
             they are first met.
         freeze: Promise that parameters and buffers stay as they are: with ``ledger=False`` what
-            depends on them only is then computed once, at the cost of the memory it takes. A
-            promise that is seen to be broken is an error.
+            depends on them only is then computed once, at the cost of the memory it takes. Tensors
+            that are replaced or written into are seen, and an error; writes through ``.data``,
+            which PyTorch does not count, are not, and make the relevance wrong.
 
     Raises:
         LrpError: As ``explain``, for everything that concerns model and rules.
@@ -152,11 +158,12 @@ class Explainer:
         self._module = canonize(self._captured.program)
         graph = self._module.graph
         self._starts = find_starts(graph)
-        notes = []
+        notes: list[str] = []
         self._live = annotate(graph, self._starts, self._captured.prefix)
         self._check_live()
         check_faithful(self._captured, self._module, example_inputs)
         self._plan = assign(self._records(), rules, model)
+        notes += self._plan.notes
         stopped = [a.record for a in self._plan.assignments.values() if isinstance(a.rule, Stop)]
         if stopped:
             held = {r.name for r in stopped}
@@ -192,6 +199,13 @@ class Explainer:
         carriers = find_carriers(graph, self._plan.assignments, self._live, self._starts, ())
         multipliers = {node.name: carry.takes for node, carry in carriers.items()}
         self._report = make_report(self._plan, constants, notes, multipliers)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse: graphs and their rules can be neither pickled nor copied."""
+        raise TypeError(
+            "an Explainer can be neither copied nor pickled: copy or save the model, and make a "
+            "new Explainer of it."
+        )
 
     @property
     def graph_module(self) -> fx.GraphModule:

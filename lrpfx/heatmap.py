@@ -130,12 +130,13 @@ def grid(
     for i in range(n):
         _show_input(axes[i, 0], inputs[i])
         if titles is not None:
-            axes[i, 0].set_ylabel(titles[i], rotation=0, ha="right", va="center", labelpad=8)
+            side = axes[i, 0].set_ylabel(titles[i], rotation=0, ha="right", va="center", labelpad=8)
+            side.set_parse_math(False)
         for ax, values in zip(axes[i, 1:], maps.values(), strict=True):
             shown = _show_map(ax, values[i])
             ax.set_xlabel(f"\N{PLUS-MINUS SIGN}{_scale(values[i]):.2g}", fontsize=7, labelpad=2)
     for ax, name in zip(axes[0], ["input", *maps], strict=True):
-        ax.set_title(name, fontsize=9)
+        ax.set_title(name, fontsize=9, parse_math=False)
     pad = 0.1 / figure.get_figheight()
     bar = figure.colorbar(shown, ax=axes, location="bottom", aspect=40, shrink=0.5, pad=pad)
     limit = shown.get_clim()[1]
@@ -254,7 +255,7 @@ def _draw_images(maps: Array, inputs: Array | None, titles: Sequence[str] | None
         shown = _show_map(axes[i, -1], maps[i])
         _colorbar(figure, shown, axes[i, -1], fraction=0.08, pad=0.03)
         if titles is not None:
-            axes[i, 0].set_title(titles[i], loc="left", fontsize=9)
+            axes[i, 0].set_title(titles[i], loc="left", fontsize=9, parse_math=False)
     return figure
 
 
@@ -276,7 +277,7 @@ def _draw_signals(values: Array, inputs: Array | None, titles: Sequence[str] | N
         ax.hlines(np.arange(1, channels) - 0.5, -0.5, length - 0.5, color=_FRAME, linewidth=0.5)
         ax.tick_params(labelsize=7, length=0)
         if titles is not None:
-            ax.set_title(titles[i], loc="left", fontsize=9)
+            ax.set_title(titles[i], loc="left", fontsize=9, parse_math=False)
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[-1].set_xlabel("position", fontsize=8)
     return figure
@@ -307,12 +308,12 @@ def _draw_tables(
         if count > _MAX_LABELS:
             ax.set_yticks([])
         elif inputs is None:
-            ax.set_yticks(np.arange(count), labels=names)
+            ax.set_yticks(np.arange(count), labels=names, parse_math=False)
         else:
             labels = [f"{name} = {x:.3g}" for name, x in zip(names, inputs[i], strict=True)]
-            ax.set_yticks(np.arange(count), labels=labels)
+            ax.set_yticks(np.arange(count), labels=labels, parse_math=False)
         if titles is not None:
-            ax.set_title(titles[i], loc="left", fontsize=9)
+            ax.set_title(titles[i], loc="left", fontsize=9, parse_math=False)
     return figure
 
 

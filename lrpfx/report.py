@@ -145,7 +145,7 @@ class Report(Tabular):
         if not self.has_ledger:
             raise InputError(
                 "this explanation kept no ledger: what each node absorbed is not known.",
-                fix="explain with ledger=True.",
+                fix="explain with ledger=True, and one target: several keep no ledger.",
             )
         return self.started
 
@@ -276,7 +276,15 @@ class Report(Tabular):
             other: Of the same model under other rules, or of another model.
             tolerance: What counts as equal relevance, relative to the largest of any node.
             top: How many differing nodes are shown.
+
+        Raises:
+            InputError: ``other`` is no report.
         """
+        if not isinstance(other, Report):
+            raise InputError(
+                f"compare() takes a Report, not {type(other).__name__}.",
+                fix="give explanation.report.",
+            )
         return compare(self, other, tolerance, top)
 
     def summarize(self, depth: int = 1) -> Summary:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lrpfx.errors import CaptureError
+from lrpfx.errors import CaptureError, some
 
 #: Of each tensor what tells whether it has been replaced or written into.
 Versions = dict[str, tuple[int, int]]
@@ -56,13 +56,13 @@ class State:
             changed = [n for n in self._forms if forms.get(n) != self._forms[n]]
             raise CaptureError(
                 "the model's parameters changed form since it was captured.",
-                where=[f"{n}: {self._forms[n]} -> {forms.get(n)}" for n in changed[:5]],
+                where=some([f"{n}: {_change(self._forms[n], forms.get(n))}" for n in changed]),
                 fix="make a new Explainer after .to(), .half() or a change of architecture.",
             )
         if self.fixed is not None and (now := versions(state)) != self.fixed:
             raise CaptureError(
                 "the model's parameters changed, though they were promised to stay (freeze=True).",
-                where=[n for n in self.fixed if now.get(n) != self.fixed[n]][:5],
+                where=some([n for n in self.fixed if now.get(n) != self.fixed[n]]),
                 fix="make a new Explainer, or leave freeze=False.",
             )
         self._modules, self._current = list(self._model.modules()), state
@@ -91,3 +91,15 @@ def _forms(state: Mapping[str, Tensor]) -> dict[str, tuple[Any, ...]]:
         name: (tuple(t.shape), t.dtype, t.device, f"same as {first.setdefault(id(t), name)}")
         for name, t in state.items()
     }
+
+
+def _change(before: tuple[Any, ...], after: tuple[Any, ...] | None) -> str:
+    if after is None:
+        return f"{_shown(*before)} -> gone"
+    if before[:3] == after[:3]:  # tied to another parameter, or no longer
+        return f"{before[3]} -> {after[3]}"
+    return f"{_shown(*before)} -> {_shown(*after)}"
+
+
+def _shown(shape: tuple[int, ...], dtype: Any, device: Any, tied: str) -> str:
+    return f"{str(dtype).removeprefix('torch.')}{list(shape)} on {device}"

@@ -74,7 +74,13 @@ def each_target(leaves: Sequence[Any], target: Any) -> list[Tensor]:
             f"{[len(row) for row in rows][:8]}.",
             fix="give a list of as many classes for each sample.",
         )
-    return [torch.stack(column) for column in zip(*rows, strict=True)]
+    table = torch.stack([torch.stack(row) for row in rows])
+    if table.shape[1] == size > 2 and bool((table.sort(1).values == torch.eye(size)[-1]).all()):
+        raise TargetError(
+            "targets look like one-hot rows, and several targets are lists of classes.",
+            fix="give target.argmax(1) for the classes, or target.float() as the seed.",
+        )
+    return list(table.unbind(1))
 
 
 def make_seed(
@@ -134,8 +140,10 @@ def _from_output(output: Tensor, target: Any) -> tuple[Tensor, Tensor | None, st
     classes = _classes(output, target)
     mask = torch.zeros_like(output, dtype=torch.bool)
     mask[torch.arange(len(classes), device=output.device), classes] = True
-    text = f"class {int(classes[0])}" if len(set(classes.tolist())) == 1 else "class per sample"
-    return _masked(output, mask), classes, f"{text}, one-hot times output"
+    one = f"class {int(classes[0])}" if len(set(classes.tolist())) == 1 else "class per sample"
+    if output.ndim > 2:  # of a language model (N, T, V) that is a position
+        one += f" (dimension 1, all of {list(output.shape[2:])})"
+    return _masked(output, mask), classes, f"{one}, one-hot times output"
 
 
 def _from_numpy(target: np.ndarray[Any, Any]) -> Tensor:
@@ -216,9 +224,11 @@ def _classes(output: Tensor, target: Any) -> Tensor:
     outside = (classes < 0) | (classes >= size)
     if bool(outside.any()):
         raise TargetError(
-            f"target {sorted(set(classes[outside].tolist()))} is out of range: the output has "
-            f"{size} classes, 0 to {size - 1}.",
-            fix="choose a class in that range.",
+            f"target {sorted(set(classes[outside].tolist()))} is out of range: dimension 1 of the "
+            f"output {tuple(output.shape)} has {size} classes, 0 to {size - 1}.",
+            fix="choose a class in that range."
+            if output.ndim == 2
+            else "of an output (N, T, V) give a tuple (position, token), or a callable.",
         )
     return classes
 

@@ -137,6 +137,19 @@ def assert_close(got: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
     assert F.cosine_similarity(got, wanted).min() > cosine
 
 
+@pytest.mark.parametrize("ledger", [True, False])
+def test_lrp_0_through_many_relus_is_rough(ledger: bool) -> None:
+    """As gradient times input is there."""
+    model, x = residual_network(), inputs_of("residual")
+    rules, target = composites.EpsilonAll(epsilon=0), target_of("residual")
+    wanted = lrpfx.explain(model, x, target, rules=rules).relevance.double().flatten(1)
+    half = residual_network().bfloat16()
+    got = lrpfx.explain(half, x.bfloat16(), target, rules=rules, ledger=ledger).relevance
+    got = got.detach().double().flatten(1)
+    assert F.cosine_similarity(got, wanted).min() > 0.98
+    assert families.error(got, wanted) < 0.2
+
+
 # Models in a half type ---------------------------------------------------------------------------
 
 

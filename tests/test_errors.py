@@ -5,6 +5,7 @@ traces they leave. Errors about ``target=`` are in test_targets.py.
 """
 
 import copy
+import pickle
 import random
 import re
 from collections import OrderedDict, deque
@@ -770,3 +771,45 @@ def test_a_model_made_in_inference_mode_is_refused_by_name() -> None:
     with pytest.raises(errors.CaptureError, match=r"(?s)inference mode.*\b0\.weight\b.*deepcopy"):
         lrpfx.explain(model, x())
     lrpfx.explain(copy.deepcopy(model), x())
+
+
+class Cache:
+    """What torch.export does not know."""
+
+
+def returns_a_cache(m: Any, x: Tensor) -> Any:
+    return m.fc(x), Cache()
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda m: lrpfx.explain(fc(returns_a_cache)(), x()), "Cache(.|\n)*use_cache=False"),
+        (lambda m: lrpfx.Explainer(m, x(), dynamic=1), "dynamic=1 is no sequence"),
+        (lambda m: lrpfx.Explainer(m, x(), dynamic=(-1,)), r"dynamic=\(-1,\) is no sequence"),
+        (lambda m: lrpfx.Explainer(m, x(), dynamic=(5,)), "no input has a dimension 5"),
+        (lambda m: lrpfx.explain(m, x(), rules=[(m, lrpfx.Gamma())]), "is no selector"),
+        (lambda m: lrpfx.explain(m, x()).report.compare(m), "takes a Report, not Sequential"),
+        (lambda m: lrpfx.explain(m, x(), "all").report.leaks(), "and one target"),
+    ],
+)
+def test_is_refused_by_name(call: Callable[[Any], Any], says: str) -> None:
+    with pytest.raises(errors.LrpError, match=says) as caught:
+        call(mlp())
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_an_explainer_is_not_copied(copied: Callable[[Any], Any]) -> None:
+    with pytest.raises(TypeError, match="neither copied nor pickled"):
+        copied(lrpfx.Explainer(mlp(), x()))
+
+
+def test_many_places_are_cut_and_counted() -> None:
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(3, 3), nn.ReLU()) for _ in range(8))).eval()
+    with pytest.raises(errors.RuleError, match="and 3 more"):
+        lrpfx.explain(model, x(), rules=[("relu", lrpfx.Gamma())])
+    explainer = lrpfx.Explainer(model, x())
+    model.double()
+    with pytest.raises(errors.CaptureError, match=r"float32\[3, 3\] on cpu -> float64(.|\n)*more"):
+        explainer(x())

@@ -580,3 +580,10 @@ def test_differentiable_relevance_is_saved(tmp_path: Path) -> None:
     loaded = round_trip(explanation, tmp_path / "e.npz")
     assert_equal(loaded.relevance, explanation.relevance)
     assert not loaded.relevance.requires_grad
+
+
+def test_dollars_in_names_are_dollars() -> None:
+    figure = lrpfx.heatmap.heatmap(torch.rand(1, 2), titles=["$5 and $6"], features=["$a_$", "b"])
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    assert not any(text.get_parse_math() for text in (axes._left_title, *axes.get_yticklabels()))

@@ -486,6 +486,14 @@ def test_report_says_what_none_picked(model: nn.Module, inputs: Tensor, said: li
         assert word in repr(explanation.report)
 
 
+def test_an_entry_that_decides_nothing_is_noted() -> None:
+    rules = [("conv", Gamma()), ("linear", Gamma()), (nn.Conv2d, lrpfx.Epsilon())]
+    notes = lrpfx.Explainer(BLOCKS, image(), rules).report.notes
+    assert [n for n in notes if "decides nothing" in n] == [
+        "(Conv2d, Epsilon) decides nothing: entries before it match first"
+    ]
+
+
 def test_selecting_the_model_itself() -> None:
     """A model that is one layer is an instance of its class like any other layer."""
     report = lrpfx.Explainer(nn.Linear(3, 2), draw(2, 3), [(nn.Linear, Gamma())]).report

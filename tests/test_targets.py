@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -478,3 +479,19 @@ def test_a_rule_that_takes_no_batch_of_targets() -> None:
     model = trained(nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 6))).double()
     together, alone = several(lrpfx.Explainer(model, x, [("linear", Halved())]), x, [0, 3, 5])
     torch.testing.assert_close(together, alone)
+
+
+def test_one_hot_rows_are_not_taken_for_classes() -> None:
+    explainer = lrpfx.Explainer(nn.Linear(4, 3), torch.randn(2, 4))
+    rows = F.one_hot(torch.tensor([2, 0]), 3)
+    with pytest.raises(lrpfx.errors.TargetError, match=r"one-hot(.|\n)*argmax"):
+        explainer(torch.randn(2, 4), rows)
+    assert explainer(torch.randn(2, 4), [[0, 1, 2], [2, 1, 0]]).relevance.shape == (3, 2, 4)
+
+
+def test_of_three_dimensions_the_report_says_which_an_index_is_of() -> None:
+    model = nn.Linear(4, 6)
+    target = lrpfx.explain(model, torch.randn(2, 3, 4), 1).report.target
+    assert target == "class 1 (dimension 1, all of [6]), one-hot times output"
+    with pytest.raises(lrpfx.errors.TargetError, match=r"\(2, 3, 6\)(.|\n)*position, token"):
+        lrpfx.explain(model, torch.randn(2, 3, 4), 5)
