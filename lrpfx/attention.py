@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,8 @@ def group_heads(module: fx.GraphModule) -> fx.GraphModule:
         k, v = (_once(t) for t in repeated)
         if k is None or v is None or node.kwargs.get("enable_gqa"):
             continue
-        if k.meta["val"].shape[-3] == v.meta["val"].shape[-3]:
+        heads = [t.meta["val"].shape[-3] for t in (q, *repeated)]  # a query's may be broadcast
+        if heads[0] == heads[1] == heads[2] and k.meta["val"].shape[1] == v.meta["val"].shape[1]:
             node.args = (q, k, v, *node.args[3:])
             node.update_kwarg("enable_gqa", True)
     module.graph.eliminate_dead_code()
@@ -211,14 +212,10 @@ def find_fused(
         scores = [n for n in parts if n is not node and plan[n.name].record.kind == "matmul"]
         through = ways[node] * (ways[scores[0]] if scores else 1)
         shares = (1 / through, 1 / through, 1 / ways[node])
-        found[node] = Fused(
-            call,
-            {
-                slot: share
-                for slot, (n, share) in enumerate(zip(qkv, shares, strict=True))
-                if _enters(n, parts, live)
-            },
-        )
+        # By slot: what is a constant as a query may be live as a value.
+        entered = (bool(scores), bool(scores), True)
+        slots = enumerate(zip(qkv, shares, entered, strict=True))
+        found[node] = Fused(call, {i: s for i, (n, s, yes) in slots if yes and n in live})
     return found
 
 
@@ -241,7 +238,3 @@ def _is_plain(
         return False
     assignment = plan[node.name]
     return assignment.rule.gradient_shares(assignment.record.site) is not None
-
-
-def _enters(node: fx.Node, parts: Sequence[fx.Node], live: Container[fx.Node]) -> bool:
-    return node in live and any(user in parts for user in node.users)

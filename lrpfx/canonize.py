@@ -11,7 +11,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from lrpfx.attention import group_heads, open_attention
 from lrpfx.compose import flat_products, whole_activations
@@ -179,15 +178,12 @@ _IDENTITIES = {
 }
 _CASTS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default}
 _CASTS |= {aten.type_as.default, aten.to.other}
-#: What changes nothing but the shape, if that.
-_SHAPES = {aten.slice.Tensor, aten.expand.default, aten.reshape.default, aten.view.default}
-_SHAPES |= {aten.flatten.using_ints}
 
 
 def drop_noops(module: fx.GraphModule) -> fx.GraphModule:
     """``y = dropout(x)`` -> ``x``; likewise clone, contiguous, casts to the same type; no asserts.
 
-    So are slices of everything and reshapes to the same shape, whatever the batch size.
+    So are slices of everything, whatever the batch size.
 
     Comes after ``refuse_training``: the dropouts left are those of evaluation mode.
     """
@@ -197,7 +193,7 @@ def drop_noops(module: fx.GraphModule) -> fx.GraphModule:
         if (
             node.target in _IDENTITIES
             or (node.target in _CASTS and _keeps_type(node))
-            or (node.target in _SHAPES and _keeps_shape(node))
+            or (node.target is aten.slice.Tensor and _takes_all(node))
         ):
             node.replace_all_uses_with(nodes_in(node.args)[0])
             module.graph.erase_node(node)
@@ -213,13 +209,13 @@ def _keeps_type(node: fx.Node) -> bool:
     return before.dtype == after.dtype and before.device == after.device
 
 
-def _keeps_shape(node: fx.Node) -> bool:
-    before, after = nodes_in(node.args)[0].meta.get("val"), node.meta.get("val")
-    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
-        return False
-    return before.ndim == after.ndim and all(
-        statically_known_true(a == b) for a, b in zip(before.shape, after.shape, strict=True)
-    )
+def _takes_all(node: fx.Node) -> bool:
+    """Whether a slice is all there is by its arguments; by shapes it may be so for some batches."""
+    a = bound_arguments(node)
+    size = nodes_in(node.args)[0].meta["val"].shape[a["dim"]]
+    enough = size if isinstance(size, int) else torch.iinfo(torch.int64).max
+    whole = a["end"] is None or (isinstance(a["end"], int) and a["end"] >= enough)
+    return a["start"] in (None, 0) and a["step"] == 1 and whole
 
 
 def views_to_reshapes(module: fx.GraphModule) -> fx.GraphModule:

@@ -105,7 +105,9 @@ class Compiled:
         except Exception as error:  # compilers, which users choose, may raise anything
             raise CompileError(
                 f"the explanation cannot be compiled: {type(error).__name__}: {_beginning(error)}",
-                fix='try compile(backend="eager"), or explain without compile().',
+                fix="explain without compile()."
+                if self._options.get("backend") == "eager"
+                else 'try compile(backend="eager"), or explain without compile().',
             ) from error
         self._check(run, seed, expected, got)
         self._known[run.form, _seeded(seed)] = self._latest[run.form] = explicit

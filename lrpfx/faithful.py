@@ -29,7 +29,8 @@ def check_faithful(captured: Captured, module: fx.GraphModule, inputs: Inputs) -
         # The second run: what changes from call to call is no function of the inputs.
         expected = tensors_in(run_model(model, copies(leaves), spec))
         args, kwargs = pytree.tree_unflatten(copies(leaves), spec)
-        got = tensors_in(captured.rebuild(module(*args, **kwargs)))
+        # Not by its hooks, which hold sizes to the branches that were taken: the values tell.
+        got = tensors_in(captured.rebuild(module.forward(*args, **kwargs)))
     worst = worst_difference(expected, got)
     if not worst <= 1.0:
         changed = [rounded(leaf) for leaf in copies(leaves)]

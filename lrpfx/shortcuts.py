@@ -75,7 +75,7 @@ class FastStreams(Streams):
         self.written_over = {
             self.before[relu]: n
             for relu, n in self.recovered.items()
-            if plan[n.name].record.site.op.weighted
+            if plan[n.name].record.site.op.weighted and not self._reads(self.before[relu])[0]
         }
         self.derived = set() if frozen else _derived(source)
         #: Nodes that run with autograd on, and are their own rule.
@@ -204,7 +204,10 @@ class FastStreams(Streams):
         def given(n: fx.Node) -> fx.Node:
             slot = next(slots)
             if slot not in shares:
-                return (masks or self.clean).get(n, self.clean[n])
+                value = (masks or self.clean).get(n, self.clean[n])
+                if n not in self.live:
+                    return value
+                return self.graph.call_function(aten.detach.default, (value,))
             into = "relevance" if exact and not self._takes(n) else ""
             return self._exchange(n, self.phantoms[n], shares[slot] / common, into)
 
@@ -248,12 +251,9 @@ class FastStreams(Streams):
         """The twin of ``before``, with the output of ``node``."""
         assignment, carry = self.plan[before.name], self.carriers[before]
         rule, site = assignment.rule, assignment.record.site
+        reads_input, reads_output = self._reads(before)
         if rule.carries(site, carry.takes):
-            reads_input, reads_output = rule.needs(site, carry.takes)
             reads_input = reads_input or not all(carry.gives)
-        else:
-            reads_input = rule.reads_input and not (isinstance(rule, Gradient) and site.op.linear)
-            reads_output = rule.reads_output or carry.takes
         phantoms, values = self.read(before, reads_input)
         derived: list[Derived] = []
         for slot, n in enumerate(slot_nodes(before)):
@@ -284,6 +284,15 @@ class FastStreams(Streams):
             addend=addend,
         )
         return self.beside(step, self.clean[node], phantoms, values)
+
+    def _reads(self, node: fx.Node) -> tuple[bool, bool]:
+        """Whether a node's rule reads its inputs and its output, beside weighing multipliers."""
+        assignment, takes = self.plan[node.name], self.carriers[node].takes
+        rule, site = assignment.rule, assignment.record.site
+        if rule.carries(site, takes):
+            return rule.needs(site, takes)
+        reads_input = rule.reads_input and not (isinstance(rule, Gradient) and site.op.linear)
+        return reads_input, rule.reads_output or takes
 
     def _one_relu(self, node: fx.Node) -> fx.Node | None:
         """The ReLU that all relevance of an affine node comes through, if only that of y > 0 does.

@@ -464,3 +464,113 @@ def test_a_frozen_explainer_sees_that_parameters_have_changed() -> None:
         model.fc.bias.add_(1.0)
     with pytest.raises(lrpfx.errors.CaptureError, match=r"promised to stay[\s\S]*fc\.bias"):
         frozen(x, 1, ledger=False)
+
+
+# Networks that shortcuts went wrong on ------------------------------------------------------------
+
+
+class Attends(nn.Module):
+    """Queries, keys and values that are also each other, or read beside the attention."""
+
+    def __init__(self, attend: Callable[..., Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v, self.head = (nn.Linear(4, n) for n in (4, 4, 4, 2))
+        self.attend = attend
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attend(self.q(x), self.k(x), self.v(x)).mean(1))
+
+
+def of_two_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k = k[:, None, None].expand(-1, 1, 2, -1, -1).reshape(-1, 2, *k.shape[1:])
+    return F.scaled_dot_product_attention(q[:, None].expand(-1, 2, -1, -1), k, k * 1).sum(1)
+
+
+SHARED = {
+    "value is key": lambda q, k, v: F.scaled_dot_product_attention(q, k, k),
+    "value is query": lambda q, k, v: F.scaled_dot_product_attention(q, k, q),
+    "key read elsewhere": lambda q, k, v: F.scaled_dot_product_attention(q, k, v) + k,
+    "query read elsewhere": lambda q, k, v: q + F.scaled_dot_product_attention(q, k, v),
+    "heads of one": of_two_heads,
+}
+
+
+@pytest.mark.parametrize("rules", ["cplrp", "attnlrp"])
+@pytest.mark.parametrize("attend", SHARED.values(), ids=SHARED)
+def test_what_is_stopped_as_a_query_is_stopped_as_one_only(
+    attend: Callable[..., Tensor], rules: str
+) -> None:
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    assert error(lrpfx.Explainer(Attends(attend), x, rules), x, [0, 1]) < TOLERANCE
+
+
+def test_a_query_may_be_broadcast_over_heads() -> None:
+    class Broadcast(nn.Module):
+        def forward(self, q: Tensor, kv: Tensor) -> Tensor:
+            k = kv[:, :, None].expand(-1, -1, 2, -1, -1).reshape(-1, 4, *kv.shape[2:])
+            return F.scaled_dot_product_attention(q, k, k).mean((1, 2))
+
+    inputs = torch.randn(2, 1, 5, 3), torch.randn(2, 2, 5, 3)
+    e = lrpfx.explain(Broadcast(), inputs, 0, rules="attnlrp", ledger=False)
+    torch.testing.assert_close(e.output, Broadcast()(*inputs))
+
+
+class Summed(nn.Module):
+    """A sum of two linear layers between ReLUs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.head = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.a(x).relu()
+        return self.head((self.b(z) + z).relu())
+
+
+SCALED = lrpfx.Stabilizer(1e-2, norm_scale=True)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        ("*", lrpfx.Epsilon(1e-6, zero_params="bias")),
+        ("sum", lrpfx.Norm(1e-6, zero_params="bias")),
+        ("sum", lrpfx.Epsilon(SCALED)),
+        ("linear", lrpfx.Gamma(0.25, zero_params="bias")),
+        ("linear", lrpfx.Gamma(0.25, zero_params="weight")),
+        ("linear", lrpfx.Gamma(0.25, SCALED)),
+        ("linear", lrpfx.AlphaBeta(2, 1, SCALED)),
+    ],
+    ids=str,
+)
+def test_rules_with_odd_denominators(entry: Any) -> None:
+    model, x = Summed(), torch.randn(5, 3, dtype=torch.float64)
+    with torch.no_grad():
+        model.b.bias += 0.5
+    assert error(lrpfx.Explainer(model, x, [entry]), x, 1) < TOLERANCE
+
+
+def test_a_recovered_summand_is_no_denominator_where_nothing_arrives() -> None:
+    """Of integers: there z is -b, and -b - d may be zero."""
+
+    class Integers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c, self.p, self.h = (nn.Linear(2, n, bias=False) for n in (2, 2, 1))
+            with torch.no_grad():
+                self.c.weight.copy_(torch.tensor([[-1.0, -1.0], [1.0, 1.0]]))
+                self.p.weight.copy_(torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
+                self.h.weight.fill_(1.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.h(F.relu(self.c(x) + self.p(x)))
+
+    x = torch.ones(1, 2)
+    rules = [("c", lrpfx.AlphaBeta(2, 1, 1.0)), ("p", lrpfx.Epsilon(1e-6))]
+    explainer = lrpfx.Explainer(Integers(), x, rules)
+    plain, fast = (explainer(x, ledger=ledger).relevance for ledger in (True, False))
+    torch.testing.assert_close(fast, plain)

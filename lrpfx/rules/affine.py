@@ -142,7 +142,8 @@ class AlphaBeta(AffineRule):
         # would be nothing like d2.
         if x.fast and not self.zero_params and (epsilon := self.added(z)):
             d = denominator(plus.parts, plus.bias, fast=True, added=epsilon)
-            return [plus._replace(stable=d), minus._replace(stable=z - d)]
+            # Rounding, and a z that was recovered where nothing arrives, must not leave it zero.
+            return [plus._replace(stable=d), minus._replace(stable=(z - d).clamp_max_(-epsilon))]
         return [plus, minus]
 
 
@@ -181,7 +182,8 @@ class Gamma(AffineRule):
         up = f.with_weight(lambda w: w + g * positive(w), f"up {g}")
         bias_up = f.bias_part(lambda b: b + g * positive(b), f"up {g}")
         epsilon = self.added(z)
-        if x.above and x.nonneg:  # nothing arrives elsewhere
+        exact = not self.zero_params and not callable(self.stabilizer)
+        if x.above and x.nonneg and exact:  # nothing arrives where d is not above z > 0
             d = denominator([(x.all, up)], bias_up, added=epsilon).clamp_min_(epsilon)
             known = Term([(x.all, up)], bias_up)
             return [known._replace(stable=d) if epsilon else known._replace(total=d)]
