@@ -213,8 +213,8 @@ def find_fused(
         through = ways[node] * (ways[scores[0]] if scores else 1)
         shares = (1 / through, 1 / through, 1 / ways[node])
         # By slot: what is a constant as a query may be live as a value.
-        entered = (bool(scores), bool(scores), True)
-        slots = enumerate(zip(qkv, shares, entered, strict=True))
+        weighed = any(plan[n.name].record.kind == "softmax" for n in parts)
+        slots = enumerate(zip(qkv, shares, (weighed, weighed, True), strict=True))
         found[node] = Fused(call, {i: s for i, (n, s, yes) in slots if yes and n in live})
     return found
 

@@ -75,12 +75,18 @@ def each_target(leaves: Sequence[Any], target: Any) -> list[Tensor]:
             fix="give a list of as many classes for each sample.",
         )
     table = torch.stack([torch.stack(row) for row in rows])
-    if table.shape[1] == size > 2 and bool((table.sort(1).values == torch.eye(size)[-1]).all()):
+    if table.shape[1] == size > 2 and _is_one_hot(table):
         raise TargetError(
             "targets look like one-hot rows, and several targets are lists of classes.",
             fix="give target.argmax(1) for the classes, or target.float() as the seed.",
         )
     return list(table.unbind(1))
+
+
+def _is_one_hot(table: Tensor) -> bool:
+    if table.is_floating_point() or table.is_complex():
+        return False
+    return bool(((table == 0) | (table == 1)).all() and (table.sum(1) == 1).all())
 
 
 def make_seed(
