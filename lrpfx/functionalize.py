@@ -41,9 +41,11 @@ def functionalize(program: ExportedProgram) -> fx.GraphModule:
             program = program.run_decompositions({op: known[op] for op in compound})
         except Exception as error:  # whatever the tracer raises
             raise CaptureError(
-                f"in-place ops could not be undone: {type(error).__name__}: {first_line(error)}",
+                "in-place ops, regions of autocast or recurrent layers could not be taken apart: "
+                f"{type(error).__name__}: {first_line(error)}",
                 where=[source_line(n) for n in module.graph.nodes if writes(n)],
-                fix="write them without the in-place op.",
+                fix="write the lines named without in-place ops, if there are any; or explain a "
+                "wrapper module around the rest.",
             ) from error
         module = unlifted(program)
     for node in reversed([n for n in module.graph.nodes if writes(n)]):

@@ -208,7 +208,7 @@ FEATURES = {
     ),
     "two energies": (
         lambda m, x: energy(x[:, :2]) * energy(x[:, 2:]) * m.gain_and_one,
-        lambda m, x: (
+        lambda m, x: (  # as large, and no statistic that is looked for
             x[:, :2].abs().pow(2.0000000001).mean(-1, keepdim=True)
             * x[:, 2:].abs().pow(2.0000000001).mean(-1, keepdim=True)
             * m.gain_and_one
@@ -239,15 +239,8 @@ def test_what_normalises_nothing_is_no_constant(one: Callable, other: Callable) 
     assert not any("divisors" in note for note in found[0].report.notes)
 
 
-@pytest.mark.parametrize(
-    ("end", "shares"),
-    [
-        (lambda p, d: p + d, (1 / 3, 1 / 3, 1 / 3)),
-        (lambda p, d: p * d, (1 / 3, 1 / 3, 1 / 3)),
-    ],
-    ids=["sum", "product"],
-)
-def test_a_second_use_of_a_product_changes_no_share(end: Callable, shares: tuple) -> None:
+@pytest.mark.parametrize("end", [torch.add, torch.mul])
+def test_a_second_use_of_a_product_changes_no_share(end: Callable) -> None:
     class Three(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -261,4 +254,4 @@ def test_a_second_use_of_a_product_changes_no_share(end: Callable, shares: tuple
     seed = torch.cat([torch.randn(2, 3), torch.zeros(2, 3)], 1).double()
     e = lrpfx.explain(randomized(Three()), x, seed, rules="attnlrp", layers=["a", "b", "c"])
     got = [(e.layers[k][0].relevance.sum() / seed.sum()).item() for k in "abc"]
-    assert got == pytest.approx(shares)
+    assert got == pytest.approx([1 / 3] * 3)
