@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from lrpfx import ops
 from lrpfx.call import Op, Site, Slot
@@ -21,6 +22,7 @@ from lrpfx.errors import UnsupportedOpError
 from lrpfx.graph import (
     HELD,
     KEY,
+    REORDERED,
     ModuleCall,
     Record,
     bound_arguments,
@@ -37,7 +39,7 @@ from lrpfx.graph import (
 
 @dataclass(frozen=True)
 class Unknown:
-    """A node that relevance comes to, and whose op has no row in the op table.
+    """A node that relevance comes to, and whose op has no row in the op table that serves.
 
     Args:
         name: The node's name in the graph.
@@ -47,6 +49,7 @@ class Unknown:
         source: Line of the user's code.
         inputs: Names of the nodes it reads.
         shape: Shape of the output.
+        complex: Whether the op is known, but not for complex numbers, which are its output.
     """
 
     name: str
@@ -56,12 +59,13 @@ class Unknown:
     source: str
     inputs: tuple[str, ...]
     shape: tuple[int | str, ...]
+    complex: bool
 
     @property
     def call(self) -> str:
         """The overload, and its live arguments if there are several."""
         which = f" with live {' and '.join(self.live)}" if len(self.live) > 1 else ""
-        return f"{self.target}{which}"
+        return f"{self.target}{which}" + (" of complex numbers" if self.complex else "")
 
     def __str__(self) -> str:
         """Op, path, shape and source, as the error lists it."""
@@ -97,11 +101,12 @@ def annotate(
             f"{len(unknown)} operation(s) that depend on the explained input have no relevance "
             "rule.",
             where=[str(u) for u in unknown],
-            fix=REGISTER,
+            fix=REAL if all(u.complex for u in unknown) else REGISTER,
         )
     return carrying
 
 
+REAL = "write real and imaginary parts as real tensors; relevance is defined for these only."
 #: What to do about an op that the table does not know.
 REGISTER = (
     "lrpfx.register_op(torch.ops.aten..., kind, family) tells lrpfx what such an op is; or explain "
@@ -120,9 +125,9 @@ def annotate_known(
     known = _liveness(graph, starts, held)
     carrying = _carrying(graph, known)
     unknown = [
-        _unknown(node, carrying, prefix, letters)
+        _unknown(node, known[node] is not _UNKNOWN, carrying, prefix, letters)
         for node in graph.nodes
-        if node in carrying and known[node] is _UNKNOWN
+        if node in carrying and (known[node] is _UNKNOWN or _is_complex(node))
     ]
     gates = _gates(known, carrying)
     nonneg: set[fx.Node] = set()
@@ -189,8 +194,9 @@ def _carrying(graph: fx.Graph, live: Container[fx.Node]) -> set[fx.Node]:
 
 
 def _gates(known: Mapping[fx.Node, Op | str], carrying: set[fx.Node]) -> set[fx.Node]:
-    """The activations that stand, moves aside, as the only one among a product's factors.
+    """The activations that stand as the only one among a product's factors.
 
+    Moves, and constant factors and summands, as in ``2 * sigmoid(x)`` or ``1 - sigmoid(x)``, aside.
     Of several it is the only sigmoid, as in an LSTM's ``sigmoid(i) * tanh(g)``.
     """
     found = set()
@@ -200,8 +206,10 @@ def _gates(known: Mapping[fx.Node, Op | str], carrying: set[fx.Node]) -> set[fx.
             continue
         ends: dict[fx.Node, str] = {}
         for factor in node.all_input_nodes:
-            while isinstance(moved := known.get(factor), Op) and moved.family == "move":
-                factor = factor.all_input_nodes[0]
+            while isinstance(moved := known.get(factor), Op) and (
+                moved.family == "move" or moved.kind in ("scale", "shift")
+            ):
+                factor = next(n for n in factor.all_input_nodes if n in known)
             if isinstance(moved, Op) and moved.family == "activation":
                 ends[factor] = moved.kind
         sigmoids = [end for end, kind in ends.items() if "sigmoid" in kind]
@@ -217,7 +225,7 @@ def _record(
     prefix: str,
     letters: Mapping[str, str],
 ) -> Record:
-    floating = [n for n in node.all_input_nodes if is_floating(n.meta.get("val"))]
+    signed = [n for n in _values_in(node) if not _is_boolean(n.meta.get("val"))]
     folded = node.meta.get("folded_calls", ())
     return Record(
         name=node.name,
@@ -231,9 +239,31 @@ def _record(
         dtype=_first_tensor(node.meta["val"]).dtype,
         first=False,
         gate=False,
-        nonneg=op.nonneg(bound_arguments(node), all(n in nonneg for n in floating)),
+        reordered=REORDERED in node.meta,
+        nonneg=op.nonneg(bound_arguments(node), all(n in nonneg for n in signed)),
         site=_site(op, node, carrying, nonneg),
     )
+
+
+#: Arguments that say where values go, and are none themselves.
+_PLACES = ("index", "indices", "repeats")
+
+
+def _values_in(node: fx.Node) -> list[fx.Node]:
+    """The tensors that the values of the output may come from."""
+    given = {k: v for k, v in bound_arguments(node).items() if k not in _PLACES}
+    return [n for n in nodes_in(given) if isinstance(n.meta.get("val"), (Tensor, tuple, list))]
+
+
+def _is_complex(node: fx.Node) -> bool:
+    """Whether a value is complex, for which no rule is defined."""
+    return any(
+        isinstance(t, Tensor) and t.is_complex() for t in pytree.tree_leaves(node.meta["val"])
+    )
+
+
+def _is_boolean(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == torch.bool
 
 
 def _live_inputs(node: fx.Node, carrying: Container[fx.Node]) -> tuple[str, ...]:
@@ -269,7 +299,7 @@ def _site(op: Op, node: fx.Node, carrying: set[fx.Node], nonneg: set[fx.Node]) -
 
 
 def _unknown(
-    node: fx.Node, carrying: set[fx.Node], prefix: str, letters: Mapping[str, str]
+    node: fx.Node, known: bool, carrying: set[fx.Node], prefix: str, letters: Mapping[str, str]
 ) -> Unknown:
     return Unknown(
         name=node.name,
@@ -279,6 +309,7 @@ def _unknown(
         source=source_line(node),
         inputs=_live_inputs(node, carrying),
         shape=_shape(node.meta.get("val"), letters),
+        complex=known,
     )
 
 

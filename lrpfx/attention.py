@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, get_proxy_mode
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from lrpfx.assign import Assignment
@@ -128,8 +128,26 @@ def is_of_sizes(mask: fx.Node) -> bool:
     return all(n.op == "call_function" for n in read)
 
 
-def mask_for_kernel(mask: Tensor, dtype: torch.dtype, of_sizes: bool) -> Tensor | None:
-    """The mask as the kernel, at each call, would make and keep it; None if it is just causal.
+class Mask(NamedTuple):
+    """What fused attention gets for its mask.
+
+    Args:
+        added: What is added to the scores; None if the mask is just causal.
+        low: Whether the kernel cannot be used, as all that some query sees may lie far below zero.
+            Its backward pass computes exp(s - log sum exp s), and of two numbers near -1e9 the
+            difference is lost.
+    """
+
+    added: Tensor | None
+    low: bool = False
+
+
+#: What is added to some score of each query is not below this, as far as the kernel is trusted.
+_LOW = -16.0
+
+
+def mask_for_kernel(mask: Tensor, dtype: torch.dtype, of_sizes: bool) -> Mask:
+    """The mask as the kernel, at each call, would make and keep it.
 
     In models that leave a causal mask to the kernel torch.export sees one that is written out,
     which takes the kernel half as long again.
@@ -143,11 +161,14 @@ def mask_for_kernel(mask: Tensor, dtype: torch.dtype, of_sizes: bool) -> Tensor 
     if of_sizes:
         with disable_proxy_modes_tracing():
             if _is_causal(mask):
-                return None
+                return Mask(None)
     if mask.dtype != torch.bool:
-        return mask
+        if get_proxy_mode() is not None and not of_sizes:  # values are not known
+            return Mask(mask, low=True)
+        with disable_proxy_modes_tracing():
+            return Mask(mask, bool((mask.amax(-1) < _LOW).any()))
     zero = torch.zeros((), dtype=dtype, device=mask.device)
-    return torch.where(mask, zero, float("-inf"))
+    return Mask(torch.where(mask, zero, float("-inf")))
 
 
 def _is_causal(mask: Tensor) -> bool:
@@ -165,18 +186,26 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attn_mask: Tensor | None,
+    mask: Mask,
     *_: Any,
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
     """Fused attention in evaluation mode with what ``mask_for_kernel`` returned."""
+    if mask.low and mask.added is not None:
+        if enable_gqa:
+            times = query.shape[-3] // key.shape[-3]
+            key, value = (t.repeat_interleave(times, -3) for t in (key, value))
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        scores = query @ key.mT * scale + mask.added
+        weights: Tensor = aten._safe_softmax(scores, -1)
+        return weights @ value
     attended: Tensor = SDPA(
         query,
         key,
         value,
-        attn_mask,
-        is_causal=attn_mask is None,
+        mask.added,
+        is_causal=mask.added is None,
         scale=scale,
         enable_gqa=enable_gqa,
     )

@@ -89,6 +89,11 @@ class Slot:
     index: int
 
 
+def fill(template: Any, values: Sequence[Any]) -> Any:
+    """The template with the values in the place of its slots."""
+    return map_aggregate(template, lambda a: values[a.index] if isinstance(a, Slot) else a)
+
+
 @dataclass(frozen=True)
 class Site:
     """One node as the rules see it before it runs: static arguments, and slots for the rest.
@@ -147,12 +152,7 @@ class Call:
         values = list(self.values)
         for index, value in zip(self.site.live, x, strict=True):
             values[index] = value
-        filled = map_aggregate(
-            self.site.arguments,
-            lambda a: values[a.index] if isinstance(a, Slot) else a,
-        )
-        assert isinstance(filled, dict)
-        return dict(filled)
+        return dict(fill(self.site.arguments, values))
 
     def argument(self, name: str) -> Any:
         """A static argument of the op."""
@@ -205,13 +205,13 @@ class Composed:
         return self
 
 
-#: The factors of a product as they were multiplied: ``(a * b) * c`` is ``[[a, b], c]``.
+#: The factors of a product as they were multiplied: ``(a * b / 2) * c`` is ``[[[a, b], 0.5], c]``.
 Factors = Sequence[Any]
 
 
 def product(factors: Factors) -> Tensor:
-    """The product of several tensors, broadcast against each other."""
-    first, *others = (f if isinstance(f, Tensor) else product(f) for f in factors)
+    """The product of several tensors and numbers, broadcast against each other."""
+    first, *others = (product(f) if isinstance(f, (list, tuple)) else f for f in factors)
     for other in others:
         first = first * other
     return first

@@ -34,7 +34,7 @@ from lrpfx.graph import (
     verify,
 )
 from lrpfx.hold import hold_divisors, hold_statistics
-from lrpfx.parts import one_name_each, open_parts
+from lrpfx.parts import one_name_each, open_parts, whole_lerps
 
 aten = torch.ops.aten
 
@@ -236,6 +236,7 @@ PASSES: tuple[Pass, ...] = (
     refuse_random,
     one_name_each,
     open_parts,
+    whole_lerps,
     group_heads,
     open_attention,
     hold_statistics,

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -34,7 +34,7 @@ from lrpfx.inputs import (
     is_explained,
     split_inputs,
 )
-from lrpfx.outputs import AsDict, from_dicts, is_dataclass
+from lrpfx.outputs import AsDict, from_dicts, is_dataclass, tensors_in
 from lrpfx.preserve import preserved
 
 #: Held while a model is traced: torch.export is not re-entrant, and puts fake tensors into the
@@ -45,11 +45,10 @@ _TORCH = str(Path(torch.__file__).parent)
 
 @dataclass(frozen=True)
 class Captured:
-    """A model as a graph.
+    """A model that was captured, and how.
 
     Args:
-        program: The graph, one node per ATen call.
-        model: The model it was captured from.
+        model: The model.
         signature: What inputs it takes.
         output: What the model returns, if there are dataclasses in it that the graph has as
             dicts; else None.
@@ -57,7 +56,6 @@ class Captured:
         training: Whether each module was in training mode.
     """
 
-    program: ExportedProgram
     model: nn.Module
     signature: Signature
     training: tuple[tuple[nn.Module, bool], ...]
@@ -74,7 +72,21 @@ class Captured:
         return output if self.output is None else from_dicts(self.output, output)
 
 
-def capture(model: nn.Module, inputs: Inputs, dynamic: Sequence[int] = ()) -> Captured:
+class Trace(NamedTuple):
+    """What comes out of a capture.
+
+    Args:
+        captured: The model, and how it was captured.
+        program: The graph, one node per ATen call.
+        expected: The tensors that the model returned for the example inputs.
+    """
+
+    captured: Captured
+    program: ExportedProgram
+    expected: list[Tensor]
+
+
+def capture(model: nn.Module, inputs: Inputs, dynamic: Sequence[int] = ()) -> Trace:
     """Capture ``model`` as a graph that computes what ``model(inputs)`` computes.
 
     Args:
@@ -83,7 +95,7 @@ def capture(model: nn.Module, inputs: Inputs, dynamic: Sequence[int] = ()) -> Ca
         dynamic: Further dimensions that may vary, of every tensor that has them.
 
     Returns:
-        The captured graph; ``check_faithful`` compares its outputs with the model's own.
+        The trace; ``check_faithful`` compares the outputs of its graph with the expected ones.
 
     Raises:
         CaptureError: The model cannot be traced.
@@ -124,20 +136,21 @@ def capture(model: nn.Module, inputs: Inputs, dynamic: Sequence[int] = ()) -> Ca
         raise InputError("the inputs hold no samples.", fix="give a batch of at least one.")
     # Each on its own: a cache that the run fills would be a constant of the trace.
     with preserved(model):
-        output = run_model(model, detached, spec)
+        output = run_twice(model, detached, spec)
+        expected = copies(tensors_in(output))  # the output may be a buffer that is to be restored
     traced = AsDict(model) if any(map(is_dataclass, pytree.tree_leaves(output))) else None
     with preserved(model):
         program, why_static = _export(traced or model, detached, spec, batch, dynamic)
     forms = _forms(program, detached)
     keywords = tuple(split_inputs(inputs)[1])
-    return Captured(
-        program=program,
+    captured = Captured(
         model=model,
         signature=Signature(spec, forms, paths, keywords, batch if why_static else None),
         training=tuple((module, module.training) for module in model.modules()),
         output=output if traced else None,
         why_static=why_static,
     )
+    return Trace(captured, program, expected)
 
 
 def _forms(program: ExportedProgram, leaves: Sequence[Any]) -> tuple[Any, ...]:
@@ -150,6 +163,12 @@ def _forms(program: ExportedProgram, leaves: Sequence[Any]) -> tuple[Any, ...]:
         open_dims = {d: letters[str(s)] for d, s in enumerate(shape) if not isinstance(s, int)}
         forms.append(form_of(leaf, open_dims))
     return tuple(forms)
+
+
+def run_twice(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> Any:
+    """What the second run returns: what changes from call to call is no function of the inputs."""
+    run_model(model, copies(leaves), spec)
+    return run_model(model, copies(leaves), spec)
 
 
 def run_model(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> Any:

@@ -43,8 +43,8 @@ def coverage(model: nn.Module, inputs: Inputs, rules: RulesLike = None) -> Repor
 
 
 def _partial(model: nn.Module, inputs: Inputs, rules: RulesLike) -> Report:
-    captured = capture(model, inputs)
-    graph = canonize(captured.program).graph
+    captured, program, _ = capture(model, inputs)
+    graph = canonize(program).graph
     live, unknown = annotate_known(graph, find_starts(graph), captured.prefix)
     plan = assign([r for n in graph.nodes if (r := record(n)) is not None], rules, model)
     constants = sum(n.op == "call_function" and n not in live for n in used_nodes(graph))

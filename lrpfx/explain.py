@@ -15,7 +15,7 @@ from lrpfx.annotate import annotate
 from lrpfx.assign import assign
 from lrpfx.backward import Run, at_a_time
 from lrpfx.canonize import canonize
-from lrpfx.capture import TRACING, Captured, capture
+from lrpfx.capture import TRACING, capture
 from lrpfx.carriers import find_carriers
 from lrpfx.compiled import Compiled, CompiledRun
 from lrpfx.errors import (
@@ -31,6 +31,7 @@ from lrpfx.graph import (
     Record,
     explained_leaves,
     final_softmax,
+    module_calls,
     output_leaves,
     reachable,
     record,
@@ -44,7 +45,7 @@ from lrpfx.report import Report, make_report
 from lrpfx.resolve import RulesLike
 from lrpfx.rewrite import instrument, rewrite
 from lrpfx.rules import Stop
-from lrpfx.starts import find_starts
+from lrpfx.starts import find_starts, unplaced
 from lrpfx.state import State, Versions, state_of, versions
 from lrpfx.taps import find_taps
 from lrpfx.targets import Target, each_target, is_several, make_seed
@@ -154,14 +155,14 @@ class Explainer:
         dynamic: Sequence[int],
         fixed: Versions | None,
     ) -> None:
-        self._captured: Captured = capture(model, example_inputs, dynamic)
-        self._module = canonize(self._captured.program)
+        self._captured, program, expected = capture(model, example_inputs, dynamic)
+        self._module = canonize(program)
         graph = self._module.graph
         self._starts = find_starts(graph)
         notes: list[str] = []
         self._live = annotate(graph, self._starts, self._captured.prefix)
         self._check_live()
-        check_faithful(self._captured, self._module, example_inputs)
+        check_faithful(self._captured, self._module, example_inputs, expected)
         self._plan = assign(self._records(), rules, model)
         notes += self._plan.notes
         stopped = [a.record for a in self._plan.assignments.values() if isinstance(a.rule, Stop)]
@@ -180,7 +181,9 @@ class Explainer:
         leaves = flatten_inputs(example_inputs)[0]
         self._met = {self._sizes(leaves)}
         #: Bytes of the largest activation, per element of the inputs.
-        self._widest = max(_bytes(n.meta.get("val")) for n in self._live) / _elements(leaves)
+        self._widest = max(_bytes(n.meta.get("val")) for n in self._live) / max(
+            1, _elements(leaves)
+        )
         self._public: fx.GraphModule | None = None  # as the others: made when it is asked for
         self._instrumented: dict[
             tuple[tuple[str, ...], bool], tuple[fx.GraphModule, dict[str, int]]
@@ -194,7 +197,14 @@ class Explainer:
         if any(final_softmax(leaf) for leaf in output_leaves(graph)):
             notes.append("the softmax at the output is left out: explained are its logits")
         quotients = [n for n in graph.nodes if n.meta.get(HELD) == DIVISOR]
-        if divisors := [n for n in quotients if not reachable(n.args).isdisjoint(self._starts)]:
+        if placeless := [n for n in unplaced(graph, self._starts) if n in used_nodes(graph)]:
+            calls = [module_calls(n, self._captured.prefix) for n in placeless]
+            paths = {str(c[-1]) if c else "(the model)" for c in calls}
+            notes.append(
+                "embeddings of ids that are not computed one by one from those of one input count "
+                f"as constants: {', '.join(sorted(paths))}"
+            )
+        if divisors := [n for n in quotients if not reachable([n]).isdisjoint(self._starts)]:
             notes.append(f"{len(divisors)} divisors of live tensors count as constants")
         carriers = find_carriers(graph, self._plan.assignments, self._live, self._starts, ())
         multipliers = {node.name: carry.takes for node, carry in carriers.items()}
@@ -417,7 +427,7 @@ def _kept(leaf: Any, create_graph: bool) -> Any:
 
 
 def _elements(leaves: Sequence[Any]) -> int:
-    return sum(t.numel() for t in leaves if isinstance(t, Tensor))
+    return sum(t.numel() for t in leaves if isinstance(t, Tensor)) or 1
 
 
 def _bytes(value: Any) -> int:

@@ -67,7 +67,8 @@ class Explanation:
             the samples share an input.
         layers: Per requested module path, relevance and activation of its calls.
         embeddings: Structured like the inputs: for token ids their relevance per embedding feature
-            (N, T, D), else None; None as a whole if there are no token ids.
+            (N, T, D), else None; None as a whole if there are no token ids. Of several embeddings
+            their sum, or where they have different widths one beside the other.
         report: Which rule each node got and why, and what became of the relevance.
         inputs: What was explained, for the picture.
     """

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lrpfx.affine import AffineMap
-from lrpfx.call import Call
+from lrpfx.call import Call, fill
 from lrpfx.ledger import Ledger
 from lrpfx.rules.base import Carry, share
 from lrpfx.twins import Arrival, Step, Twin
@@ -72,9 +72,29 @@ class Exchange(FastStep):
         return (m * given.z if self.into == "relevance" else share(m, given.z, 0.0, False),)
 
 
-#: How a slot is computed from values that are given after the slots: its index, the function, and
-#: the places of the function's arguments.
-Derived = tuple[int, Callable[..., Tensor], tuple[int, ...]]
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """How a constant is computed from parameters.
+
+    Args:
+        steps: Calls, op, arguments and keywords each. The slots in them are the parameters, then
+            the results of the steps before.
+    """
+
+    steps: Sequence[tuple[Callable[..., Tensor], Any, Any]]
+
+    def __call__(self, *leaves: Tensor) -> Tensor:
+        """The last step's result."""
+        values = list(leaves)
+        for op, args, keywords in self.steps:
+            given = fill((args, keywords), values)
+            values.append(op(*given[0], **given[1]))
+        return values[-1]
+
+
+#: How a slot is computed from values that are given after the slots: its index, the recipe, and
+#: the places of its parameters.
+Derived = tuple[int, Recipe, tuple[int, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +113,7 @@ class FastTwin(Twin, FastStep):
     derived: Sequence[Derived]
     addend: int | None
 
-    def propagate(self, given: Arrival) -> tuple[Tensor, ...]:
+    def hand_on(self, given: Arrival) -> tuple[Tensor, ...]:
         """Multipliers or relevance of the live inputs, as each edge carries it."""
         slots, z = list(given.values), given.z
         for index, make, places in self.derived:

@@ -39,8 +39,8 @@ def fold_batch_norm(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _channels_match(node: fx.Node) -> bool:
-    """Batch norm is over dimension 1, a linear layer's channels are the last dimension."""
-    return node.target is not aten.linear.default or node.meta["val"].ndim == 2
+    """Batch norm is over dimension 1, the channels of a linear layer or a lone sample elsewhere."""
+    return bool(node.meta["val"].ndim == bound_arguments(node)["weight"].meta["val"].ndim)
 
 
 def _takes_shift(node: fx.Node, bn: fx.Node) -> bool:

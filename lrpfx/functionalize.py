@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from lrpfx.capture import first_line, tracing
 from lrpfx.errors import CaptureError
@@ -144,14 +145,8 @@ def insert(
     keep = ("nn_module_stack", "stack_trace", "torch_fn")
     new.meta = {key: like.meta[key] for key in keep if key in like.meta}
     values = fx.node.map_arg((new.args, new.kwargs), lambda n: n.meta["val"])
-    mode = next(
-        (
-            v.fake_mode
-            for n in nodes_in((new.args, new.kwargs))
-            if hasattr(v := n.meta["val"], "fake_mode")
-        ),
-        None,
-    )
+    given = pytree.tree_leaves([n.meta["val"] for n in nodes_in((new.args, new.kwargs))])
+    mode = next((v.fake_mode for v in given if hasattr(v, "fake_mode")), None)
     assert mode is not None and isinstance(values, tuple)
     with mode, enable_python_dispatcher(), torch.no_grad():
         new.meta["val"] = target(*values[0], **values[1])

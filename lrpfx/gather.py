@@ -110,15 +110,27 @@ class Gather:
             if places is None:
                 found[i] = _added(found[i], torch.zeros_like(leaves[i]) if r is None else r)
             elif r is not None:
-                ids = leaves[i]
-                own = torch.arange(ids.numel(), device=ids.device).reshape(ids.shape)
-                at = places(*leaves[:i], own, *leaves[i + 1 :]).flatten()
-                vectors = r.new_zeros(ids.numel(), r.shape[-1])
-                vectors = vectors.index_add(0, at, r.reshape(-1, r.shape[-1]))
-                vectors = vectors.reshape(*ids.shape, -1)
-                per_feature[i] = _added(per_feature[i], vectors)
+                ids, width = leaves[i], r.shape[-1]
+                n = ids.numel()
+                own = torch.arange(n, device=ids.device).reshape(ids.shape)
+                at, later = (
+                    places(*leaves[:i], own + k, *leaves[i + 1 :]).flatten() for k in (0, n)
+                )
+                # Tokens that the model puts in between are no positions, and belong to nobody.
+                given = later - at == n
+                vectors = r.new_zeros(n, width)
+                vectors = vectors.index_add(0, at[given], r.reshape(-1, width)[given])
+                vectors = vectors.reshape(*ids.shape, width)
+                per_feature[i] = _by_feature(per_feature[i], vectors)
                 found[i] = _added(found[i], vectors.sum(-1))
         return found, per_feature
+
+
+def _by_feature(total: Tensor | None, more: Tensor) -> Tensor:
+    """The sum over embeddings, or one beside the other if their features are not the same."""
+    if total is None or total.shape[-1] == more.shape[-1]:
+        return _added(total, more)
+    return torch.cat([total, more], -1)
 
 
 def _added(total: Tensor | None, more: Tensor) -> Tensor:

@@ -18,9 +18,13 @@ from torch import Tensor, fx
 
 from lrpfx.call import Composed, Op, Site, argument_names, product
 
+aten = torch.ops.aten
+
 KEY = "lrpfx"
 #: Marks nodes that count as constants for relevance, though not for gradients; says why.
 HELD = "lrpfx_held"
+#: Marks ops that stand for one of the user's whose output has its dimensions in another order.
+REORDERED = "lrpfx_reordered"
 #: With the slash: torchvision lies beside torch.
 _TORCH_CODE = (str(Path(torch.__file__).parent) + os.sep, "torch/")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)')
@@ -55,6 +59,7 @@ class Record:
         first: Whether the input reaches this node through no other conv or linear.
         nonneg: Whether the output is proven non-negative.
         gate: Whether this is the one activation among the factors of a product.
+        reordered: Whether the output has its dimensions in another order than the user's op.
         site: How to run the op again.
     """
 
@@ -70,6 +75,7 @@ class Record:
     first: bool
     nonneg: bool
     gate: bool
+    reordered: bool
     site: Site
 
     @property
@@ -118,8 +124,8 @@ def output_leaves(graph: fx.Graph) -> list[Any]:
     return list(leaves)
 
 
-_FINAL = {torch.ops.aten.softmax.int, torch.ops.aten._softmax.default}
-_FINAL |= {torch.ops.aten.log_softmax.int, torch.ops.aten._log_softmax.default}
+_FINAL = {aten.softmax.int, aten._softmax.default}
+_FINAL |= {aten.log_softmax.int, aten._log_softmax.default}
 
 
 def final_softmax(leaf: Any) -> bool:
@@ -160,12 +166,18 @@ def used_nodes(graph: fx.Graph) -> set[fx.Node]:
     return reachable(nodes_in(output_leaves(graph)))
 
 
+#: Ops that take shape and type from their input, and no values.
+_SHAPE_ONLY = {aten.zeros_like.default, aten.ones_like.default, aten.full_like.default}
+_SHAPE_ONLY |= {aten.new_zeros.default, aten.new_ones.default, aten.new_full.default}
+
+
 def varying(graph: fx.Graph) -> set[fx.Node]:
     """The nodes whose tensors depend on the graph's inputs, unlike parameters and held ones."""
     found: set[fx.Node] = set()
     for node in graph.nodes:
         value = node.meta.get("val")
         depends = node.op == "placeholder" or found.intersection(node.all_input_nodes)
+        depends = depends and node.target not in _SHAPE_ONLY
         if depends and isinstance(value, (Tensor, tuple, list)) and HELD not in node.meta:
             found.add(node)
     return found

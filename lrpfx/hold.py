@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
 
 from lrpfx import ops
 from lrpfx.functionalize import insert
-from lrpfx.graph import HELD, is_floating, live_names, varying
+from lrpfx.graph import HELD, is_floating, live_names, reachable, varying
 
 aten = torch.ops.aten
 
@@ -27,6 +28,13 @@ _STEPS |= {
     aten.expand.default,
     aten.expand_as.default,
     aten.to.dtype,
+    aten.clamp.default,
+    aten.maximum.default,
+    aten.unsqueeze.default,
+    aten.squeeze.dim,
+    aten.reshape.default,
+    aten.view.default,
+    aten.sub.Tensor,
 }
 #: Of these only the first argument's values are read.
 _SHAPED = {aten.expand_as.default}
@@ -49,21 +57,62 @@ def hold_statistics(module: fx.GraphModule) -> fx.GraphModule:
             statistical.add(node)
     for node in module.graph.nodes:
         if _is_statistic(node) and _only_scales(node, statistical, inverted=False):
-            node.meta[HELD] = "statistic of a normalisation"
+            own = _is_of_what_it_scales(node, statistical)
+            node.meta[HELD] = "statistic of a normalisation" if own else DIVISOR
     return module
+
+
+def _is_of_what_it_scales(node: fx.Node, statistical: set[fx.Node]) -> bool:
+    """Whether a statistic is one of the tensors that it scales, or of what these come from."""
+    scaled, stack = [], [node]
+    while stack:
+        for user in (current := stack.pop()).users:
+            if user in statistical:
+                stack.append(user)
+            else:
+                scaled += [n for n in user.all_input_nodes if n is not current]
+    of = _mean_of_squares(node) or _mean_of_squares(node.args[0]) or node.all_input_nodes[0]
+    return all(of in reachable([n]) or n in reachable([of]) for n in scaled)
 
 
 def _is_statistic(node: fx.Node) -> bool:
     """Whether the node is a variance, a standard deviation, a norm, or a mean of squares."""
-    if node.target in _STATISTICS:
+    if node.target in _STATISTICS or _mean_of_squares(node) is not None:
         return True
-    if node.target not in _MEANS:
+    if node.target is not aten.sub.Tensor or node.kwargs:
         return False
-    squared = node.all_input_nodes[0]
-    if squared.target is aten.pow.Tensor_Scalar:
-        return bool(squared.args[1] == 2)
-    is_square = squared.target is aten.mul.Tensor and len(squared.all_input_nodes) == 1
-    return is_square or squared.target is aten.square.default
+    squares, mean = node.args[0], _squared(node.args[1])  # E[x^2] - E[x]^2
+    of = _mean_of_squares(squares)
+    return (
+        of is not None
+        and mean is not None
+        and mean.target in _MEANS
+        and mean.all_input_nodes[0] is of
+    )
+
+
+def _mean_of_squares(node: Any) -> fx.Node | None:
+    """Of a mean, or sum, of squares what is squared."""
+    if not isinstance(node, fx.Node):
+        return None
+    if node.target in _MEANS:
+        return _squared(node.all_input_nodes[0])
+    if node.target is aten.einsum.default and len(node.all_input_nodes) == 1:
+        terms = str(node.args[0]).replace(" ", "").partition("->")[0].split(",")
+        squares = len(terms) == 2 and terms[0] == terms[1] and len(set(terms[0])) == len(terms[0])
+        return node.all_input_nodes[0] if squares else None
+    return None
+
+
+def _squared(node: Any) -> fx.Node | None:
+    """Of a square what is squared."""
+    if not isinstance(node, fx.Node):
+        return None
+    twice = node.target is aten.mul.Tensor and node.args[0] is node.args[1]
+    power = node.target is aten.pow.Tensor_Scalar and node.args[1] == 2
+    if twice or power or node.target is aten.square.default:
+        return node.all_input_nodes[0]
+    return None
 
 
 def _only_scales(node: fx.Node, statistical: set[fx.Node], inverted: bool) -> bool:
@@ -100,7 +149,7 @@ def hold_divisors(module: fx.GraphModule) -> fx.GraphModule:
     The divisor of a live tensor is a constant factor on it, like the standard deviation of a norm:
     routing weights over their sum, linear attention over its normaliser.
     """
-    live = _live(module.graph)
+    live = live_values(module.graph)
     for node in [n for n in module.graph.nodes if n.target is aten.div.Tensor]:
         x, y = node.args
         if y not in live:
@@ -117,7 +166,7 @@ def hold_divisors(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
-def _live(graph: fx.Graph) -> set[fx.Node]:
+def live_values(graph: fx.Graph) -> set[fx.Node]:
     """What relevance may come through: computed from floating inputs or embeddings."""
     changing, live = varying(graph), set[fx.Node]()
     for node in graph.nodes:

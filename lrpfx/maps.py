@@ -208,8 +208,11 @@ def scale(args: Arguments, live: Live, run: Run) -> AffineMap:
 
 
 def divide(args: Arguments, live: Live, run: Run) -> AffineMap:
-    """div by a constant."""
-    return _elementwise(1 / args["other"], None, args["self"])
+    """div by a constant, whose own dtype may be too short for its inverse."""
+    x, other = args["self"], args["other"]
+    if isinstance(other, Tensor):
+        other = other.to(torch.result_type(x, other))
+    return _elementwise(1 / other, None, x)
 
 
 def negate(args: Arguments, live: Live, run: Run) -> AffineMap:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from lrpfx.errors import UnsupportedOpError
 from lrpfx.functionalize import insert
-from lrpfx.graph import bound_arguments, reachable, source_line
+from lrpfx.graph import REORDERED, bound_arguments, reachable, source_line, varying
 
 aten = torch.ops.aten
 
@@ -42,26 +43,73 @@ def one_name_each(module: fx.GraphModule) -> fx.GraphModule:
 
 def open_parts(module: fx.GraphModule) -> fx.GraphModule:
     """``addcmul(a, b, c)`` -> ``a + b * c``, and so on: fused arithmetic has its parts' rules."""
+    changing = varying(module.graph)
     for node in list(module.graph.nodes):
         parts = _PARTS.get(node.target)
         if parts is None:
             continue
         with module.graph.inserting_before(node):
-            new = parts(_Writer(node), **bound_arguments(node))
+            new = parts(_Writer(node, module, changing), **bound_arguments(node))
         if new is not None:
             node.replace_all_uses_with(new)
             module.graph.erase_node(node)
     return module
 
 
+def whole_lerps(module: fx.GraphModule) -> fx.GraphModule:
+    """``a + w * (b - a)`` -> ``(1 - w) * a + w * b``, in which each counts once.
+
+    So does PyTorch write the steps of a GRU, whose equation is the latter.
+    """
+    for node in list(module.graph.nodes):
+        found = _lerp_of(node)
+        if found is None:
+            continue
+        step, way, weight = found
+        end, start = way.args
+        with module.graph.inserting_before(node):
+            new = _lerp(_Writer(node, module), start, end, weight)
+        node.replace_all_uses_with(new)
+        for old in (node, step, way):
+            module.graph.erase_node(old)
+    return module
+
+
+def _lerp_of(node: fx.Node) -> tuple[fx.Node, fx.Node, Any] | None:
+    """Of such a sum ``w * (b - a)``, ``b - a`` and w."""
+    if node.target is not aten.add.Tensor or node.kwargs:
+        return None
+    for start, step in (node.args, reversed(node.args)):
+        if not isinstance(step, fx.Node) or step.target is not aten.mul.Tensor:
+            continue
+        for way, weight in (step.args, reversed(step.args)):
+            if not isinstance(way, fx.Node) or way.target is not aten.sub.Tensor or way.kwargs:
+                continue
+            if way.args[1] is start and len(way.users) == len(step.users) == 1:
+                return step, way, weight
+    return None
+
+
 class _Writer:
     """Writes calls into the graph in the place of ``node``; a factor or summand of 1 or 0 falls."""
 
-    def __init__(self, node: fx.Node) -> None:
-        self.node = node
+    def __init__(
+        self, node: fx.Node, module: fx.GraphModule, changing: Container[fx.Node] = ()
+    ) -> None:
+        self.node, self._module, self._changing = node, module, changing
 
     def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return insert(self.node, target, args, kwargs)
+
+    def changes(self, node: fx.Node) -> bool:
+        """Whether the values of a node, and not just its sizes, depend on the inputs."""
+        return node in self._changing
+
+    def is_parameter(self, node: fx.Node) -> bool:
+        """Whether a node is a parameter, unlike buffers such as tables of positions."""
+        if node.op != "get_attr":
+            return False
+        return isinstance(operator.attrgetter(str(node.target))(self._module), nn.Parameter)
 
     def times(self, a: Any, number: Any) -> Any:
         return a if isinstance(number, (int, float)) and number == 1 else self._mul(a, number)
@@ -84,9 +132,8 @@ def _varies(node: Any) -> bool:
 
 
 def _glu(op: _Writer, self: fx.Node, dim: int) -> fx.Node:
-    size = self.meta["val"].shape[dim] // 2
-    value = op(aten.narrow.default, self, dim, 0, size)
-    gate = op(aten.narrow.default, self, dim, size, size)
+    halves = op(aten.chunk.default, self, 2, dim)
+    value, gate = (op(operator.getitem, halves, i) for i in (0, 1))
     return op(aten.mul.Tensor, value, op(aten.sigmoid.default, gate))
 
 
@@ -225,7 +272,7 @@ def _einsum(op: _Writer, equation: str, tensors: Any, path: Any) -> fx.Node | No
     weight = op(aten.reshape.default, weight, [*k, x.meta["val"].shape[-1], -1])
     if shared:
         x = op(aten.unsqueeze.default, x, -2)
-    z = op(aten.matmul.default, x, weight)
+    product = z = op(aten.matmul.default, x, weight)
     if shared:
         z = op(aten.squeeze.dim, z, -2)
     if columns:
@@ -233,7 +280,10 @@ def _einsum(op: _Writer, equation: str, tensors: Any, path: Any) -> fx.Node | No
     else:
         z = op(aten.squeeze.dim, z, -1)
     order = rows + shared + columns
-    return op(aten.permute.default, z, [order.index(c) for c in out])
+    found = op(aten.permute.default, z, [order.index(c) for c in out])
+    if order != list(out) or shared or len(columns) != 1:
+        product.meta[REORDERED] = True
+    return found
 
 
 def _widened(op: _Writer, t: Any, own: dict[str, Any], other: dict[str, Any]) -> Any:
@@ -290,7 +340,45 @@ def _embedding_bag(
     return None
 
 
+def _embedding(op: _Writer, weight: Any, indices: Any, **rest: Any) -> fx.Node | None:
+    """Rows that are picked, where the table itself depends on the input."""
+    return op(aten.index.Tensor, weight, [indices]) if _varies(weight) else None
+
+
+def _index(op: _Writer, self: Any, indices: Any) -> fx.Node | None:
+    """An embedding, where integers from the input pick rows of a parameter."""
+    if len(indices) != 1 or not op.is_parameter(self):
+        return None
+    (ids,) = indices
+    if ids.meta["val"].dtype not in (torch.int32, torch.int64) or not op.changes(ids):
+        return None
+    rows = self.meta["val"].shape[0]
+    from_end = op(aten.add.Tensor, ids, rows)
+    ids = op(aten.where.self, op(aten.lt.Scalar, ids, 0), from_end, ids)
+    return _rows(op, self, ids)
+
+
+def _index_select(op: _Writer, self: Any, dim: int, index: Any) -> fx.Node | None:
+    """Likewise."""
+    first = dim in (0, -self.meta["val"].ndim)
+    if not first or not op.is_parameter(self) or not op.changes(index):
+        return None
+    return _rows(op, self, index)
+
+
+def _rows(op: _Writer, table: fx.Node, ids: fx.Node) -> fx.Node:
+    """``table[ids]`` as an embedding, whose tables have two dimensions."""
+    rows, *form = table.meta["val"].shape
+    if len(form) == 1:
+        return op(aten.embedding.default, table, ids)
+    vectors = op(aten.embedding.default, op(aten.reshape.default, table, [rows, -1]), ids)
+    return op(aten.unflatten.int, vectors, -1, form) if form else op(aten.squeeze.dim, vectors, -1)
+
+
 _PARTS: dict[Any, Parts] = {
+    aten.embedding.default: _embedding,
+    aten.index.Tensor: _index,
+    aten.index_select.default: _index_select,
     aten.glu.default: _glu,
     aten.lerp.Scalar: _lerp,
     aten.lerp.Tensor: _lerp,

@@ -14,19 +14,19 @@ What the edges carry is in ``carriers``. On top of that:
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from lrpfx.affine import AffineMap
 from lrpfx.assign import Assignment
 from lrpfx.attention import Fused, attend, find_fused, is_of_sizes, mask_for_kernel
-from lrpfx.call import argument_names
+from lrpfx.call import Slot, argument_names
 from lrpfx.carriers import find_carriers
-from lrpfx.fast_twins import Derived, Exchange, FastTwin, add_to, begin, scaled
+from lrpfx.fast_twins import Derived, Exchange, FastTwin, Recipe, add_to, begin, scaled
 from lrpfx.graph import reachable, slot_nodes
 from lrpfx.rules import Gradient
 from lrpfx.rules.terms import AffineRule
@@ -278,6 +278,7 @@ class FastStreams(Streams):
             rule=rule,
             site=site,
             reads_input=reads_input,
+            place=str(assignment.record),
             carry=replace(carry, cut=before is not node and addend is None),
             memory=memory,
             derived=derived,
@@ -358,19 +359,17 @@ def _derived(graph: fx.Graph) -> set[fx.Node]:
     return {n for n in found if n.meta["val"].numel() >= _LARGE}
 
 
-def _recipe(node: fx.Node) -> tuple[Callable[..., Tensor], list[fx.Node]]:
+def _recipe(node: fx.Node) -> tuple[Recipe, list[fx.Node]]:
     """How a constant is computed, and the parameters it is computed from."""
-    graph, copied = fx.Graph(), dict[fx.Node, fx.Node]()
+    needed = sorted(reachable([node]))
+    leaves = [n for n in needed if n.op == "get_attr"]
+    ops = [n for n in needed if n.op != "get_attr"]
+    slots = {n: Slot(i) for i, n in enumerate([*leaves, *ops])}
 
-    def copy(n: fx.Node) -> fx.Node:
-        if n not in copied:
-            if n.op == "get_attr":
-                copied[n] = graph.placeholder(n.name)
-            else:
-                for before in n.all_input_nodes:
-                    copy(before)
-                copied[n] = graph.node_copy(n, copied.__getitem__)
-        return copied[n]
+    def slot(n: fx.Node) -> Any:
+        return slots[n]
 
-    graph.output(copy(node))
-    return fx.GraphModule({}, graph), [n for n in copied if n.op == "get_attr"]
+    steps: list[tuple[Any, Any, Any]] = [
+        (n.target, fx.node.map_arg(n.args, slot), fx.node.map_arg(n.kwargs, slot)) for n in ops
+    ]
+    return Recipe(steps), leaves

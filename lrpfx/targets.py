@@ -37,7 +37,8 @@ def is_several(target: Any) -> bool:
     if isinstance(target, (Tensor, np.ndarray)):
         return target.ndim == 2 and "float" not in str(target.dtype)
     if isinstance(target, list) and target:
-        return all(isinstance(row, (list, tuple, Tensor, np.ndarray)) for row in target)
+        arrays = (Tensor, np.ndarray)
+        return all(isinstance(r, (list, tuple)) or isinstance(r, arrays) and r.ndim for r in target)
     return isinstance(target, str) and target == "all"
 
 
@@ -182,7 +183,7 @@ def _at_index(output: Tensor, index: tuple[Any, ...]) -> tuple[Tensor, Tensor | 
     mask = torch.zeros_like(output, dtype=torch.bool)
     try:
         for part, size in zip(index, output.shape[1:], strict=False):
-            if isinstance(part, bool):
+            if isinstance(part, bool) or part is None:
                 raise TypeError(f"{part} is no index")
             if isinstance(part, (int, np.integer)) and not 0 <= part < size:
                 raise IndexError(f"index {part} is out of range for size {size}")

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 from lrpfx.assign import Assignment
 from lrpfx.call import Call, Site
+from lrpfx.errors import RuleError
 from lrpfx.graph import is_floating, reachable, record, slot_nodes
 from lrpfx.ledger import Ledger
 from lrpfx.rules import Gradient, Rule
@@ -164,11 +165,13 @@ class Twin(Step):
         rule: The node's rule.
         site: How to run the op again.
         reads_input: Whether the rule reads the live inputs' values.
+        place: The node, for errors.
     """
 
     rule: Rule
     site: Site
     reads_input: bool
+    place: str
 
     def live_inputs(self, values: Sequence[Any], forms: Sequence[Form]) -> tuple[Tensor, ...]:
         """The clean live inputs; of those that the rule does not read only the shapes count."""
@@ -184,6 +187,13 @@ class Twin(Step):
         return R[0] if len(R) == 1 and not self.site.several_outputs else R
 
     def propagate(self, given: Arrival) -> tuple[Tensor, ...]:
+        """What the live inputs get."""
+        try:
+            return self.hand_on(given)
+        except RuleError as error:  # the rule does not know where it is
+            raise RuleError(error.what, where=[self.place], fix=error.fix) from error
+
+    def hand_on(self, given: Arrival) -> tuple[Tensor, ...]:
         """Relevance of the live inputs from the relevance of the output."""
         call = Call(self.site, given.values)
         x = self.live_inputs(given.values, given.forms)
@@ -267,7 +277,8 @@ class Streams:
         rule, site = assignment.rule, assignment.record.site
         # A linear op has the same Jacobian everywhere: its gradient needs no activation kept.
         reads_input = rule.reads_input and not (isinstance(rule, Gradient) and site.op.linear)
-        step = Twin(node.name, len(site.live), rule.reads_output, rule, site, reads_input)
+        place = str(assignment.record)
+        step = Twin(node.name, len(site.live), rule.reads_output, rule, site, reads_input, place)
         return self.beside(step, self.clean[node], *self.read(node, reads_input))
 
     def read(self, node: fx.Node, reads_input: bool) -> tuple[list[fx.Node], list[fx.Node | None]]:

@@ -1,11 +1,13 @@
 """Hypothesis profiles, and what several test files need: `Apply` and `assert_untouched`."""
 
+import importlib
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -13,6 +15,8 @@ from hypothesis import settings
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
 from torch.utils import _pytree as pytree
+
+from lrpfx.capture import Trace, capture
 
 # Derandomized, so that CI fails for changes of the code only; "nightly" looks for new examples:
 # pytest --hypothesis-profile nightly
@@ -44,6 +48,20 @@ class Apply(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(self, *args, **kwargs)
+
+
+@contextmanager
+def traced_once() -> Iterator[None]:
+    """One trace of a model serves all its rule sets: tracing is most of the time."""
+    traces: dict[int, tuple[nn.Module, Trace]] = {}  # with the model, so that no other has its id
+
+    def once(model: nn.Module, inputs: Any, dynamic: Any) -> Trace:
+        if id(model) not in traces:
+            traces[id(model)] = model, capture(model, inputs, dynamic)
+        return traces[id(model)][1]
+
+    with mock.patch.object(importlib.import_module("lrpfx.explain"), "capture", once):
+        yield
 
 
 # What a user may expect to find as it was ------------------------------------------------------

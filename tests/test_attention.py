@@ -412,6 +412,14 @@ def test_an_embedding_of_the_shape_alone_is_a_constant(
         lambda embed, ids: embed(ids.flatten()).unflatten(0, ids.shape),
         lambda embed, ids: torch.cat([embed(ids[:, :1]), embed(ids[:, 1:])], 1),
         lambda embed, ids: embed((ids + 1).clamp(max=9)),
+        lambda embed, ids: embed(ids // 2),
+        lambda embed, ids: embed.weight[ids],
+        lambda embed, ids: embed.weight[ids - 10],
+        lambda embed, ids: embed.weight.index_select(0, ids.flatten()).unflatten(0, ids.shape),
+        lambda embed, ids: embed(torch.where(ids > 3, ids - 1, ids % 2)),
+        lambda embed, ids: embed(ids.masked_fill(torch.tensor([False, True, True]), 0)),
+        lambda embed, ids: embed((ids.T + torch.tensor([[1], [0], [2]])).T),
+        lambda embed, ids: embed(ids.to(torch.int8).flip(1).int()).flip(1),
         lambda embed, ids: embed(ids.flip(1)).flip(1),
     ],
 )
@@ -432,6 +440,72 @@ def test_relevance_of_tokens_finds_its_way_back(look_up: Callable) -> None:
     of_vectors = lrpfx.explain(ProductOfVectors(), vectors, 1, rules="epsilon_all")
     torch.testing.assert_close(of_ids.embeddings, of_vectors.relevance)
     torch.testing.assert_close(of_ids.relevance, of_vectors.relevance.sum(-1))
+
+
+@pytest.mark.parametrize("form", [(), (4,), (2, 3)])
+def test_rows_of_a_parameter_that_ids_pick(form: tuple[int, ...]) -> None:
+    class Model(Bag):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(10, *form, dtype=torch.float64))
+
+        def forward(self, ids: Tensor) -> Tensor:
+            rows = self.table[ids].flatten(2).sum(-1) if form else self.table[ids]
+            return self.head(self.embed(ids).sum(1)) + rows.sum(1, keepdim=True)
+
+    model, ids = Model(), torch.tensor([[1, 2, 3], [4, 4, -1 % 10]])
+    e = lrpfx.explain(model, ids, 1, rules=composites.EpsilonAll(1e-12))
+    expected = model.embed(ids) @ model.head.weight[1]
+    expected = expected + model.table.reshape(10, -1).sum(1)[ids]
+    torch.testing.assert_close(e.relevance, expected.detach())
+    width = model.table[0].numel()
+    assert e.embeddings.shape == (2, 3, 4 if width == 4 else 4 + width)
+
+
+@pytest.mark.parametrize("token", [0, 3, 9])
+@pytest.mark.parametrize(
+    "put",
+    [
+        lambda ids, token: F.pad(ids, (1, 0), value=token),
+        lambda ids, token: torch.cat([torch.full((len(ids), 1), token), ids], 1),
+    ],
+)
+def test_tokens_that_the_model_puts_in_belong_to_nobody(put: Callable, token: int) -> None:
+    class Model(Bag):
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.embed(put(ids, token)).sum(1))
+
+    model, ids = Model(), torch.tensor([[1, 2, 3], [4, 4, 0]])
+    e = lrpfx.explain(model, ids, 1, rules=composites.EpsilonAll(1e-12))
+    expected = (model.embed(ids) @ model.head.weight[1]).detach()
+    torch.testing.assert_close(e.relevance, expected)
+
+
+def test_a_table_that_is_an_input_gets_what_its_rows_get() -> None:
+    class Model(Bag):
+        def forward(self, ids: Tensor, table: Tensor) -> Tensor:
+            return self.head(F.embedding(ids, table, padding_idx=2).sum(1))
+
+    model, ids = Model(), torch.tensor([[1, 2, 3], [4, 4, 0]])
+    table = torch.randn(6, 4, dtype=torch.float64)
+    e = lrpfx.explain(model, (ids, table), 1, rules=composites.EpsilonAll(1e-12))
+    of_ids, of_table = e.relevance
+    times = torch.bincount(ids.flatten(), minlength=6)[:, None]
+    assert of_ids is None
+    torch.testing.assert_close(of_table, (times * table * model.head.weight[1]).detach())
+
+
+@pytest.mark.parametrize(
+    "mixed", [lambda ids: ids.cumsum(1) % 9, lambda ids: (ids + ids.flip(1)) % 9]
+)
+def test_embeddings_of_ids_that_were_mixed_are_said_to_be_constants(mixed: Callable) -> None:
+    class Hashed(Bag):
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head((self.embed(ids) + self.embed(mixed(ids))).sum(1))
+
+    e = lrpfx.explain(Hashed(), torch.tensor([[1, 2, 3], [4, 4, 0]]), 1, rules="epsilon_all")
+    (note,) = [note for note in e.report.notes if "one by one" in note]
+    assert note.endswith("count as constants: embed@1")
 
 
 def test_a_token_that_is_left_out_gets_nothing_and_one_used_twice_both() -> None:

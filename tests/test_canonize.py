@@ -1,5 +1,6 @@
 """Each pass keeps what the graph computes, and does what its first line says."""
 
+import operator
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ import lrpfx
 from lrpfx import canonize, functionalize
 from lrpfx.capture import capture
 from lrpfx.graph import used_nodes, verify
+from tests.conftest import Apply
 
 aten = torch.ops.aten
 
@@ -150,12 +152,13 @@ def test_in_place_type_promotion_is_kept() -> None:
 
 CONSTANT = torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 MUL, ADD, MATMUL = aten.mul.Tensor, aten.add.Tensor, aten.matmul.default
+PICK = operator.getitem
 OPENED: dict[str, tuple[Callable[[Tensor], Tensor], list[object]]] = {
     "multiply": (lambda x: torch.multiply(x, 2.0), [MUL]),
     "true_divide": (lambda x: torch.true_divide(x, 2.0), [aten.div.Tensor]),
     "clip": (lambda x: x.clip(0), [aten.clamp.default]),
     "positive": (lambda x: +x * 2, [MUL]),
-    "glu": (F.glu, [aten.narrow.default, aten.narrow.default, aten.sigmoid.default, MUL]),
+    "glu": (F.glu, [aten.chunk.default, PICK, PICK, aten.sigmoid.default, MUL]),
     "lerp": (lambda x: torch.lerp(x, x.relu(), 0.3), [aten.relu.default, MUL, MUL, ADD]),
     "addcmul": (lambda x: torch.addcmul(x, x, CONSTANT[0]), [MUL, ADD]),
     "addcdiv": (
@@ -389,6 +392,23 @@ def test_batch_norm_is_kept_where_the_layers_own_output_is_used_too() -> None:
     module = canonical(model, x)
     assert aten.batch_norm.default in targets(module)
     torch.testing.assert_close(module(x), model(x), rtol=1e-10, atol=1e-10)
+
+
+def test_batch_norm_is_not_folded_into_a_convolution_of_a_lone_sample() -> None:
+    """Its second dimension, whose batch norm it is, is the length and not the channels."""
+    conv, norm = nn.Conv1d(3, 4, 2).double(), nn.BatchNorm1d(4).double().eval()
+    model = Apply(lambda m, x: norm(conv(x)))
+    x = torch.randn(3, 5, dtype=torch.float64)
+    explanation = lrpfx.explain(model, x, torch.randn(4, 4, dtype=torch.float64))
+    torch.testing.assert_close(explanation.output, model(x))
+    assert [row.kind for row in explanation.report.rows] == ["conv", "batch_norm"]
+
+
+def test_halves_of_a_size_that_varies() -> None:
+    model = Apply(lambda m, x: F.glu(x, 1).mean(1))
+    explainer = lrpfx.Explainer(model, torch.randn(2, 6, 3), dynamic=(1,))
+    x = torch.randn(3, 8, 3)
+    torch.testing.assert_close(explainer(x, 0).output, model(x))
 
 
 def test_the_folded_weight_is_computed_from_live_parameters() -> None:

@@ -462,6 +462,13 @@ UNSUPPORTED = [
         says=("rfft",),
     ),
     Case(
+        "complex values in ops of the table",
+        errors.UnsupportedOpError,
+        fc(lambda m, x: (m.fc(x) * (1 + 2j)).abs()),
+        says=(r"mul\.Tensor of complex numbers", "real and imaginary"),
+        unsaid="register_op",
+    ),
+    Case(
         "product of two live tensors",
         errors.UnsupportedOpError,
         fc(lambda m, x: x.atan2(m.fc(x))),
@@ -526,6 +533,24 @@ RULES = [
         image,
         ("ZBox", r"\(5,\)", r"\(2, 1, 4, 4\)"),
         options=rules(("conv", ZBox(torch.zeros(5), torch.ones(5)))),
+    ),
+    *(
+        Case(
+            f"an input outside of its box, {'with' if ledger else 'without'} a ledger",
+            errors.RuleError,
+            ConvNet,
+            image,
+            ("of 32 inputs lie outside", r"between -\d", "conv: conv2d", "normalisation"),
+            options=rules(("conv", ZBox(0.0, 1.0)), ledger=ledger),
+        )
+        for ledger in (True, False)
+    ),
+    Case(
+        "a norm-scaled stabilizer on an einsum",
+        errors.RuleError,
+        fc(lambda m, x: torch.einsum("ni,oi->on", x, m.fc.weight).T),
+        says=("matmul", "norm_scale=True", "another order"),
+        options=rules(("linear", Epsilon(Stabilizer(0.1, norm_scale=True)))),
     ),
     Case(
         "a predicate that raises",

@@ -122,6 +122,10 @@ KERNELS = {
     "causal": sdpa(is_causal=True),
     "bias": sdpa(attn_mask=BIAS),
     "mask": sdpa(attn_mask=BIAS > -0.5),
+    "queries far below": sdpa(attn_mask=BIAS.masked_fill(torch.arange(5)[:, None] > 3, -1e9)),
+    "far below, grouped": lambda q, k, v: F.scaled_dot_product_attention(
+        q, k[:, :1], v[:, :1], attn_mask=torch.full_like(BIAS, -1e9), enable_gqa=True
+    ),
     "row masked whole": sdpa(attn_mask=torch.arange(5)[:, None] > torch.arange(5)),
     "live bias": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=q @ BIAS[:4]),
     "scale": sdpa(scale=0.3),
@@ -172,7 +176,7 @@ def test_masks_that_are_causal_are_left_to_the_kernel(
 ) -> None:
     found = []
 
-    def asked(*args: Any) -> Tensor | None:
+    def asked(*args: Any) -> attention.Mask:
         found.append(attention.mask_for_kernel(*args))
         return found[-1]
 
@@ -180,12 +184,12 @@ def test_masks_that_are_causal_are_left_to_the_kernel(
     model, x = Block(masked(make)), torch.randn(2, 5, 8, dtype=torch.float64)
     lrpfx.explain(model, x, 0, rules="attnlrp", ledger=False)
     (mask,) = found
-    assert (mask is None) is causal
+    assert (mask.added is None) is causal
 
 
 def test_the_mask_of_a_single_token_is_for_all_queries() -> None:
     mask = torch.ones(1, 1, dtype=torch.bool)
-    assert attention.mask_for_kernel(mask, torch.float64, True) is not None
+    assert attention.mask_for_kernel(mask, torch.float64, True).added is not None
 
 
 def test_no_attention_weights_are_kept() -> None:

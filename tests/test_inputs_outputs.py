@@ -1273,6 +1273,13 @@ def test_branches_on_the_batch_size_are_seen(forward: Any, size: int) -> None:
     assert model.training
 
 
+def test_inputs_without_entries_have_relevance_without_entries() -> None:
+    model = fc(lambda m, x: m.fc(x).sum(1))
+    for ledger in (True, False):
+        explanation = lrpfx.explain(model, torch.randn(2, 0, 3), 1, ledger=ledger)
+        assert explanation.relevance.shape == (2, 0, 3)
+
+
 def test_a_floating_tensor_that_holds_ids_among_others() -> None:
     class Table(nn.Module):
         def __init__(self) -> None:

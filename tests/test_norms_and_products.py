@@ -14,6 +14,30 @@ from lrpfx import composites
 EPSILON_ALL = composites.EpsilonAll(epsilon=1e-9)
 
 
+@pytest.mark.parametrize(
+    "over",
+    [
+        lambda a, b: a / b.norm(dim=1, keepdim=True),
+        lambda a, b: a / (b.std(1, keepdim=True) + 1e-3),
+        lambda a, b: a * torch.rsqrt(b.square().mean(1, keepdim=True) + 1e-3),
+    ],
+)
+def test_statistics_of_other_tensors_are_said_to_be_constants(over: Callable) -> None:
+    class Model(nn.Module):
+        def __init__(self, own: bool) -> None:
+            super().__init__()
+            self.own = own
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return over(a, a) + b if self.own else over(a, b)
+
+    a, b = torch.randn(2, 4), torch.randn(2, 4)
+    notes = ["1 divisors of live tensors count as constants"]
+    for own, expected in ((False, notes), (True, [])):
+        report = lrpfx.explain(Model(own), (a, b), (slice(None),)).report
+        assert [note for note in report.notes if "divisors" in note] == expected
+
+
 class Alone(nn.Module):
     """A module whose output is a batch of vectors."""
 

@@ -8,6 +8,7 @@ one executed in all of these networks.
 
 import copy
 import itertools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import lrpfx
 from lrpfx.rules import Rule
 from tests import zoo
+from tests.conftest import traced_once
 
 # isort: split
 # zennit imports torchvision, which cannot be imported everywhere before zoo has been.
@@ -138,6 +140,12 @@ def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
 
 
 # Composites on torchvision's models --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_trace() -> Iterator[None]:
+    with traced_once():
+        yield
 
 
 @pytest.fixture(scope="module", params=MODELS)

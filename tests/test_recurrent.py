@@ -11,6 +11,7 @@ import lrpfx
 from lrpfx import composites
 
 EXACT = composites.EpsilonAll(epsilon=1e-9)
+WIDTHS = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
 
 
 class Steps(nn.Module):
@@ -146,6 +147,67 @@ def test_pairwise_shares_follow_the_association(fn: Callable, shares: tuple[floa
     relevance = lrpfx.explain(Function(fn), abc, seed, rules=rules).relevance
     for r, share in zip(relevance, shares, strict=True):
         torch.testing.assert_close(r, seed * share)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda a, b, c: a * b / 2 * c,
+        lambda a, b, c: (-(a * b)) * c,
+        lambda a, b, c: c * (3.0 * (a * b)),
+        lambda a, b, c: a * b * WIDTHS * c,
+        lambda a, b, c: c * (-(a * b / WIDTHS) * 2.0),
+        lambda a, b, c: (a * 2 * b) * c,
+    ],
+)
+@pytest.mark.parametrize("ledger", [True, False])
+def test_constants_between_factors_take_no_share(fn: Callable, ledger: bool) -> None:
+    abc = tuple(torch.rand(2, 3, dtype=torch.float64) + 1 for _ in range(3))
+    seed = torch.randn(2, 3, dtype=torch.float64)
+    e = lrpfx.explain(Function(fn), abc, seed, rules=EXACT, ledger=ledger)
+    torch.testing.assert_close(e.output, fn(*abc))
+    for r in e.relevance:
+        torch.testing.assert_close(r, seed / 3)
+
+
+def test_divisors_from_integer_inputs_take_no_share() -> None:
+    abc = tuple(torch.rand(2, 3, dtype=torch.float64) + 1 for _ in range(3))
+    model = Function(lambda a, b, c, n: a * b / n[:, None] * c)
+    seed = torch.randn(2, 3, dtype=torch.float64)
+    *shares, of_n = lrpfx.explain(model, (*abc, torch.tensor([2, 3])), seed, rules=EXACT).relevance
+    assert of_n is None
+    for r in shares:
+        torch.testing.assert_close(r, seed / 3)
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [
+        lambda g: 2 * torch.sigmoid(g),
+        lambda g: 1 - torch.sigmoid(g),
+        lambda g: (torch.tanh(g) + 1)[:, :, None].squeeze(2) / 2,
+    ],
+)
+def test_gates_with_constant_factors_and_summands_are_stopped(gate: Callable) -> None:
+    torch.manual_seed(0)
+    g, u, head = (nn.Linear(4, n).double() for n in (4, 4, 3))
+    x = torch.randn(2, 4, dtype=torch.float64)
+    model = Function(lambda x: head(gate(g(x)) * u(x)))
+    at = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(head(gate(g(x)).detach() * u(at))[:, 1].sum(), at)
+    got = lrpfx.explain(model, x, 1, rules=composites.CPLRP(epsilon=0.0)).relevance
+    torch.testing.assert_close(got, x * gradient)
+
+
+@pytest.mark.parametrize("constant", [2.0, -2.0])
+def test_the_sign_of_a_product_is_that_of_all_its_factors(constant: float) -> None:
+    abc = tuple(torch.rand(2, 3, dtype=torch.float64) for _ in range(3))
+    matrix, rules = torch.randn(3, 4, dtype=torch.float64), [("linear", lrpfx.ZPlus())]
+    whole = Function(lambda a, b, c: ((a.relu() * b.relu()) * constant * c.relu()) @ matrix)
+    head = Function(lambda z: z @ matrix)
+    (z,) = lrpfx.explain(head, (abc[0] * abc[1] * constant * abc[2],), 0, rules=rules).relevance
+    for r in lrpfx.explain(whole, abc, 0, rules=rules).relevance:
+        torch.testing.assert_close(r, z / 3)
 
 
 @pytest.mark.parametrize("last", [nn.Softmax(1), nn.LogSoftmax(-1)], ids=["softmax", "log"])

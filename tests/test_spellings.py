@@ -7,11 +7,10 @@ written by hand. What has no relevance is refused, with the reason.
 
 import dataclasses
 import functools
-import importlib
 import operator
 import threading
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -25,8 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import lrpfx
 from lrpfx import composites, errors
-from lrpfx.capture import Captured, capture
-from tests.conftest import Apply
+from tests.conftest import Apply, traced_once
 
 Forward = Callable[[Any, Tensor], Tensor]
 
@@ -61,16 +59,9 @@ FOR_TOKENS = ("attnlrp", "gamma")
 
 
 @pytest.fixture(autouse=True)
-def traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One trace of a model serves all its rule sets: tracing is nine tenths of the time."""
-    traces: dict[int, Captured] = {}
-
-    def once(model: nn.Module, inputs: Any, dynamic: Any) -> Captured:
-        if id(model) not in traces:
-            traces[id(model)] = capture(model, inputs, dynamic)
-        return traces[id(model)]
-
-    monkeypatch.setattr(importlib.import_module("lrpfx.explain"), "capture", once)
+def one_trace() -> Iterator[None]:
+    with traced_once():
+        yield
 
 
 def normal(*shape: int, seed: int = 1) -> Tensor:
@@ -690,6 +681,13 @@ def _layer_norm_by_hand(m: Any, x: Tensor) -> Tensor:
     return (x - mean) / (var + m.norm.eps).sqrt() * m.norm.weight + m.norm.bias
 
 
+def _gru_by_hand(gru: nn.GRUCell, x: Tensor, h: Tensor) -> Tensor:
+    above, state = F.linear(x, gru.weight_ih, gru.bias_ih), F.linear(h, gru.weight_hh, gru.bias_hh)
+    (r, z, n), (r_h, z_h, n_h) = above.chunk(3, 1), state.chunk(3, 1)
+    z = (z + z_h).sigmoid()
+    return (1 - z) * (n + (r + r_h).sigmoid() * n_h).tanh() + z * h
+
+
 def _routed(m: Any, x: Tensor) -> Tensor:
     return x.gather(1, x.topk(3, dim=1).indices)
 
@@ -813,6 +811,39 @@ ROWS: dict[str, tuple[Any, ...]] = {
     "rms norm by hand": (
         lambda m, x: m.rms.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)),
         lambda m, x: m.rms(x),
+    ),
+    **{
+        f"rms norm by hand, {name}": (
+            lambda m, x, inverse=inverse: m.rms.weight * (x * inverse(x)),
+            lambda m, x: m.rms(x),
+        )
+        for name, inverse in {
+            "unsqueezed": lambda x: torch.rsqrt(x.pow(2).mean(-1) + 1e-6)[:, None],
+            "reshaped": lambda x: torch.rsqrt(x.pow(2).mean(-1) + 1e-6).view(-1, 1),
+            "einsum": lambda x: torch.rsqrt(torch.einsum("nd,nd->n", x, x) / 8 + 1e-6)[:, None],
+            "clamped": lambda x: torch.rsqrt((x * x).mean(1, True).clamp(min=0.0) + 1e-6),
+        }.items()
+    },
+    "layer norm by moments": (
+        lambda m, x: (
+            (x - x.mean(-1, keepdim=True))
+            * torch.rsqrt(x.square().mean(1, True) - x.mean(1, True) ** 2 + m.norm.eps)
+            * m.norm.weight
+            + m.norm.bias
+        ),
+        lambda m, x: m.norm(x),
+    ),
+    "division by integers": (
+        lambda m, x: x / torch.arange(1, 9),
+        lambda m, x: x / torch.arange(1.0, 9.0, dtype=x.dtype),
+    ),
+    "lerp by hand": (
+        lambda m, x: m.fc(x).sigmoid() * (m.two(x) - x) + x,
+        lambda m, x: (1 - m.fc(x).sigmoid()) * x + m.fc(x).sigmoid() * m.two(x),
+    ),
+    "gru cell by its equation": (
+        lambda m, x: m.gru(x, x[:, :4]),
+        lambda m, x: _gru_by_hand(m.gru, x, x[:, :4]),
     ),
     "batch norm by hand": (
         lambda m, x: m.bn(m.fc(x)),

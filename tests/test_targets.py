@@ -97,6 +97,7 @@ FORMS: list[tuple[str, str, Any, Seed]] = [
     # A tuple is an index into each sample, so (3,) is class 3 and not a sequence of classes.
     ("tuple of one", "classes", (3,), at((ALL, 3))),
     ("tuple of a numpy int", "classes", (np.int64(3),), at((ALL, 3))),
+    ("list of tensors", "classes", [torch.tensor(k) for k in (3, 0, 3)], PER_SAMPLE),
     ("tuple with a slice", "classes", (slice(1, 3),), at((ALL, slice(1, 3)))),
     ("tuple with a list", "classes", ([0, 3],), at((ALL, 0), (ALL, 3))),
     ("empty tuple", "classes", (), at(...)),
@@ -254,6 +255,7 @@ WRONG: list[tuple[str, str, Any, str]] = [
     ("class too large", "classes", 4, r"\[4\].* 4 classes, 0 to 3"),
     ("class negative", "classes", -1, r"\[-1\].*0 to 3"),
     ("one class too large", "classes", [0, 7, 1], r"\[7\]"),
+    ("a new dimension", "classes", (None,), "None is no index"),
     ("class beyond int64", "classes", 2**70, "."),
     ("too few classes", "classes", [0, 1], r"\(2,\).* 3 samples"),
     ("too many classes", "classes", torch.tensor([0, 1, 2, 3]), r"\(4,\).* 3 samples"),

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from lrpfx.affine import AffineMap, Signal, negative, positive
 from lrpfx.call import Op
@@ -219,6 +220,9 @@ class ZBox(AffineRule):
         stabilizer: Number or callable.
         zero_params: See AffineRule.
 
+    Raises:
+        RuleError: Of an explanation, where an input is not in the box.
+
     Source: Montavon et al. 2017, eq. 13 (z^B rule).
     """
 
@@ -243,7 +247,28 @@ class ZBox(AffineRule):
     def terms(self, x: Input, f: AffineMap, z: Tensor) -> Sequence[Term]:
         """The box's corners are subtracted from the input's contributions."""
         low, high = _box(self.low, x), _box(self.high, x)
+        if get_proxy_mode() is None and not torch.compiler.is_compiling():  # the values are known
+            self._refuse_outside(x)
         return [Term([(x.all, f), (low, f.pos), (high, f.neg)])]
+
+    def _refuse_outside(self, x: Input) -> None:
+        """Raise RuleError if an input leaves the box: the contributions would change their sign."""
+        for t in x.all:
+            t = t.detach()
+            low, high = (
+                torch.as_tensor(b, dtype=t.dtype, device=t.device) for b in (self.low, self.high)
+            )
+            beyond = torch.maximum(low - t, t - high)
+            size = torch.maximum(low.abs().max(), high.abs().max())
+            if bool(beyond.max() > max(_ROUNDED, 4 * torch.finfo(t.dtype).eps) * size):
+                outside = int((beyond > 0).sum())
+                least, most = (bound.item() for bound in torch.aminmax(t))
+                raise RuleError(
+                    f"{self}: {outside} of {t.numel()} inputs lie outside of the box; they are "
+                    f"between {least:g} and {most:g}.",
+                    fix="give the least and the largest value that this layer's input can have, "
+                    "after what the model does to it before, such as normalisation.",
+                )
 
 
 @dataclass(frozen=True)
@@ -291,6 +316,10 @@ class Flat(AffineRule):
     def terms(self, x: Input, f: AffineMap, z: Tensor) -> Sequence[Term]:
         """Every input counts the same."""
         return [Term([(x.one, f.ones)])]
+
+
+#: Part of a box by which an input may leave it: rounding of bounds and inputs.
+_ROUNDED = 1e-4
 
 
 def _agreeing(x: Input, f: AffineMap) -> list[tuple[Signal | None, AffineMap]]:
