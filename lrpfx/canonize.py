@@ -48,8 +48,8 @@ def canonize(program: ExportedProgram) -> fx.GraphModule:
         TrainingModeError: The graph is random or mixes the batch.
         CaptureError: In-place ops that even PyTorch's own functionalisation leaves.
     """
-    refuse_training(unlifted(program))  # while recurrent layers still tell of their dropout
-    module = functionalize(program)
+    # While recurrent layers still tell of their dropout.
+    module = functionalize(program, refuse_training(unlifted(program)))
     verify(module.graph)
     for canonical in PASSES:
         module = canonical(module)

@@ -18,14 +18,17 @@ from lrpfx.graph import nodes_in, source_line
 aten = torch.ops.aten
 
 
-def functionalize(program: ExportedProgram) -> fx.GraphModule:
+def functionalize(program: ExportedProgram, module: fx.GraphModule) -> fx.GraphModule:
     """``y = relu_(x)`` -> ``y = relu(x)``; writes into views -> scatters; LSTMs -> their steps.
 
     Renaming is exact where nothing reads the written storage later except through the in-place
     op's own result. Where something does, PyTorch's functionalisation rewrites the whole graph,
     at the cost of a second trace.
+
+    Args:
+        program: The graph as it was captured.
+        module: The same, ``unlifted``.
     """
-    module = unlifted(program)
     compound = {node.target for node in module.graph.nodes if node.target in _COMPOUND}
     regions = any(_is_region(node, "autocast") for node in module.graph.nodes)
     bodies = [m for m in module.modules() if isinstance(m, fx.GraphModule) and m is not module]
