@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from lrpfx.errors import LrpError, TargetError
 from lrpfx.targets import Seed
@@ -76,6 +78,39 @@ class Run:
             for k, seed in enumerate(some):
                 retain = keep or k + 1 < len(some)
                 yield _pull(seed, *ends, create_graph, retain)
+
+
+class Largest:
+    """How much memory the largest activation takes, as it was when the graph was captured.
+
+    Args:
+        live: The nodes that carry relevance.
+        leaves: The inputs that it was captured with, flat.
+    """
+
+    def __init__(self, live: Iterable[fx.Node], leaves: Sequence[Any]) -> None:
+        self._per_element = max(_bytes(n.meta.get("val")) for n in live) / _elements(leaves)
+
+    def bytes_for(self, leaves: Sequence[Any]) -> float:
+        """As many for each element of other inputs."""
+        return self._per_element * _elements(leaves)
+
+
+def _elements(leaves: Sequence[Any]) -> int:
+    return sum(t.numel() for t in leaves if isinstance(t, Tensor)) or 1
+
+
+def _bytes(value: Any) -> int:
+    """Of the largest tensor in a node's value, as it was captured."""
+    tensors = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
+    sizes = [math.prod(map(_captured_size, t.shape)) * t.dtype.itemsize for t in tensors]
+    return max(sizes, default=1)
+
+
+def _captured_size(size: int | torch.SymInt) -> int:
+    if isinstance(size, int):
+        return size
+    return 1 if size.node.hint is None else int(size.node.hint)  # None: it depends on values
 
 
 def at_a_time(largest: float) -> int:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from lrpfx.annotate import annotate
 from lrpfx.assign import assign
-from lrpfx.backward import Run, at_a_time
+from lrpfx.backward import Largest, Run, at_a_time
 from lrpfx.canonize import canonize
 from lrpfx.capture import TRACING, capture
 from lrpfx.carriers import find_carriers
@@ -27,25 +25,20 @@ from lrpfx.explanation import Explanation
 from lrpfx.faithful import check_faithful
 from lrpfx.gather import Gather, by_layer, reported
 from lrpfx.graph import (
-    HELD,
     Record,
     explained_leaves,
-    final_softmax,
-    module_calls,
-    output_leaves,
-    reachable,
     record,
     used_nodes,
 )
-from lrpfx.hold import DIVISOR
 from lrpfx.inputs import Inputs, check_inputs, flatten_inputs, is_finite, varying_sizes
 from lrpfx.ledger import Ledger
+from lrpfx.notes import notes_of
 from lrpfx.refuse import refuse_if_the_model_does, refuse_relevance, refuse_seed
 from lrpfx.report import Report, make_report
 from lrpfx.resolve import RulesLike
 from lrpfx.rewrite import instrument, rewrite
 from lrpfx.rules import Stop
-from lrpfx.starts import find_starts, unplaced
+from lrpfx.starts import find_starts
 from lrpfx.state import State, Versions, state_of, versions
 from lrpfx.taps import find_taps
 from lrpfx.targets import Target, each_target, is_several, make_seed
@@ -180,10 +173,7 @@ class Explainer:
         self._compiled: Compiled | None = None
         leaves = flatten_inputs(example_inputs)[0]
         self._met = {self._sizes(leaves)}
-        #: Bytes of the largest activation, per element of the inputs.
-        self._widest = max(_bytes(n.meta.get("val")) for n in self._live) / max(
-            1, _elements(leaves)
-        )
+        self._largest = Largest(self._live, leaves)
         self._public: fx.GraphModule | None = None  # as the others: made when it is asked for
         self._instrumented: dict[
             tuple[tuple[str, ...], bool], tuple[fx.GraphModule, dict[str, int]]
@@ -191,21 +181,7 @@ class Explainer:
         constants = sum(
             n.op == "call_function" and n not in self._live for n in used_nodes(self._module.graph)
         )
-        if self._captured.why_static:
-            size = self._captured.signature.batch
-            notes.append(f"captured for a batch of {size} only: {self._captured.why_static}")
-        if any(final_softmax(leaf) for leaf in output_leaves(graph)):
-            notes.append("the softmax at the output is left out: explained are its logits")
-        quotients = [n for n in graph.nodes if n.meta.get(HELD) == DIVISOR]
-        if placeless := [n for n in unplaced(graph, self._starts) if n in used_nodes(graph)]:
-            calls = [module_calls(n, self._captured.prefix) for n in placeless]
-            paths = {str(c[-1]) if c else "(the model)" for c in calls}
-            notes.append(
-                "embeddings of ids that are not computed one by one from those of one input count "
-                f"as constants: {', '.join(sorted(paths))}"
-            )
-        if divisors := [n for n in quotients if not reachable([n]).isdisjoint(self._starts)]:
-            notes.append(f"{len(divisors)} divisors of live tensors count as constants")
+        notes += notes_of(graph, self._captured, self._starts)
         carriers = find_carriers(graph, self._plan.assignments, self._live, self._starts, ())
         multipliers = {node.name: carry.takes for node, carry in carriers.items()}
         self._report = make_report(self._plan, constants, notes, multipliers)
@@ -310,7 +286,7 @@ class Explainer:
             for seed in seeds:
                 if not all(is_finite(s) for s in seed.seeds if s is not None):
                     refuse_seed(self._module, seed, run.explained, kept)
-            together = 1 if create_graph else at_a_time(self._widest * _elements(leaves))
+            together = 1 if create_graph else at_a_time(self._largest.bytes_for(leaves))
             found = run.pull(seeds, together=together, create_graph=create_graph)
             parts = []
             for one, seed, pulled in zip(targets, seeds, found, strict=True):
@@ -424,20 +400,3 @@ def _kept(leaf: Any, create_graph: bool) -> Any:
         return leaf
     leaf = leaf.clone() if leaf.is_inference() else leaf
     return leaf if create_graph else leaf.detach()
-
-
-def _elements(leaves: Sequence[Any]) -> int:
-    return sum(t.numel() for t in leaves if isinstance(t, Tensor)) or 1
-
-
-def _bytes(value: Any) -> int:
-    """Of the largest tensor in a node's value, as it was captured."""
-    tensors = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)]
-    sizes = [math.prod(map(_captured_size, t.shape)) * t.dtype.itemsize for t in tensors]
-    return max(sizes, default=1)
-
-
-def _captured_size(size: int | torch.SymInt) -> int:
-    if isinstance(size, int):
-        return size
-    return 1 if size.node.hint is None else int(size.node.hint)  # None: it depends on values
