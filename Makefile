@@ -29,18 +29,19 @@ examples: $(VENV)/.installed-examples
 	OMP_NUM_THREADS=1 $(BIN)/python examples/llm.py
 	$(BIN)/python examples/sentences.py
 
-# One thread per worker: pytest-xdist already fills the cores.
+# One thread per worker: pytest-xdist already fills the cores. A file's tests stay together as far
+# as that leaves no worker idle, as they share traces.
 test: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal
 
 check: test
 
 # The coverage of every library is measured, also if that of another falls short.
 nightly: $(VENV)/.installed-test $(VENV)/.installed-nightly
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --hypothesis-profile nightly
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal --hypothesis-profile nightly
 	failed=; for zoo in torchvision timm transformers; do \
 		$(BIN)/python -m benchmarks.coverage $$zoo || failed="$$failed $$zoo"; \
 	done; test -z "$$failed"

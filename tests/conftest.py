@@ -1,6 +1,7 @@
 """Hypothesis profiles, and what several test files need: `Apply` and `assert_untouched`."""
 
 import importlib
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +11,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import settings
 from torch import Tensor, nn
@@ -61,6 +63,13 @@ def traced_once() -> Iterator[None]:
         return traces[id(model)][1]
 
     with mock.patch.object(importlib.import_module("lrpfx.explain"), "capture", once):
+        yield
+
+
+@pytest.fixture(scope="module")
+def any_box() -> Iterator[None]:
+    """The formula of ZBox holds for inputs outside of the box, too, which are refused else."""
+    with mock.patch("lrpfx.rules.affine._ROUNDED", math.inf):
         yield
 
 

@@ -1,6 +1,7 @@
 """Relevance without a ledger is computed by shortcuts; its values are those of the plain form."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -17,7 +18,10 @@ from lrpfx import attention, backward, composites, maps, shortcuts
 from lrpfx.rules.base import Carry
 from lrpfx.rules.terms import AffineRule
 from tests import laws, zoo
+from tests.conftest import traced_once
 from tests.test_laws import cases
+
+pytestmark = pytest.mark.usefixtures("any_box")
 
 TOLERANCE = 1e-10
 
@@ -58,10 +62,19 @@ COMPOSITES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def convolutional() -> Iterator[Callable[[str], nn.Module]]:
+    """Models by name, each made and traced once."""
+    with traced_once():
+        yield functools.cache(zoo.torchvision_model)
+
+
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
 @pytest.mark.parametrize("rules", COMPOSITES, ids=lambda rules: str(rules)[:24])
-def test_convolutional_networks(name: str, rules: Any) -> None:
-    model, x = zoo.torchvision_model(name), zoo.images(2, 3, 32, 32)
+def test_convolutional_networks(
+    convolutional: Callable[[str], nn.Module], name: str, rules: Any
+) -> None:
+    model, x = convolutional(name), zoo.images(2, 3, 32, 32)
     explicit = name == "resnet18"  # which takes a third of the other's time
     assert error(lrpfx.Explainer(model, x, rules), x, [3, 4], explicit=explicit) < TOLERANCE
 

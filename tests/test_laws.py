@@ -16,6 +16,8 @@ from tests.laws import Case
 from tests.reference import Node
 from tests.strategies import SPELLINGS, Network, networks, rules_for
 
+pytestmark = pytest.mark.usefixtures("any_box")
+
 
 @st.composite
 def cases(draw: st.DrawFn, **options: Any) -> Case:
