@@ -57,13 +57,15 @@ def open_parts(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def whole_lerps(module: fx.GraphModule) -> fx.GraphModule:
-    """``a + w * (b - a)`` -> ``(1 - w) * a + w * b``, in which each counts once.
+    """``a + w * (b - a)`` -> ``(1 - w) * a + w * b`` for w no constant: each counts once.
 
-    So does PyTorch write the steps of a GRU, whose equation is the latter.
+    So does PyTorch write the steps of a GRU, whose equation is the latter. For a constant w the
+    two are one linear map.
     """
+    changing = varying(module.graph)
     for node in list(module.graph.nodes):
         found = _lerp_of(node)
-        if found is None:
+        if found is None or found[2] not in changing:
             continue
         step, way, weight = found
         end, start = way.args

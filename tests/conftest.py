@@ -52,10 +52,18 @@ class Apply(nn.Module):
         return self.function(self, *args, **kwargs)
 
 
+#: By the id of a model, which is held so that no other can have it.
+Traces = dict[int, tuple[nn.Module, Trace]]
+
+
 @contextmanager
-def traced_once() -> Iterator[None]:
-    """One trace of a model serves all its rule sets: tracing is most of the time."""
-    traces: dict[int, tuple[nn.Module, Trace]] = {}  # with the model, so that no other has its id
+def traced_once(known: Traces | None = None) -> Iterator[None]:
+    """One trace of a model, for inputs of one form, serves all its rule sets.
+
+    Args:
+        known: Where the traces are kept for the next time, if they are.
+    """
+    traces: Traces = {} if known is None else known
 
     def once(model: nn.Module, inputs: Any, dynamic: Any) -> Trace:
         if id(model) not in traces:

@@ -1,7 +1,7 @@
 """Relevance without a ledger is computed by shortcuts; its values are those of the plain form."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from unittest import mock
 
@@ -62,21 +62,18 @@ COMPOSITES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def convolutional() -> Iterator[Callable[[str], nn.Module]]:
-    """Models by name, each made and traced once."""
-    with traced_once():
-        yield functools.cache(zoo.torchvision_model)
+#: Each is made and traced once.
+CONVOLUTIONAL, TRACES = functools.cache(zoo.torchvision_model), dict[int, Any]()
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
 @pytest.mark.parametrize("rules", COMPOSITES, ids=lambda rules: str(rules)[:24])
-def test_convolutional_networks(
-    convolutional: Callable[[str], nn.Module], name: str, rules: Any
-) -> None:
-    model, x = convolutional(name), zoo.images(2, 3, 32, 32)
+def test_convolutional_networks(name: str, rules: Any) -> None:
+    x = zoo.images(2, 3, 32, 32)
+    with traced_once(TRACES):
+        explainer = lrpfx.Explainer(CONVOLUTIONAL(name), x, rules)
     explicit = name == "resnet18"  # which takes a third of the other's time
-    assert error(lrpfx.Explainer(model, x, rules), x, [3, 4], explicit=explicit) < TOLERANCE
+    assert error(explainer, x, [3, 4], explicit=explicit) < TOLERANCE
 
 
 class Block(nn.Module):
