@@ -118,9 +118,9 @@ def _tree(node: Any, live: set[fx.Node], inner: list[fx.Node]) -> Any:
 
 
 def _inverse(quotient: fx.Node) -> Any:
-    divisor = quotient.args[1]
+    divisor: Any = quotient.args[1]
     if not isinstance(divisor, fx.Node):
-        return 1 / divisor  # type: ignore[operator]
+        return 1 / divisor
     with quotient.graph.inserting_before(quotient):
         if divisor.meta["val"].dtype != (dtype := quotient.meta["val"].dtype):
             divisor = insert(quotient, aten.to.dtype, (divisor, dtype))
