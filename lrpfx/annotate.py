@@ -106,6 +106,7 @@ def annotate(
     return carrying
 
 
+#: What to do about complex numbers.
 REAL = "write real and imaginary parts as real tensors; relevance is defined for these only."
 #: What to do about an op that the table does not know.
 REGISTER = (
