@@ -22,7 +22,6 @@ from lrpfx.errors import UnsupportedOpError
 from lrpfx.graph import (
     HELD,
     KEY,
-    REORDERED,
     ModuleCall,
     Record,
     bound_arguments,
@@ -240,7 +239,6 @@ def _record(
         dtype=_first_tensor(node.meta["val"]).dtype,
         first=False,
         gate=False,
-        reordered=REORDERED in node.meta,
         nonneg=op.nonneg(bound_arguments(node), all(n in nonneg for n in signed)),
         site=_site(op, node, carrying, nonneg),
     )

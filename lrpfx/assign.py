@@ -84,14 +84,6 @@ def assign(
             where=[str(r) for r in missing],
             fix="add an entry for their kind.",
         )
-    mixed = [a for a in chosen.values() if a.record.reordered and a.rule.looks_across]
-    if mixed:
-        raise RuleError(
-            "a stabilizer that looks at more than single entries is laid on einsums, whose "
-            "dimensions lrpfx has in another order.",
-            where=some([f"{a.record} under {a.rule}" for a in mixed]),
-            fix="write them by matmul or linear, or give a number for the stabilizer.",
-        )
     return Plan({r.name: chosen[r.name] for r in records}, reading, tuple(notes))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
@@ -55,7 +56,7 @@ class Op:
         affine: Builds the affine map (families "affine" and "normalize").
         weighted: Whether that map has weights to split by sign.
         nonneg: When the output is proven non-negative.
-        vanishes: Whether this is an activation with f(0) = 0.
+        vanishes: Whether this is an activation with f(0) = 0 and a finite slope there.
     """
 
     kind: str
@@ -118,7 +119,7 @@ class Site:
 
     @property
     def vanishes(self) -> bool:
-        """Whether this is an activation with f(0) = 0."""
+        """Whether this is an activation with f(0) = 0 and a finite slope there."""
         if isinstance(self.target, Composed):
             return self.target.vanishes
         return self.op.vanishes
@@ -185,7 +186,7 @@ class Composed:
     Args:
         body: Takes x and then the constants.
         core: Name of its last nonlinearity.
-        vanishes: Whether it is known to be 0 at 0.
+        vanishes: Whether it is known to be 0 at 0, with a finite slope.
     """
 
     body: fx.GraphModule
@@ -217,10 +218,28 @@ def product(factors: Factors) -> Tensor:
     return first
 
 
+def einsum(equation: str, x: Tensor, weight: Tensor) -> Tensor:
+    """An einsum of two tensors that is a linear layer: ``weight`` is a constant.
+
+    Args:
+        equation: With an arrow, and without an ellipsis.
+        x: The live one, which may stand on either side in the user's own equation.
+        weight: With sizes, not ones that broadcast.
+    """
+    return torch.einsum(equation, x, weight)
+
+
+#: Names of the arguments of what the passes put in the place of ATen's ops.
+_OWN = {product: ["factors"], einsum: ["equation", "x", "weight"]}
+
+
+def is_op(target: Any) -> bool:
+    """Whether the target of a graph's node is an op that can have a row in the table."""
+    return isinstance(target, (torch._ops.OpOverload, Composed)) or target in _OWN
+
+
 def argument_names(target: Any) -> list[str]:
-    """Names of the arguments of an overload, or of what the passes put in the place of several."""
+    """Names of the arguments of an op."""
     if isinstance(target, Composed):
         return ["x", "constants"]
-    if target is product:
-        return ["factors"]
-    return [argument.name for argument in target._schema.arguments]
+    return _OWN.get(target) or [argument.name for argument in target._schema.arguments]

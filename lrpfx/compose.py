@@ -179,8 +179,16 @@ def _call_composed(
     body.output(copied[end])
     cores = [op_name(n.target) for n in sorted(region) if _is_activation(n)]
     function = fx.GraphModule(module, body)
-    vanishes = not constants and bool(function(torch.zeros((), dtype=torch.float64)) == 0)
+    vanishes = not constants and _vanishes(function)
     composed = Composed(function, cores[-1] if cores else "square", vanishes)
     new = module.graph.call_function(composed, (entry, constants))
     new.meta = dict(end.meta)
     return new
+
+
+def _vanishes(function: fx.GraphModule) -> bool:
+    """Whether f(0) = 0 and the slope there is finite, so that f(x) / x settles near 0."""
+    x = torch.tensor([0.0, 1e-8, 1e-6], dtype=torch.float64)
+    values: list[float] = function(x).tolist()
+    first, second = values[1] / 1e-8, values[2] / 1e-6
+    return values[0] == 0 and abs(first - second) <= 1e-3 * abs(first) + 1e-5

@@ -16,15 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lrpfx.call import Composed, Op, Site, argument_names, product
+from lrpfx.call import Op, Site, argument_names, is_op
 
 aten = torch.ops.aten
 
 KEY = "lrpfx"
 #: Marks nodes that count as constants for relevance, though not for gradients; says why.
 HELD = "lrpfx_held"
-#: Marks ops that stand for one of the user's whose output has its dimensions in another order.
-REORDERED = "lrpfx_reordered"
 #: With the slash: torchvision lies beside torch.
 _TORCH_CODE = (str(Path(torch.__file__).parent) + os.sep, "torch/")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)')
@@ -59,7 +57,6 @@ class Record:
         first: Whether the input reaches this node through no other conv or linear.
         nonneg: Whether the output is proven non-negative.
         gate: Whether this is the one activation among the factors of a product.
-        reordered: Whether the output has its dimensions in another order than the user's op.
         site: How to run the op again.
     """
 
@@ -75,7 +72,6 @@ class Record:
     first: bool
     nonneg: bool
     gate: bool
-    reordered: bool
     site: Site
 
     @property
@@ -216,9 +212,7 @@ def nodes_in(argument: Any) -> list[fx.Node]:
 
 def live_names(node: fx.Node, live: Container[fx.Node]) -> tuple[str, ...]:
     """Names of the arguments that hold live nodes, in schema order."""
-    if not isinstance(node.target, (torch._ops.OpOverload, Composed)) and (
-        node.target is not product
-    ):
+    if not is_op(node.target):
         return ()
     arguments = bound_arguments(node).items()
     return tuple(name for name, value in arguments if any(n in live for n in nodes_in(value)))

@@ -159,9 +159,30 @@ def matrix_product(args: Arguments, live: Live, run: Run) -> AffineMap:
         z = torch.matmul(x[0], w) if on_left else torch.matmul(w, x[0])
         return z if b is None else z + b
 
+    def backward(s: Tensor, w: Any, x: Signal) -> Signal:
+        c = torch.matmul(s, w.mT) if on_left else torch.matmul(w.mT, s)
+        return (c.sum_to_size(x[0].shape),)
+
     bias = args["self"] * args["beta"] if "mat1" in args else None
     weight = args[names[1] if on_left else names[0]]
-    return AffineMap(forward, None, weight * args.get("alpha", 1), bias)
+    vectors = args[names[0]].ndim == 1 or args[names[1]].ndim == 1
+    return AffineMap(forward, None if vectors else backward, weight * args.get("alpha", 1), bias)
+
+
+def einsum(args: Arguments, live: Live, run: Run) -> AffineMap:
+    """x times a constant, summed over subscripts that both have."""
+    equation: str = args["equation"]
+    terms, _, out = equation.partition("->")
+    a, b = terms.split(",")
+
+    def forward(x: Signal, w: Any, bias: Tensor | None) -> Tensor:
+        z = torch.einsum(equation, x[0], w)
+        return z if bias is None else z + bias
+
+    def backward(s: Tensor, w: Any, x: Signal) -> Signal:
+        return (torch.einsum(f"{out},{b}->{a}", s, w),)
+
+    return AffineMap(forward, backward, args["weight"])
 
 
 def batch_norm(args: Arguments, live: Live, run: Run) -> AffineMap:

@@ -13,15 +13,15 @@ import torch
 from torch.utils import _pytree as pytree
 
 from lrpfx import maps
-from lrpfx.call import FAMILIES, Composed, Op, Sign, always, inherited, never, product
+from lrpfx.call import FAMILIES, Composed, Op, Sign, always, einsum, inherited, never, product
 
 aten = torch.ops.aten
 
 _COMPOSED = Op("composed", "activation", (frozenset(["x"]),))
 _TABLE: dict[Any, list[Op]] = {}
-#: The kinds with f(0) = 0 for all their parameters.
-_VANISHING = {"relu", "relu6", "leaky_relu", "prelu", "rrelu", "elu", "selu", "celu", "gelu"}
-_VANISHING |= {"silu", "mish", "hardswish", "tanh", "hardshrink", "softshrink", "abs", "sqrt"}
+#: The kinds with f(0) = 0 for all their parameters, and a finite slope there.
+_VANISHING = {"relu", "relu6", "leaky_relu", "prelu", "elu", "selu", "celu", "gelu"}
+_VANISHING |= {"silu", "mish", "hardswish", "tanh", "hardshrink", "softshrink", "abs"}
 _VANISHING |= {"square", "erf"}
 
 
@@ -143,6 +143,7 @@ _add(
     affine=maps.matrix_product,
     weighted=True,
 )
+_add([einsum], "linear", "affine", ["x"], affine=maps.einsum, weighted=True)
 _add([aten.batch_norm.default], "batch_norm", "affine", affine=maps.batch_norm, weighted=True)
 
 # -- affine ops without weights -------------------------------------------------------------------

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from lrpfx.call import einsum
 from lrpfx.errors import UnsupportedOpError
 from lrpfx.functionalize import insert
-from lrpfx.graph import REORDERED, bound_arguments, reachable, source_line, varying
+from lrpfx.graph import bound_arguments, reachable, source_line, varying
 
 aten = torch.ops.aten
 
@@ -250,42 +251,18 @@ def _explicit(equation: str, ndims: list[int]) -> tuple[list[str], str]:
 def _einsum(op: _Writer, equation: str, tensors: Any, path: Any) -> fx.Node | None:
     """A linear layer, if one of two operands is a constant; else left whole."""
     terms, out = _explicit(equation, [t.meta["val"].ndim for t in tensors])
-    if len(terms) != 2:
-        return None
     live = [_varies(t) for t in tensors]
-    if sum(live) != 1 or any(len(set(t)) != len(t) for t in terms):
+    if len(terms) != 2 or sum(live) != 1 or any(len(set(t)) != len(t) for t in terms):
         return None
     i = live.index(True)
-    (a, w), (x, weight) = (terms[i], terms[1 - i]), (tensors[i], tensors[1 - i])
-    shared = [c for c in a if c in w and c in out]
-    contracted = [c for c in a if c in w and c not in out]
-    rows = [c for c in a if c not in w]
-    columns = [c for c in w if c not in a]
-    if not contracted or set(rows + columns) - set(out):
+    (a, b), (x, weight) = (terms[i], terms[1 - i]), (tensors[i], tensors[1 - i])
+    summed = set(a + b) - set(out)
+    if not summed or not summed <= set(a) & set(b):
         return None
     sizes = [dict(zip(t, tensors[k].meta["val"].shape, strict=True)) for k, t in enumerate(terms)]
     x = _widened(op, x, sizes[i], sizes[1 - i])
     weight = _widened(op, weight, sizes[1 - i], sizes[i])
-    size = dict(zip(w, weight.meta["val"].shape, strict=True))
-    x = op(aten.permute.default, x, [a.index(c) for c in rows + shared + contracted])
-    weight = op(aten.permute.default, weight, [w.index(c) for c in shared + contracted + columns])
-    x = op(aten.flatten.using_ints, x, -len(contracted), -1)
-    k = [size[c] for c in shared]
-    weight = op(aten.reshape.default, weight, [*k, x.meta["val"].shape[-1], -1])
-    if shared:
-        x = op(aten.unsqueeze.default, x, -2)
-    product = z = op(aten.matmul.default, x, weight)
-    if shared:
-        z = op(aten.squeeze.dim, z, -2)
-    if columns:
-        z = op(aten.unflatten.int, z, -1, [size[c] for c in columns])
-    else:
-        z = op(aten.squeeze.dim, z, -1)
-    order = rows + shared + columns
-    found = op(aten.permute.default, z, [order.index(c) for c in out])
-    if order != list(out) or shared or len(columns) != 1:
-        product.meta[REORDERED] = True
-    return found
+    return op(einsum, f"{a},{b}->{out}", x, weight)
 
 
 def _widened(op: _Writer, t: Any, own: dict[str, Any], other: dict[str, Any]) -> Any:

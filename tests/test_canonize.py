@@ -221,6 +221,21 @@ def test_an_einsum_with_a_constant_is_a_linear_layer(equation: str) -> None:
     assert "linear" in {row.kind for row in lrpfx.Explainer(model, x, "epsilon_all").report.rows}
 
 
+@pytest.mark.parametrize("ledger", [True, False])
+def test_a_stabilizer_sees_the_output_of_an_einsum_as_it_is(ledger: bool) -> None:
+    x, w = torch.randn(2, 3, 4, 5, dtype=torch.float64), torch.randn(6, 3, dtype=torch.float64)
+    scaled = lrpfx.Epsilon(lrpfx.Stabilizer(0.1, norm_scale=True))
+    seed = torch.randn(2, 6, 4, 5, dtype=torch.float64)
+    got, expected = (
+        lrpfx.explain(Plain(fn), x, seed, rules=[("*", scaled)], ledger=ledger)
+        for fn in (
+            lambda x: torch.einsum("oc,nchw->nohw", w, x),
+            lambda x: F.conv2d(x, w[:, :, None, None]),
+        )
+    )
+    torch.testing.assert_close(got.relevance, expected.relevance, rtol=1e-12, atol=1e-12)
+
+
 # No-ops, detach, regions -------------------------------------------------------------------------
 
 

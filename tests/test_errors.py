@@ -546,13 +546,6 @@ RULES = [
         for ledger in (True, False)
     ),
     Case(
-        "a norm-scaled stabilizer on an einsum",
-        errors.RuleError,
-        fc(lambda m, x: torch.einsum("ni,oi->on", x, m.fc.weight).T),
-        says=("matmul", "norm_scale=True", "another order"),
-        options=rules(("linear", Epsilon(Stabilizer(0.1, norm_scale=True)))),
-    ),
-    Case(
         "a predicate that raises",
         errors.LrpError,
         mlp,

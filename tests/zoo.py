@@ -1,5 +1,7 @@
 """Models that tests share: torchvision's architectures with random parameters."""
 
+from collections import OrderedDict
+
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,24 @@ def torchvision_model(name: str, seed: int = 0) -> nn.Module:
                     sizes = (layer.in_features, layer.out_features)
                     setattr(parent, key, nn.Linear(*(64 if n == 4096 else n for n in sizes)))
     return randomize(model.double().to_empty(device="cpu").eval(), seed)
+
+
+def residual(seed: int = 0) -> nn.Module:
+    """Return a residual network of torchvision's own blocks, of a thousandth of its parameters."""
+    block = torchvision.models.resnet.BasicBlock
+    shortcut = nn.Sequential(nn.Conv2d(8, 16, 1, 2, bias=False), nn.BatchNorm2d(16))
+    layers = OrderedDict(
+        conv1=nn.Conv2d(3, 8, 7, 2, 3, bias=False),
+        bn1=nn.BatchNorm2d(8),
+        relu=nn.ReLU(inplace=True),
+        maxpool=nn.MaxPool2d(3, 2, 1),
+        layer1=nn.Sequential(block(8, 8), block(8, 8)),
+        layer2=nn.Sequential(block(8, 16, 2, shortcut), block(16, 16)),
+        avgpool=nn.AdaptiveAvgPool2d(1),
+        flatten=nn.Flatten(),
+        fc=nn.Linear(16, CLASSES),
+    )
+    return randomize(nn.Sequential(layers).double().eval(), seed)
 
 
 @torch.no_grad()

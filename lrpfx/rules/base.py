@@ -239,11 +239,6 @@ class Rule:
         """
         raise NotImplementedError
 
-    @property
-    def looks_across(self) -> bool:
-        """Whether what an entry gets hangs on other entries of the output, too."""
-        return False
-
     # How relevance is computed fast, without ledger and derivatives: see ``carriers``.
 
     def accepts(self, site: Site) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lrpfx.call import Call, Op, Site
 from lrpfx.errors import RuleError
-from lrpfx.rules.base import Absorbed, Carry, Flow, Rule, only_where, sum_all, times
+from lrpfx.rules.base import Absorbed, Carry, Flow, Rule, sum_all, times
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,14 @@ class Pass(Rule):
     def multiply(
         self, call: Call, x: tuple[Tensor, ...], z: Tensor, m: Any, carry: Carry
     ) -> tuple[Tensor, ...]:
-        """c_x = c f(x) / x."""
+        """c_x = c f(x) / x, and c f'(0) at 0."""
+        (a,) = x
         if call.op.kind == "relu":
-            return (torch.ops.aten.threshold_backward(m, x[0], 0),)
-        ratio = z / x[0] if call.op.kind == "composed" else call.run(*x).div_(x[0])
-        return (times(only_where(x[0], ratio), m),)
+            return (torch.ops.aten.threshold_backward(m, a, 0),)
+        channels = [size if dim == 1 else 1 for dim, size in enumerate(a.shape)]
+        (slope,) = call.pull_back((a.new_zeros(channels),), a.new_ones(channels))
+        ratio = z / a if call.op.kind == "composed" else call.run(a).div_(a)
+        return (times(torch.where(a == 0, slope, ratio), m),)
 
 
 @dataclass(frozen=True)

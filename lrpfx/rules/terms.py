@@ -24,7 +24,6 @@ from lrpfx.rules.base import (
     Carry,
     Flow,
     Rule,
-    Stabilizer,
     StabilizerLike,
     check_stabilizer,
     divide,
@@ -160,12 +159,6 @@ class AffineRule(Rule):
             booked.append((gated, d, s, f.spread(term.bias)))
         relevance = tuple(_sum(share) for share in zip(*shares, strict=True))
         return Flow(relevance, lambda: _absorbed(R, booked, call.op.kind == "shift"))
-
-    @property
-    def looks_across(self) -> bool:
-        """So may stabilizers do that are not just added to each entry."""
-        given = self._stabilizer
-        return callable(given) and not (isinstance(given, Stabilizer) and not given.norm_scale)
 
     # -- computed fast
 
