@@ -34,6 +34,7 @@ from benchmarks.measure import (
     quartiles,
     ratio,
     relevance_call,
+    slowdown,
 )
 from benchmarks.modified_gradients import modified_gradient
 from lrpfx.backward import Run
@@ -56,6 +57,8 @@ LIMITS = (
 )
 CONVOLUTIONAL = tuple(GOALS)[:5]
 ATTENTION = tuple(GOALS)[5:]
+#: A CPU that has no instructions for bfloat16 takes about forty times as long for it.
+SLOW = 8
 SETUP_GOAL = 3.0  # CPU seconds
 CALL_GOAL = 0.03
 COLUMNS = (
@@ -76,13 +79,18 @@ COLUMNS = (
 Plan = Sequence[tuple[Callable[[], Work], Sequence[str]]]
 
 
-def plan(only: str = "") -> Plan:
-    """The models, made when it is their turn, each with the composites it is explained under."""
+def plan(only: str = "", halves: bool = True) -> Plan:
+    """The models, made when it is their turn, each with the composites it is explained under.
+
+    Args:
+        only: Part of the name of those wanted.
+        halves: Whether those in bfloat16 are among them.
+    """
     models: dict[str, tuple[Callable[[], Work], Sequence[str]]] = {
         "vgg16": (lambda: works.image_work("vgg16", 1), CONVOLUTIONAL),
         "resnet50": (lambda: works.image_work("resnet50", 2), CONVOLUTIONAL),
     }
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16)[: 2 if halves else 1]:
         make = functools.partial(works.image_work, "vit_b_16", 1, dtype=dtype)
         models[f"vit_b_16-{dtype}"] = (make, ATTENTION)
         for t in (128, 1024):
@@ -213,7 +221,14 @@ def main() -> int:
     """Print the table, the time of setting up, and what a call adds to its graph."""
     options = command("cost_vs_gradient", __doc__).parse_args()
     warnings.simplefilter("ignore")
-    made = table(plan(options.only), options.seconds)
+    slower = slowdown(torch.bfloat16)
+    halves = slower < SLOW or bool(options.only)
+    made = table(plan(options.only, halves), options.seconds)
+    if not halves:
+        made.notes.append(
+            f"No rows in bf16: this CPU takes {slower:.0f} times as long for a product in it as in "
+            "float32. `--only bfloat16` measures them in any case."
+        )
     found = sorted(setup_seconds(works.image_work("resnet50", 2), "epsilon_plus"))
     made.notes.insert(
         0,

@@ -155,6 +155,14 @@ def seconds(call: Call, device: str = "cpu") -> float:
     return begin.elapsed_time(end) / 1000
 
 
+def slowdown(dtype: torch.dtype) -> float:
+    """How many times as long as in float32 this CPU takes for a product in ``dtype``."""
+    a = torch.ones(256, 256)
+    b = a.to(dtype)
+    times = interleaved({"single": lambda: a @ a, "own": lambda: b @ b}, 1, least=5, most=5)
+    return quartiles(times["own"])[1] / quartiles(times["single"])[1]
+
+
 def products(call: Call) -> float:
     """Seconds that one call spends in convolutions and matrix products."""
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
@@ -263,7 +271,7 @@ def environment(device: str = "cpu") -> str:
     else:
         threads = torch.get_num_threads()
         timed = "1 thread, CPU time" if threads == 1 else f"{threads} threads, by the clock"
-        where = f"{_processor()}, {timed}"
+        where = f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}, {timed}"
     return f"lrpfx {lrpfx.__version__}, {', '.join(versions)}; {where}."
 
 

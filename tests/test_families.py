@@ -40,8 +40,8 @@ from transformers import masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 TOLERANCE_OF_BATCHES = 1e-9
-# One of each make: a capture of its own for all of them would double the time.
-HALF = ["llama", "mixtral", "gpt2", "opt", "mamba", "bert", "vit"]
+# One of each make: captures of their own for all of them would double the time.
+OTHER_DTYPES = ["llama", "mixtral", "gpt2", "opt", "mamba", "bert", "vit"]
 
 
 def rules_of(family: str) -> str:
@@ -202,7 +202,7 @@ def largest(family: str) -> Callable[[Any], Tensor]:
 # Dtypes, and what is left behind -----------------------------------------------------------------
 
 
-@families
+@pytest.mark.parametrize("family", [*OTHER_DTYPES, "t5", "swin", "clip"])
 def test_single_precision_and_the_model_is_left_as_it_was(family: str) -> None:
     rules = rules_of(family)
     model, target = model_of(family, best(family), torch.float32), target_of(family)
@@ -219,7 +219,7 @@ def test_single_precision_and_the_model_is_left_as_it_was(family: str) -> None:
     assert error(relevance.double(), expected) < 1e-4  # measured: 1e-7 to 5e-6
 
 
-@pytest.mark.parametrize("family", HALF)
+@pytest.mark.parametrize("family", OTHER_DTYPES)
 def test_half_precision(family: str) -> None:
     """bfloat16 has 8 bits: a relative error of 4e-3 at each op, and more where summands cancel."""
     rules = rules_of(family)

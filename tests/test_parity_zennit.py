@@ -30,11 +30,10 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 TOLERANCE = 1e-9
 
-# Image size by model. Adaptive pooling gets 2x2 pixels in AlexNet and VGG-11, and returns more: its
-# windows overlap.
+# Image size by model. Adaptive pooling gets 2x2 pixels in AlexNet, and returns more: its windows
+# overlap.
 MODELS = {
     "alexnet": 96,
-    "vgg11": 64,
     "vgg11_bn": 32,
     "resnet18": 48,
     "resnet50": 48,
