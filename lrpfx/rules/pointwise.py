@@ -53,6 +53,7 @@ class Pass(Rule):
         (a,) = x
         if call.op.kind == "relu":
             return (torch.ops.aten.threshold_backward(m, a, 0),)
+        # Of one pixel: channels may have slopes of their own.
         channels = [size if dim == 1 else 1 for dim, size in enumerate(a.shape)]
         (slope,) = call.pull_back((a.new_zeros(channels),), a.new_ones(channels))
         ratio = z / a if call.op.kind == "composed" else call.run(a).div_(a)
