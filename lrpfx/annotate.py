@@ -10,6 +10,7 @@ import operator
 import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -144,6 +145,10 @@ def annotate_known(
                 first=not before,
                 gate=node in gates,
             )
+            if op.kind == "product":
+                counts = tuple(len(factors) for factors in _factors(node, known))
+                site = replace(node.meta[KEY].site, factors=counts)
+                node.meta[KEY] = replace(node.meta[KEY], site=site)
         elif op is _PICK and node.args[0] in nonneg:
             nonneg.add(node)
         if (r := record(node)) is not None and r.nonneg:
@@ -193,28 +198,67 @@ def _carrying(graph: fx.Graph, live: Container[fx.Node]) -> set[fx.Node]:
     return carrying
 
 
+def _nested(factor: fx.Node, known: Mapping[fx.Node, Op | str]) -> fx.Node | None:
+    """The product that a factor of another is, moved or scaled maybe, if nothing else uses it."""
+    while len(factor.users) == 1 and isinstance(op := known.get(factor), Op):
+        if op.kind == "product":
+            return factor if len(set(factor.args)) == 2 else None
+        if op.family != "move" and op.kind != "scale":
+            return None
+        live = [n for n in factor.all_input_nodes if n in known]
+        if len(live) != 1:
+            return None
+        (factor,) = live
+    return None
+
+
+def _factors(product: fx.Node, known: Mapping[fx.Node, Op | str]) -> list[list[fx.Node]]:
+    """By operand of a product, the factors that it stands for, see ``rules.Uniform``."""
+    found = []
+    for operand in (n for n in product.args if isinstance(n, fx.Node) and n in known):
+        inner = _nested(operand, known)
+        found.append([operand] if inner is None else list(chain(*_factors(inner, known))))
+    return found
+
+
+def _is_product(op: Op | str | None) -> bool:
+    return isinstance(op, Op) and op.kind == "product"
+
+
 def _gates(known: Mapping[fx.Node, Op | str], carrying: set[fx.Node]) -> set[fx.Node]:
     """The activations that stand as the only one among a product's factors.
 
     Moves, and constant factors and summands, as in ``2 * sigmoid(x)`` or ``1 - sigmoid(x)``, aside.
-    Of several it is the only sigmoid, as in an LSTM's ``sigmoid(i) * tanh(g)``.
+    Of several it is the only sigmoid, as in an LSTM's ``sigmoid(i) * tanh(g)``, and none that just
+    clamps. Beside a softmax nothing is a gate.
     """
-    found = set()
-    for node in carrying:
-        op = known[node]
-        if not isinstance(op, Op) or op.kind != "product":
+    products = [node for node in carrying if _is_product(known[node])]
+    inner = {_nested(n, known) for node in products for n in node.all_input_nodes}
+    found: set[fx.Node] = set()
+    for node in products:
+        if node in inner:
             continue
-        ends: dict[fx.Node, str] = {}
-        for factor in node.all_input_nodes:
-            while isinstance(moved := known.get(factor), Op) and (
-                moved.family == "move" or moved.kind in ("scale", "shift")
-            ):
-                factor = next(n for n in factor.all_input_nodes if n in known)
-            if isinstance(moved, Op) and moved.family == "activation":
-                ends[factor] = moved.kind
-        sigmoids = [end for end, kind in ends.items() if "sigmoid" in kind]
-        found |= {end for end in ends if len(ends) == 1 or sigmoids == [end]}
+        ends = dict(_end(factor, known) for factor in chain(*_factors(node, known)))
+        if "softmax" in ends.values():
+            continue
+        bent = [end for end, kind in ends.items() if kind not in ("", "clamp")]
+        sigmoids = [end for end in bent if "sigmoid" in ends[end]]
+        clamps = [end for end, kind in ends.items() if kind == "clamp"]
+        found.update(next((few for few in (bent, sigmoids, clamps) if len(few) == 1), ()))
     return found
+
+
+def _end(factor: fx.Node, known: Mapping[fx.Node, Op | str]) -> tuple[fx.Node, str]:
+    """The activation or softmax that a factor is but for moves and the like, and its kind."""
+    clamp = None
+    while isinstance(op := known.get(factor), Op) and (
+        op.family == "move" or op.kind in ("scale", "shift", "clamp")
+    ):
+        clamp = factor if op.kind == "clamp" and clamp is None else clamp
+        factor = next(n for n in factor.all_input_nodes if n in known)
+    if isinstance(op, Op) and (op.family == "activation" or op.kind == "softmax"):
+        return factor, op.kind
+    return (factor, "") if clamp is None else (clamp, "clamp")
 
 
 def _record(

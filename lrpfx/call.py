@@ -107,6 +107,7 @@ class Site:
         live_names: Names of the live arguments, in schema order.
         nonneg: Whether every live input is proven non-negative.
         several_outputs: Whether the op returns a tuple.
+        factors: Of a product, how many factors each live input is the product of.
     """
 
     op: Op
@@ -116,6 +117,7 @@ class Site:
     live_names: tuple[str, ...]
     nonneg: bool
     several_outputs: bool
+    factors: tuple[int, ...] = ()
 
     @property
     def vanishes(self) -> bool:
@@ -206,18 +208,6 @@ class Composed:
         return self
 
 
-#: The factors of a product as they were multiplied: ``(a * b / 2) * c`` is ``[[[a, b], 0.5], c]``.
-Factors = Sequence[Any]
-
-
-def product(factors: Factors) -> Tensor:
-    """The product of several tensors and numbers, broadcast against each other."""
-    first, *others = (product(f) if isinstance(f, (list, tuple)) else f for f in factors)
-    for other in others:
-        first = first * other
-    return first
-
-
 def einsum(equation: str, x: Tensor, weight: Tensor) -> Tensor:
     """An einsum of two tensors that is a linear layer: ``weight`` is a constant.
 
@@ -229,17 +219,15 @@ def einsum(equation: str, x: Tensor, weight: Tensor) -> Tensor:
     return torch.einsum(equation, x, weight)
 
 
-#: Names of the arguments of what the passes put in the place of ATen's ops.
-_OWN = {product: ["factors"], einsum: ["equation", "x", "weight"]}
-
-
 def is_op(target: Any) -> bool:
     """Whether the target of a graph's node is an op that can have a row in the table."""
-    return isinstance(target, (torch._ops.OpOverload, Composed)) or target in _OWN
+    return isinstance(target, (torch._ops.OpOverload, Composed)) or target is einsum
 
 
 def argument_names(target: Any) -> list[str]:
     """Names of the arguments of an op."""
     if isinstance(target, Composed):
         return ["x", "constants"]
-    return _OWN.get(target) or [argument.name for argument in target._schema.arguments]
+    if target is einsum:
+        return ["equation", "x", "weight"]
+    return [argument.name for argument in target._schema.arguments]

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from lrpfx.attention import group_heads, open_attention
-from lrpfx.compose import flat_products, whole_activations
+from lrpfx.compose import whole_activations
 from lrpfx.errors import CaptureError, TrainingModeError
 from lrpfx.fold import fold_batch_norm
 from lrpfx.functionalize import (
@@ -242,7 +242,6 @@ PASSES: tuple[Pass, ...] = (
     hold_statistics,
     whole_activations,
     hold_divisors,
-    flat_products,
     views_to_reshapes,
     fold_batch_norm,
 )

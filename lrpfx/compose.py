@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import fx
 
 from lrpfx import ops
-from lrpfx.call import Composed, product
-from lrpfx.functionalize import insert
+from lrpfx.call import Composed
 from lrpfx.graph import op_name, varying
-from lrpfx.hold import live_values
 
 aten = torch.ops.aten
 
@@ -45,86 +41,6 @@ def whole_activations(module: fx.GraphModule) -> fx.GraphModule:
         for old in sorted(region, reverse=True):
             module.graph.erase_node(old)
     return module
-
-
-def flat_products(module: fx.GraphModule) -> fx.GraphModule:
-    """``mul(mul(a, b) / 2, c)`` -> ``product([[[a, b], 0.5], c])``, so that no factor counts less.
-
-    Source: pairwise shares depend on the association, arXiv 2510.18810.
-    """
-    live = live_values(module.graph)
-    for node in list(module.graph.nodes):
-        if not _is_product(node, live) or _is_factor(node, live):
-            continue
-        inner: list[fx.Node] = []
-        factors = [_tree(factor, live, inner) for factor in node.args]
-        if not inner or node.args[0] is node.args[1]:
-            continue
-        with module.graph.inserting_before(node):
-            new = module.graph.call_function(product, (factors,))
-        new.meta = dict(node.meta)
-        live.add(new)
-        node.replace_all_uses_with(new)
-        for old in (node, *inner):
-            module.graph.erase_node(old)
-    return module
-
-
-def _is_product(node: fx.Node, live: set[fx.Node]) -> bool:
-    return node.target is aten.mul.Tensor and len(_operands(node, live)) == 2
-
-
-def _is_factor(node: fx.Node, live: set[fx.Node]) -> bool:
-    """Whether the node is used as a factor of another product and nowhere else."""
-    (user, *others) = node.users or (node,)
-    if others or user is node:
-        return False
-    if _is_product(user, live):
-        return user.args[0] is not user.args[1]
-    return _is_scaled(user, live) and _is_factor(user, live)
-
-
-def _is_scaled(node: fx.Node, live: set[fx.Node]) -> bool:
-    """Whether the node is a live one, times or over a constant."""
-    if node.target is aten.div.Tensor and (node.args[1] in live or node.args[1] in (0, 0.0)):
-        return False
-    scales = node.target in (aten.mul.Tensor, aten.div.Tensor, aten.neg.default)
-    return scales and len(_operands(node, live)) == 1
-
-
-def _tree(node: Any, live: set[fx.Node], inner: list[fx.Node]) -> Any:
-    """A factor, or the factors of the product that it is; ``inner`` gets the nodes left over.
-
-    The nodes come before those that they use.
-    """
-    if not isinstance(node, fx.Node) or node not in live or len(node.users) > 1:
-        return node
-    if _is_product(node, live) and node.args[0] is not node.args[1]:
-        inner.append(node)
-        return [_tree(factor, live, inner) for factor in node.args]
-    if not _is_scaled(node, live):
-        return node
-    (scaled,) = _operands(node, live)
-    found = [node]
-    below = _tree(scaled, live, found)
-    if below is scaled:  # no product
-        return node
-    inner += found
-    if node.target is aten.neg.default:
-        return [below, -1]
-    if node.target is aten.div.Tensor:
-        return [below, _inverse(node)]
-    return [below if factor is scaled else factor for factor in node.args]
-
-
-def _inverse(quotient: fx.Node) -> Any:
-    divisor: Any = quotient.args[1]
-    if not isinstance(divisor, fx.Node):
-        return 1 / divisor
-    with quotient.graph.inserting_before(quotient):
-        if divisor.meta["val"].dtype != (dtype := quotient.meta["val"].dtype):
-            divisor = insert(quotient, aten.to.dtype, (divisor, dtype))
-        return insert(quotient, aten.reciprocal.default, (divisor,))
 
 
 def _operands(node: fx.Node, among: set[fx.Node]) -> list[fx.Node]:

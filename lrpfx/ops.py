@@ -10,10 +10,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from lrpfx import maps
-from lrpfx.call import FAMILIES, Composed, Op, Sign, always, einsum, inherited, never, product
+from lrpfx.call import FAMILIES, Composed, Op, Sign, always, einsum, inherited, never
 
 aten = torch.ops.aten
 
@@ -185,11 +184,6 @@ for _target, _added in (
     _add([_target], "sum", "affine", ["self", _added, ("self", _added)], affine=maps.affine_op)
 
 
-def _of_factors(args: dict[str, Any], inputs: bool) -> bool:
-    numbers = [f for f in pytree.tree_leaves(args["factors"]) if isinstance(f, (int, float))]
-    return inputs and all(number >= 0 for number in numbers)
-
-
 def _nonneg_sum(args: dict[str, Any], inputs: bool) -> bool:
     return inputs and args.get("alpha", 1) >= 0
 
@@ -264,7 +258,6 @@ _add([aten.group_norm.default], "group_norm", "normalize", affine=maps.group_nor
 _add([aten.instance_norm.default], "instance_norm", "normalize", affine=maps.instance_norm)
 _add([aten.rms_norm.default], "rms_norm", "normalize", affine=maps.rms_norm)
 _add([aten.mul.Tensor], "product", "product", [("self", "other")], nonneg=inherited)
-_add([product], "product", "product", ["factors"], nonneg=_of_factors)
 _add([aten.matmul.default], "matmul", "matmul", [("self", "other")], nonneg=inherited)
 _add([aten.mm.default, aten.bmm.default], "matmul", "matmul", [("self", "mat2")], nonneg=inherited)
 _add([aten.einsum.default], "matmul", "matmul", ["tensors"], nonneg=inherited)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,11 +26,15 @@ from lrpfx.rules.base import (
 class Uniform(Rule):
     """z = a * b: each of the n live factors gets R / n, summed over where it was broadcast.
 
+    A factor that is itself a product, moved or scaled maybe, and used for nothing else, counts as
+    often as it has factors: in ``(a * b) * c`` each of the three gets a third.
+
     Args:
         pairwise: Halve R at each binary product instead, in the order in which the model
             multiplies: in ``(a * b) * c`` c gets a half, a and b a quarter each.
 
-    Source: Achtibat et al. 2024 (AttnLRP, arXiv 2402.05602), Prop. 3.3 (uniform rule).
+    Source: Achtibat et al. 2024 (AttnLRP, arXiv 2402.05602), Prop. 3.3 (uniform rule); shares
+    that do not depend on the association: arXiv 2510.18810.
     """
 
     pairwise: bool = False
@@ -45,16 +48,15 @@ class Uniform(Rule):
     def propagate(
         self, call: Call, x: tuple[Tensor, ...], z: Tensor, R: Tensor | tuple[Tensor, ...]
     ) -> Flow:
-        """R_i = R / n."""
+        """R_i = R n_i / n, n_i the factors that x_i stands for."""
         assert isinstance(R, Tensor)
         shares = self.gradient_shares(call.site)
         return Flow(tuple((R * c).sum_to_size(t.shape) for c, t in zip(shares, x, strict=True)))
 
     def gradient_shares(self, site: Site) -> tuple[float, ...]:
-        """1 / n, or by the order of the products."""
-        if self.pairwise:
-            return tuple(_halved(list(site.arguments.values()), site.live))
-        return (1 / len(site.live),) * len(site.live)
+        """n_i / n, or by the order of the products."""
+        counts = (1,) * len(site.live) if self.pairwise else site.factors
+        return tuple(count / sum(counts) for count in counts)
 
     def carries(self, site: Site, taken: bool) -> bool:
         """R / n = a (b c / n)."""
@@ -67,17 +69,9 @@ class Uniform(Rule):
     def multiply(
         self, call: Call, x: tuple[Tensor, ...], z: Tensor, m: Any, carry: Carry
     ) -> tuple[Tensor, ...]:
-        """c_a = b c / n."""
+        """c_a = b c n_a / n."""
         shares = zip(self.gradient_shares(call.site), call.pull_back(x, m), strict=True)
         return tuple(c * part for part, c in shares)
-
-
-def _halved(tree: Any, live: Sequence[int]) -> list[float]:
-    """The share of each live factor, an even part at each branching of the tree of products."""
-    if not isinstance(tree, (tuple, list)):
-        return [1.0] if getattr(tree, "index", None) in live else []
-    branches = [shares for branch in tree if (shares := _halved(branch, live))]
-    return [share / len(branches) for shares in branches for share in shares]
 
 
 @dataclass(frozen=True)
