@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from lrpfx.attention import group_heads, open_attention
-from lrpfx.compose import whole_activations
+from lrpfx.compose import whole_activations, whole_softmaxes
 from lrpfx.errors import CaptureError, TrainingModeError
 from lrpfx.fold import fold_batch_norm
 from lrpfx.functionalize import (
@@ -237,6 +237,7 @@ PASSES: tuple[Pass, ...] = (
     one_name_each,
     open_parts,
     whole_lerps,
+    whole_softmaxes,
     group_heads,
     open_attention,
     hold_statistics,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import torch
 from torch import fx
 
 from lrpfx import ops
 from lrpfx.call import Composed
+from lrpfx.functionalize import insert
 from lrpfx.graph import op_name, varying
 
 aten = torch.ops.aten
@@ -41,6 +45,95 @@ def whole_activations(module: fx.GraphModule) -> fx.GraphModule:
         for old in sorted(region, reverse=True):
             module.graph.erase_node(old)
     return module
+
+
+def whole_softmaxes(module: fx.GraphModule) -> fx.GraphModule:
+    """``exp(x) / sum(exp(x))`` -> ``softmax(x)``, ``1 / (1 + exp(-x))`` -> ``sigmoid(x)``.
+
+    A maximum of x that is subtracted first is left out: it changes nothing but the range.
+    """
+    for node in list(module.graph.nodes):
+        found = _softmax_of(node) or _sigmoid_of(node)
+        if found is None:
+            continue
+        with module.graph.inserting_before(node):
+            new = insert(node, *found)
+        node.replace_all_uses_with(new)
+        module.graph.erase_node(node)
+    return module
+
+
+def _softmax_of(node: Any) -> tuple[Any, tuple[Any, ...]] | None:
+    """Of exponentials over their sum the softmax, and its arguments."""
+    above, below = _quotient(node)
+    below = _reached(below, aten.expand.default, aten.expand_as.default)
+    places = None
+    if _calls(below, aten.unsqueeze.default):
+        below, places = below.args
+    if not _calls(above, aten.exp.default) or not _calls(below, aten.sum.dim_IntList):
+        return None
+    summed, dims, *kept = below.args
+    rank = above.meta["val"].ndim
+    if summed is not above or len(dims) != 1 or below.kwargs:
+        return None
+    dim = dims[0] % rank
+    if (places is None) is not (kept == [True]) or (places is not None and places % rank != dim):
+        return None
+    x = above.args[0]
+    if _calls(x, aten.sub.Tensor) and not x.kwargs and _is_maximum(x.args[1], x.args[0], dim):
+        x = x.args[0]
+    return aten.softmax.int, (x, dim)
+
+
+def _sigmoid_of(node: Any) -> tuple[Any, tuple[Any, ...]] | None:
+    """Of ``1 / (1 + exp(-x))`` the sigmoid, and its argument."""
+    if not _calls(node, aten.reciprocal.default) or not _calls(node.args[0], aten.add.Tensor):
+        return None
+    total = node.args[0]
+    for power, one in (total.args, total.args[::-1]):
+        if one == 1 and _calls(power, aten.exp.default) and not total.kwargs:
+            inner = power.args[0]
+            if _calls(inner, aten.neg.default):
+                return aten.sigmoid.default, (inner.args[0],)
+            if _calls(inner, aten.mul.Tensor) and inner.args[1] == -1:
+                return aten.sigmoid.default, (inner.args[0],)
+    return None
+
+
+def _calls(node: Any, *targets: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target in targets
+
+
+def _reached(node: Any, *through: Any) -> Any:
+    """What a node is the first argument's form of."""
+    while _calls(node, *through):
+        node = node.args[0]
+    return node
+
+
+def _quotient(node: Any) -> tuple[Any, Any]:
+    """Of ``a / b``, or ``a * (1 / b)``, a and b."""
+    if node.target is aten.div.Tensor:
+        return node.args[0], node.args[1]
+    if node.target is aten.mul.Tensor:
+        for a, inverse in (node.args, node.args[::-1]):
+            while _calls(inverse, aten.mul.Tensor) and inverse.args[1] == 1:  # 1 / b is 1 * (1 / b)
+                inverse = inverse.args[0]
+            if _calls(inverse, aten.reciprocal.default):
+                return a, inverse.args[0]
+    return None, None
+
+
+def _is_maximum(node: Any, x: Any, dim: int) -> bool:
+    """Whether a node is the maximum of x along a dimension, or its value there."""
+    node = _reached(node, aten.expand.default, aten.expand_as.default, aten.detach.default)
+    if _calls(node, operator.getitem) and node.args[1] == 0:
+        node = node.args[0]
+    if not _calls(node, aten.amax.default, aten.max.dim) or node.args[0] is not x:
+        return False
+    given, *kept = node.args[1:]
+    dims = given if isinstance(given, (list, tuple)) else [given]
+    return kept == [True] and [d % x.meta["val"].ndim for d in dims] == [dim]
 
 
 def _operands(node: fx.Node, among: set[fx.Node]) -> list[fx.Node]:

@@ -25,6 +25,7 @@ _STEPS |= {aten.rsqrt.default, aten.sqrt.default, aten.reciprocal.default}
 _STEPS |= {
     aten.pow.Tensor_Scalar,
     aten.mean.dim,
+    aten.sum.dim_IntList,
     aten.expand.default,
     aten.expand_as.default,
     aten.to.dtype,
@@ -36,6 +37,8 @@ _STEPS |= {
     aten.view.default,
     aten.sub.Tensor,
 }
+#: What keeps a divisor from zero.
+_GUARDS = {aten.add.Tensor, aten.clamp_min.default, aten.clamp.default}
 #: Of these only the first argument's values are read.
 _SHAPED = {aten.expand_as.default}
 
@@ -46,7 +49,8 @@ def hold_statistics(module: fx.GraphModule) -> fx.GraphModule:
     So a norm written by hand, ``x * rsqrt(mean(x * x) + eps)``, is a constant factor on x. The
     graph computes as before, and derivatives of the relevance still run through the statistic.
     What is no factor in the end (a norm that is itself the output), or multiplies without being
-    divided by (an energy as a gate), stays live.
+    divided by (an energy as a gate), stays live; but in ``x * (g / mean(g))``, g a statistic of
+    that x, as ConvNeXt-V2 normalises responses, all of the factor is constant.
     """
     changing = varying(module.graph)
     statistical: set[fx.Node] = set()  # computed from statistics and constants alone
@@ -56,7 +60,7 @@ def hold_statistics(module: fx.GraphModule) -> fx.GraphModule:
         if _is_statistic(node) or (node.target in _STEPS and read and statistical.issuperset(read)):
             statistical.add(node)
     for node in module.graph.nodes:
-        if _is_statistic(node) and _only_scales(node, statistical, inverted=False):
+        if _is_statistic(node) and _only_scales(node, statistical, _measured(node)):
             own = _is_of_what_it_scales(node, statistical)
             node.meta[HELD] = "statistic of a normalisation" if own else DIVISOR
     return module
@@ -71,8 +75,14 @@ def _is_of_what_it_scales(node: fx.Node, statistical: set[fx.Node]) -> bool:
                 stack.append(user)
             else:
                 scaled += [n for n in user.all_input_nodes if n is not current]
-    of = _mean_of_squares(node) or _mean_of_squares(node.args[0]) or node.all_input_nodes[0]
+    of = _measured(node)
     return all(of in reachable([n]) or n in reachable([of]) for n in scaled)
+
+
+def _measured(statistic: fx.Node) -> fx.Node:
+    """What it is the statistic of."""
+    squared = _mean_of_squares(statistic) or _mean_of_squares(statistic.args[0])
+    return squared or statistic.all_input_nodes[0]
 
 
 def _is_statistic(node: fx.Node) -> bool:
@@ -115,40 +125,104 @@ def _squared(node: Any) -> fx.Node | None:
     return None
 
 
-def _only_scales(node: fx.Node, statistical: set[fx.Node], inverted: bool) -> bool:
+def _only_scales(
+    node: fx.Node,
+    statistical: set[fx.Node],
+    of: fx.Node,
+    inverted: bool = False,
+    relative: bool = False,
+) -> bool:
     """Whether what becomes of a statistic ends as a divisor of, or a factor on, something else.
 
     Args:
         node: The statistic, or what has been computed from it.
         statistical: What is computed from statistics and constants alone.
+        of: What it is the statistic of.
         inverted: Whether something has been divided by a statistic on the way.
+        relative: Whether it has itself been divided by its mean.
     """
     for user in node.users:
         if user in statistical:
-            if not _only_scales(user, statistical, inverted or _inverts(user, statistical)):
+            above = user.target is aten.div.Tensor and user.args[0] is node
+            if above and user.args[1] in statistical and not _is_relative(user):
+                return False
+            if not _only_scales(
+                user, statistical, of, inverted or _inverts(user, statistical), relative or above
+            ):
                 return False
         elif user.target is aten.div.Tensor:
             if inverted or user.args[0] is node:
                 return False
         elif user.target is not aten.mul.Tensor or not inverted:
             return False
+        elif relative and of not in user.args:
+            return False
     return bool(node.users)
 
 
 def _inverts(node: fx.Node, statistical: set[fx.Node]) -> bool:
-    if node.target is aten.pow.Tensor_Scalar:
-        return isinstance(node.args[1], (int, float)) and node.args[1] < 0
     if node.target is aten.div.Tensor:
         return node.args[1] in statistical
+    return _is_inverse(node)
+
+
+def _is_inverse(node: fx.Node) -> bool:
+    if node.target is aten.pow.Tensor_Scalar:
+        return isinstance(node.args[1], (int, float)) and node.args[1] < 0
     return node.target in (aten.rsqrt.default, aten.reciprocal.default)
+
+
+def _is_relative(quotient: fx.Node) -> bool:
+    """Whether something is divided by its own mean, or that and a constant."""
+    numerator: Any = quotient.args[0]
+    divisor: Any = quotient.args[1]
+    while isinstance(divisor, fx.Node) and divisor.target in _GUARDS:
+        divisor = divisor.args[0]
+    if not isinstance(divisor, fx.Node) or divisor.target not in _MEANS:
+        return False
+    return divisor.all_input_nodes[0] is numerator
 
 
 def hold_divisors(module: fx.GraphModule) -> fx.GraphModule:
     """``x / y`` -> ``x / held(y)``, and ``c / y`` -> ``reciprocal(y) * c``, for y no constant.
 
     The divisor of a live tensor is a constant factor on it, like the standard deviation of a norm:
-    routing weights over their sum, linear attention over its normaliser.
+    routing weights over their sum, linear attention over its normaliser. So it is where its inverse
+    is multiplied with, ``x * (1 / y)``.
     """
+    _hold_quotients(module)
+    live = live_values(module.graph)
+    for node in list(module.graph.nodes):
+        if node.target not in (aten.mul.Tensor, aten.einsum.default):
+            continue
+        factors = {n for n in node.all_input_nodes if n in live}
+        inverses = {n for n in factors if _is_inverted(n, live)}
+        if inverses == factors:
+            continue
+        for inverse in inverses:
+            with module.graph.inserting_before(node):
+                node.replace_input_with(inverse, _held(node, inverse))
+    return module
+
+
+def _is_inverted(node: fx.Node, live: set[fx.Node]) -> bool:
+    """Whether a node is an inverse, moved or scaled maybe."""
+    while not _is_inverse(node):
+        op = ops.find(node.target, frozenset(live_names(node, live)))
+        inputs = [n for n in node.all_input_nodes if n in live]
+        if op is None or (op.family != "move" and op.kind != "scale") or len(inputs) != 1:
+            return False
+        (node,) = inputs
+    return True
+
+
+def _held(before: fx.Node, divisor: fx.Node) -> fx.Node:
+    held = insert(before, aten.alias.default, (divisor,))
+    held.meta[HELD] = DIVISOR
+    return held
+
+
+def _hold_quotients(module: fx.GraphModule) -> None:
     live = live_values(module.graph)
     for node in [n for n in module.graph.nodes if n.target is aten.div.Tensor]:
         x, y = node.args
@@ -156,14 +230,11 @@ def hold_divisors(module: fx.GraphModule) -> fx.GraphModule:
             continue
         with module.graph.inserting_before(node):
             if x in live:
-                held = insert(node, aten.alias.default, (y,))
-                held.meta[HELD] = DIVISOR
-                node.args = (x, held)
+                node.args = (x, _held(node, y))
                 continue
             inverse = insert(node, aten.reciprocal.default, (y,))
             node.replace_all_uses_with(insert(node, aten.mul.Tensor, (inverse, x)))
         module.graph.erase_node(node)
-    return module
 
 
 def live_values(graph: fx.Graph) -> set[fx.Node]:

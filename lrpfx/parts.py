@@ -13,7 +13,7 @@ from torch import fx, nn
 from lrpfx.call import einsum
 from lrpfx.errors import UnsupportedOpError
 from lrpfx.functionalize import insert
-from lrpfx.graph import bound_arguments, reachable, source_line, varying
+from lrpfx.graph import bound_arguments, module_calls, reachable, source_line, varying
 
 aten = torch.ops.aten
 
@@ -60,8 +60,9 @@ def open_parts(module: fx.GraphModule) -> fx.GraphModule:
 def whole_lerps(module: fx.GraphModule) -> fx.GraphModule:
     """``a + w * (b - a)`` -> ``(1 - w) * a + w * b`` for w no constant: each counts once.
 
-    So does PyTorch write the steps of a GRU, whose equation is the latter. For a constant w the
-    two are one linear map.
+    Likewise ``a - w * (a - b)``; not where ``w * (b - a)`` is what a module returns. So does
+    PyTorch write the steps of a GRU, whose equation is the latter. For a constant w the two are one
+    linear map.
     """
     changing = varying(module.graph)
     for node in list(module.graph.nodes):
@@ -69,26 +70,30 @@ def whole_lerps(module: fx.GraphModule) -> fx.GraphModule:
         if found is None or found[2] not in changing:
             continue
         step, way, weight = found
-        end, start = way.args
+        start, end = way.args if node.target is aten.sub.Tensor else way.args[::-1]
         with module.graph.inserting_before(node):
             new = _lerp(_Writer(node, module), start, end, weight)
+        changing.add(new)
         node.replace_all_uses_with(new)
         for old in (node, step, way):
-            module.graph.erase_node(old)
+            if not old.users:
+                module.graph.erase_node(old)
     return module
 
 
 def _lerp_of(node: fx.Node) -> tuple[fx.Node, fx.Node, Any] | None:
-    """Of such a sum ``w * (b - a)``, ``b - a`` and w."""
-    if node.target is not aten.add.Tensor or node.kwargs:
+    """Of ``a + w * (b - a)``, or ``a - w * (a - b)``, the step, what w multiplies there, and w."""
+    if node.target not in (aten.add.Tensor, aten.sub.Tensor) or node.kwargs:
         return None
-    for start, step in (node.args, reversed(node.args)):
+    taken = node.target is aten.sub.Tensor
+    for start, step in [node.args] if taken else [node.args, node.args[::-1]]:
         if not isinstance(step, fx.Node) or step.target is not aten.mul.Tensor:
             continue
-        for way, weight in (step.args, reversed(step.args)):
+        for way, weight in (step.args, step.args[::-1]):
             if not isinstance(way, fx.Node) or way.target is not aten.sub.Tensor or way.kwargs:
                 continue
-            if way.args[1] is start and len(way.users) == len(step.users) == 1:
+            own = module_calls(node) == module_calls(step)  # else a module returns the step
+            if way.args[0 if taken else 1] is start and len(step.users) == 1 and own:
                 return step, way, weight
     return None
 
@@ -114,7 +119,7 @@ class _Writer:
             return False
         return isinstance(operator.attrgetter(str(node.target))(self._module), nn.Parameter)
 
-    def times(self, a: Any, number: Any) -> Any:
+    def times(self, a: fx.Node, number: Any) -> fx.Node:
         return a if isinstance(number, (int, float)) and number == 1 else self._mul(a, number)
 
     def _mul(self, a: Any, b: Any) -> fx.Node:
@@ -122,6 +127,10 @@ class _Writer:
 
     def sum(self, a: Any, b: Any) -> fx.Node:
         return self(aten.add.Tensor, a, b)
+
+    def plus(self, a: Any, beta: Any, b: fx.Node) -> fx.Node:
+        """``beta * a + b``, where a beta of 0 drops what a holds, were it NaN, as PyTorch does."""
+        return b if beta == 0 else self.sum(self.times(a, beta), b)
 
 
 _LETTERS = string.ascii_letters
@@ -156,25 +165,24 @@ def _addcdiv(op: _Writer, self: Any, tensor1: Any, tensor2: Any, value: Any) -> 
 
 def _addmm(op: _Writer, self: Any, mat1: Any, mat2: Any, beta: Any, alpha: Any) -> fx.Node | None:
     """Left whole where ``self`` is a constant: then it is the bias of a linear layer."""
-    if not _varies(self):
+    if not _varies(self) and beta != 0:
         return None
-    return op.sum(op.times(self, beta), op.times(op(aten.matmul.default, mat1, mat2), alpha))
+    return op.plus(self, beta, op.times(op(aten.matmul.default, mat1, mat2), alpha))
 
 
 def _baddbmm(
     op: _Writer, self: Any, batch1: Any, batch2: Any, beta: Any, alpha: Any
 ) -> fx.Node | None:
-    product = op.times(op(aten.matmul.default, batch1, batch2), alpha)
-    return op.sum(op.times(self, beta), product)
+    return op.plus(self, beta, op.times(op(aten.matmul.default, batch1, batch2), alpha))
 
 
 def _addbmm(op: _Writer, self: Any, batch1: Any, batch2: Any, beta: Any, alpha: Any) -> fx.Node:
     product = op(aten.sum.dim_IntList, op(aten.matmul.default, batch1, batch2), [0])
-    return op.sum(op.times(self, beta), op.times(product, alpha))
+    return op.plus(self, beta, op.times(product, alpha))
 
 
 def _addmv(op: _Writer, self: Any, mat: Any, vec: Any, beta: Any, alpha: Any) -> fx.Node:
-    return op.sum(op.times(self, beta), op.times(op(aten.matmul.default, mat, vec), alpha))
+    return op.plus(self, beta, op.times(op(aten.matmul.default, mat, vec), alpha))
 
 
 def _outer(op: _Writer, self: Any, vec2: Any) -> fx.Node:

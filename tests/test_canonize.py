@@ -166,7 +166,7 @@ OPENED: dict[str, tuple[Callable[[Tensor], Tensor], list[object]]] = {
         lambda x: torch.addcdiv(x, x, CONSTANT[0], value=2.0),
         [aten.div.Tensor, MUL, ADD],
     ),
-    "addmm": (lambda x: torch.addmm(x, x, CONSTANT, beta=2), [MUL, MATMUL, ADD]),
+    "addmm": (lambda x: torch.addmm(x, x, CONSTANT, beta=2), [MATMUL, MUL, ADD]),
     "addmm with a constant summand": (
         lambda x: torch.addmm(CONSTANT[0], x, CONSTANT),
         [aten.addmm.default],

@@ -279,3 +279,103 @@ def test_a_second_use_of_a_product_changes_no_share(end: Callable) -> None:
     e = lrpfx.explain(randomized(Three()), x, seed, rules="attnlrp", layers=["a", "b", "c"])
     got = [(e.layers[k][0].relevance.sum() / seed.sum()).item() for k in "abc"]
     assert got == pytest.approx([1 / 3] * 3)
+
+
+class ChannelGate(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.fc(x.mean((2, 3))))[:, :, None, None]
+
+
+class Step(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.way, self.share = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.share(x)) * (self.way(x) - x)
+
+
+@pytest.mark.parametrize(
+    ("inner", "around"),
+    [
+        (ChannelGate(), lambda y, x, m: y * torch.sigmoid(m.gate(x))),  # a product of products
+        (Step(), lambda y, x, m: x + y),  # an interpolation
+    ],
+)
+def test_what_a_module_returns_is_a_node_of_its_own(inner: nn.Module, around: Callable) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.gate, self.head = inner, nn.Conv2d(4, 1, 1), nn.Linear(4, 2)
+            self.stop = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.inner(x)
+            y = y.detach() if self.stop else y
+            return self.head(around(y, x, self).mean((2, 3)))
+
+    model = randomized(Model())
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
+    (layer,) = lrpfx.explain(model, x, 0, rules="attnlrp", layers=["inner"]).layers["inner"]
+    torch.testing.assert_close(layer.activation, inner(x).detach())
+    stopped = lrpfx.explain(model, x, 0, rules=[("inner", lrpfx.Stop())])
+    model.stop = True
+    expected = lrpfx.explain(model, x, 0)
+    torch.testing.assert_close(stopped.relevance, expected.relevance)
+
+
+@pytest.mark.parametrize("as_matrices", [True, False])
+def test_a_normalised_energy_is_live(as_matrices: bool) -> None:
+    """By hand: half of the relevance for each of two branches, of which one is such."""
+
+    class Model(nn.Module):
+        def forward(self, image: Tensor, text: Tensor) -> Tensor:
+            f = F.normalize(image.pow(2).mean(1).sqrt(), dim=-1)
+            if as_matrices:
+                return (f[:, None] @ text[..., None])[..., 0]
+            return (f * text).sum(-1, keepdim=True)
+
+    inputs = torch.randn(2, 4, 6).double(), torch.randn(2, 6).double()
+    e = lrpfx.explain(Model(), inputs, 0, rules="attnlrp")
+    for r in e.relevance:
+        torch.testing.assert_close(r.flatten(1).sum(1), e.output[:, 0] / 2)
+
+
+GATED = {
+    "softmax beside a relu": (
+        lambda a, b: a.relu() * b.softmax(1),
+        lambda a, b: a.relu() * b.softmax(1).detach(),
+    ),
+    "clamped": (
+        lambda a, b: (a.clamp(-9, 9) + 1) * F.silu(b.clamp(max=9)),
+        lambda a, b: (a.clamp(-9, 9) + 1) * F.silu(b).detach(),
+    ),
+    "clamp": (lambda a, b: a * b.clamp(0, 1), lambda a, b: a * b.clamp(0, 1).detach()),
+    "sigmoid and tanh in a product of three": (
+        lambda a, b: a.tanh() * a * b.sigmoid(),
+        lambda a, b: a.tanh() * a * b.sigmoid().detach(),
+    ),
+}
+
+
+@pytest.mark.parametrize(("gated", "detached"), GATED.values(), ids=GATED)
+@pytest.mark.parametrize("ledger", [True, False])
+def test_cplrp_stops_the_gate_alone(gated: Callable, detached: Callable, ledger: bool) -> None:
+    class Model(nn.Module):
+        def __init__(self, fn: Callable) -> None:
+            super().__init__()
+            self.fn, self.a, self.b, self.head = fn, *(nn.Linear(4, 4) for _ in "abh")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.fn(self.a(x), self.b(x)))
+
+    x = torch.randn(2, 4, dtype=torch.float64)
+    got, expected = (
+        lrpfx.explain(randomized(Model(fn)), x, 1, rules="cplrp", ledger=ledger)
+        for fn in (gated, detached)
+    )
+    torch.testing.assert_close(got.relevance, expected.relevance)

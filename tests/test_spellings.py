@@ -822,6 +822,10 @@ ROWS: dict[str, tuple[Any, ...]] = {
             "reshaped": lambda x: torch.rsqrt(x.pow(2).mean(-1) + 1e-6).view(-1, 1),
             "einsum": lambda x: torch.rsqrt(torch.einsum("nd,nd->n", x, x) / 8 + 1e-6)[:, None],
             "clamped": lambda x: torch.rsqrt((x * x).mean(1, True).clamp(min=0.0) + 1e-6),
+            "transposed": lambda x: torch.rsqrt(x.T.pow(2).mean(0, keepdim=True) + 1e-6).T,
+            "repeated": lambda x: torch.rsqrt((x * x).mean(1, True) + 1e-6).repeat(1, 8),
+            "matmul": lambda x: torch.rsqrt((x[:, None] @ x[..., None])[..., 0] / 8 + 1e-6),
+            "pooled": lambda x: torch.rsqrt(F.adaptive_avg_pool1d(x * x, 1) + 1e-6),
         }.items()
     },
     "layer norm by moments": (
@@ -833,6 +837,44 @@ ROWS: dict[str, tuple[Any, ...]] = {
         ),
         lambda m, x: m.norm(x),
     ),
+    "rms norm of energies by hand": (
+        lambda m, x: (e := x[:, None].square().mean(1)) * (e.square().mean(1, True) + 1e-6) ** -0.5,
+        lambda m, x: F.rms_norm(x[:, None].square().mean(1), (8,), eps=1e-6),
+    ),
+    "times an inverse": (
+        lambda m, x: m.fc(x) * (1 / m.two(x).abs().amax(1, keepdim=True)),
+        lambda m, x: m.fc(x) / m.two(x).abs().amax(1, keepdim=True),
+    ),
+    "an energy over its mean": (
+        lambda m, x: (
+            m.fc(x) * ((e := x.view(-1, 4, 2).square().mean(1)) / (2 * e.mean(1, True)))[:, :1]
+        ),
+        lambda m, x: m.fc(x) * ((e := x.view(-1, 4, 2).square().mean(1)) / e.sum(1, True))[:, :1],
+    ),
+    "softmax by hand": (
+        lambda m, x: m.two(x) * ((e := m.fc(x).exp()) / e.sum(1, keepdim=True)),
+        lambda m, x: m.two(x) * m.fc(x).softmax(1),
+    ),
+    "softmax by hand, in range": (
+        lambda m, x: (
+            (e := ((s := m.fc(x)) - s.amax(-1, keepdim=True)).exp())
+            * (1 / e.sum(-1)[:, None])
+            * m.two(x)
+        ),
+        lambda m, x: m.two(x) * m.fc(x).softmax(1),
+    ),
+    "sigmoid by hand": (
+        lambda m, x: m.two(x) * (1 / (1 + torch.exp(-m.fc(x)))),
+        lambda m, x: m.two(x) * m.fc(x).sigmoid(),
+    ),
+    "three factors with views between": (
+        lambda m, x: ((m.fc(x) * m.two(x)).view(-1, 2, 4) * x.view(-1, 2, 4) / 2).flatten(1),
+        lambda m, x: m.fc(x) * m.two(x) * x / 2,
+    ),
+    "addmm with beta 0": (
+        lambda m, x: torch.addmm(x * torch.nan, x, m.two.weight.T, beta=0),
+        lambda m, x: m.two(x),
+    ),
     "division by integers": (
         lambda m, x: x / torch.arange(1, 9),
         lambda m, x: x / torch.arange(1.0, 9.0, dtype=x.dtype),
@@ -840,6 +882,17 @@ ROWS: dict[str, tuple[Any, ...]] = {
     "lerp by hand": (
         lambda m, x: m.fc(x).sigmoid() * (m.two(x) - x) + x,
         lambda m, x: (1 - m.fc(x).sigmoid()) * x + m.fc(x).sigmoid() * m.two(x),
+    ),
+    "lerp from its end": (
+        lambda m, x: x - m.fc(x).sigmoid() * (x - m.two(x)),
+        lambda m, x: (1 - m.fc(x).sigmoid()) * x + m.fc(x).sigmoid() * m.two(x),
+    ),
+    "two lerps of one difference": (
+        lambda m, x: (x + (d := m.two(x) - x) * m.fc(x).sigmoid()) * (x + d * m.slim(x)[:, :1]),
+        lambda m, x: (
+            torch.lerp(x, m.two(x), m.fc(x).sigmoid())
+            * torch.lerp(x, m.two(x), m.slim(x)[:, :1].expand(-1, 8))
+        ),
     ),
     "gru cell by its equation": (
         lambda m, x: m.gru(x, x[:, :4]),
@@ -1043,6 +1096,17 @@ TOKENS: dict[str, tuple[Any, ...]] = {
     "linear attention": (
         _linear_attention,
         lambda m, x: (1 + F.elu(m.q(x))) @ ((1 + F.elu(m.k(x))).mT @ m.v(x)),
+    ),
+    "normalised linear attention": (
+        lambda m, x: torch.einsum(
+            "ntd,nt->ntd",
+            _linear_attention(m, x),
+            1 / torch.einsum("ntd,nd->nt", F.elu(m.q(x)) + 1, (F.elu(m.k(x)) + 1).sum(1)),
+        ),
+        lambda m, x: (
+            _linear_attention(m, x)
+            / ((F.elu(m.q(x)) + 1) * (F.elu(m.k(x)) + 1).sum(1, keepdim=True)).sum(2, keepdim=True)
+        ),
     ),
     "projection per head by einsum": (
         lambda m, x: torch.einsum("nthd,hde->nhte", x.view(-1, 5, 2, 4), m.heads),
