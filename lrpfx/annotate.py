@@ -32,6 +32,7 @@ from lrpfx.graph import (
     live_names,
     module_calls,
     nodes_in,
+    op_name,
     record,
     source_line,
 )
@@ -80,6 +81,7 @@ def annotate(
     starts: Container[fx.Node],
     prefix: str,
     held: Container[str] = (),
+    by_gradient: bool = False,
 ) -> set[fx.Node]:
     """Give every node that carries relevance its record; return all of them.
 
@@ -91,11 +93,12 @@ def annotate(
         starts: The nodes that relevance is wanted for, see ``starts.find_starts``.
         prefix: What to strip from module paths.
         held: Names of nodes that count as constants.
+        by_gradient: Whether ops need no row in the op table, as all rules follow the gradient.
 
     Raises:
         UnsupportedOpError: Listing all such nodes that the op table does not know.
     """
-    carrying, unknown = annotate_known(graph, starts, prefix, held)
+    carrying, unknown = annotate_known(graph, starts, prefix, held, by_gradient)
     if unknown:
         raise UnsupportedOpError(
             f"{len(unknown)} operation(s) that depend on the explained input have no relevance "
@@ -120,10 +123,11 @@ def annotate_known(
     starts: Container[fx.Node],
     prefix: str,
     held: Container[str] = (),
+    by_gradient: bool = False,
 ) -> tuple[set[fx.Node], list[Unknown]]:
     """As ``annotate``, but return also what the op table does not know, in execution order."""
     letters = letters_of(graph)
-    known = _liveness(graph, starts, held)
+    known = _liveness(graph, starts, held, by_gradient)
     carrying = _carrying(graph, known)
     unknown = [
         _unknown(node, known[node] is not _UNKNOWN, carrying, prefix, letters)
@@ -163,7 +167,10 @@ _PICK = "getitem or start"
 
 
 def _liveness(
-    graph: fx.Graph, starts: Container[fx.Node], held: Container[str]
+    graph: fx.Graph,
+    starts: Container[fx.Node],
+    held: Container[str],
+    by_gradient: bool,
 ) -> dict[fx.Node, Op | str]:
     """The nodes that depend on a start, each with what is known of it."""
     live: dict[fx.Node, Op | str] = {}
@@ -180,7 +187,10 @@ def _liveness(
         if getattr(node.target, "__name__", "") == "getitem":
             live[node] = _PICK
             continue
-        op = ops.find(node.target, frozenset(live_names(node, live)))
+        names = frozenset(live_names(node, live))
+        op = ops.find(node.target, names)
+        if op is None and by_gradient:
+            op = Op(op_name(node.target), "normalize", (names,))
         if op is None or op.family != "constant":
             live[node] = op or _UNKNOWN
     return live

@@ -15,7 +15,8 @@ from lrpfx.composites import First, Selector, describe
 from lrpfx.errors import RuleError, SelectorError, some
 from lrpfx.graph import Record
 from lrpfx.resolve import RulesLike, resolve
-from lrpfx.rules import Rule
+from lrpfx.rules import Gradient, Rule, Stop
+from lrpfx.rules.pointwise import ReLURule
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,14 @@ class Plan:
     assignments: dict[str, Assignment]
     rules: str
     notes: tuple[str, ...] = ()
+
+    @property
+    def follows_gradient(self) -> bool:
+        """Whether all but layers with weights, ReLUs and what is stopped keep their gradient."""
+        return all(
+            isinstance(a.rule, (Gradient, ReLURule, Stop)) or a.record.op.weighted
+            for a in self.assignments.values()
+        ) and any(isinstance(a.rule, Gradient) for a in self.assignments.values())
 
 
 def assign(

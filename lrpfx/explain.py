@@ -30,6 +30,7 @@ from lrpfx.graph import (
     record,
     used_nodes,
 )
+from lrpfx.hold import release
 from lrpfx.inputs import Inputs, check_inputs, flatten_inputs, is_finite, varying_sizes
 from lrpfx.ledger import Ledger
 from lrpfx.notes import notes_of
@@ -158,11 +159,15 @@ class Explainer:
         check_faithful(self._captured, self._module, example_inputs, expected)
         self._plan = assign(self._records(), rules, model)
         notes += self._plan.notes
+        kinds = {a.record.kind for a in self._plan.assignments.values()}
+        released = self._plan.follows_gradient and release(graph)
+        if released:
+            self._live = annotate(graph, self._starts, self._captured.prefix, (), released)
+            self._plan = assign(self._records(), rules, model, kinds=kinds)
         stopped = [a.record for a in self._plan.assignments.values() if isinstance(a.rule, Stop)]
         if stopped:
             held = {r.name for r in stopped}
-            kinds = {a.record.kind for a in self._plan.assignments.values()}
-            self._live = annotate(graph, self._starts, self._captured.prefix, held)
+            self._live = annotate(graph, self._starts, self._captured.prefix, held, released)
             self._check_live()
             self._plan = assign(self._records(), rules, model, kinds=kinds)
             which = ", ".join(sorted({r.kind for r in stopped}))

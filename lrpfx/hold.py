@@ -253,3 +253,9 @@ def live_values(graph: fx.Graph) -> set[fx.Node]:
         if begins or picks or (names and not ends):
             live.add(node)
     return live
+
+
+def release(graph: fx.Graph) -> bool:
+    """Let everything that is held be live again; return whether anything was."""
+    held = [node for node in graph.nodes if node.meta.pop(HELD, None) is not None]
+    return bool(held)

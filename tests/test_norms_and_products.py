@@ -1,6 +1,7 @@
 """Normalisations and products of live tensors, against their formulas written out by hand."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -379,3 +380,49 @@ def test_cplrp_stops_the_gate_alone(gated: Callable, detached: Callable, ledger:
         for fn in (gated, detached)
     )
     torch.testing.assert_close(got.relevance, expected.relevance)
+
+
+class Guided(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.relu()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g.relu() * (ctx.saved_tensors[0] > 0)
+
+
+NORMALISED = {
+    "rms by hand": lambda x: x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-5),
+    "std": lambda x: (x - x.mean(1, True)) / (x.std(1, keepdim=True) + 0.1),
+    "normalize": F.normalize,
+    "layer_norm": lambda x: F.layer_norm(x, x.shape[1:]),
+    "divisor": lambda x: x / (1 + x.exp().sum(1, keepdim=True)),
+    "inverse": lambda x: x * (1 / (1 + x * x).sum(1, keepdim=True)),
+    "cosine": lambda x: x * F.cosine_similarity(x, x.flip(1), dim=1)[:, None],
+    "softmax by hand": lambda x: x * ((e := x.exp()) / e.sum(1, keepdim=True)),
+}
+
+
+@pytest.mark.parametrize("norm", NORMALISED.values(), ids=NORMALISED)
+@pytest.mark.parametrize("ledger", [True, False])
+def test_rules_that_follow_the_gradient_follow_it_through_divisors(
+    norm: Callable, ledger: bool
+) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.head = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor, relu: Callable = F.relu) -> Tensor:
+            return self.head(norm(self.b(relu(self.a(x)))))
+
+    model, x = randomized(Model()), torch.randn(2, 4, dtype=torch.float64)
+    for rules, relu in (("guided_backprop", Guided.apply), ([("*", lrpfx.Gradient())], F.relu)):
+        at = x.clone().requires_grad_()
+        score = model(at, relu)[:, 1]
+        (expected,) = torch.autograd.grad(score, at, score.detach())
+        e = lrpfx.explain(model, x, 1, rules=rules, ledger=ledger)
+        torch.testing.assert_close(e.relevance, expected)
+        assert not any("constants" in note for note in e.report.notes)
