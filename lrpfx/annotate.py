@@ -106,7 +106,21 @@ def annotate(
             where=[str(u) for u in unknown],
             fix=REAL if all(u.complex for u in unknown) else REGISTER,
         )
+    if reshaped := [r for n in graph.nodes if (r := record(n)) and _changes_shape(n, r, carrying)]:
+        raise UnsupportedOpError(
+            f"{len(reshaped)} activation(s) have an output of another shape than their input.",
+            where=[f"{r}   {r.source}".rstrip() for r in reshaped],
+            fix='broadcast before the op; one that is registered may be "affine" or "select".',
+        )
     return carrying
+
+
+def _changes_shape(node: fx.Node, known: Record, carrying: set[fx.Node]) -> bool:
+    """Whether an activation is none of one entry each."""
+    if known.family != "activation":
+        return False
+    (x,) = (n for n in dict.fromkeys(node.all_input_nodes) if n in carrying)
+    return str(x.meta["val"].shape) != str(node.meta["val"].shape)
 
 
 #: What to do about complex numbers.

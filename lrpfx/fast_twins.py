@@ -12,7 +12,7 @@ from torch import Tensor
 from lrpfx.affine import AffineMap
 from lrpfx.call import Call, fill
 from lrpfx.ledger import Ledger
-from lrpfx.rules.base import Carry, share
+from lrpfx.rules.base import Carry, finite, share
 from lrpfx.twins import Arrival, Step, Twin
 
 
@@ -69,7 +69,9 @@ class Exchange(FastStep):
     def propagate(self, given: Arrival) -> tuple[Tensor, ...]:
         """What the one phantom gets."""
         (m,) = given.R
-        return (m * given.z if self.into == "relevance" else share(m, given.z, 0.0, False),)
+        if self.into == "relevance":
+            return (finite(given.z) * m,)
+        return (share(m, given.z, 0.0, False),)
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import lrpfx
 from lrpfx import composites
+from tests.conftest import Apply
 
 Array = np.ndarray
 EPS = 1e-6
@@ -553,3 +554,34 @@ def test_stopping_attention_by_hand_keeps_the_default_for_the_rest() -> None:
     assert {row.rule for row in stopped.report.rows if row.kind == "conv"} == {"Epsilon(epsilon=0)"}
     cp = lrpfx.explain(model, x, 1, rules="cplrp")
     torch.testing.assert_close(stopped.relevance, cp.relevance)
+
+
+BEHIND_A_MASK: dict[str, Callable] = {
+    "view": lambda s, v: (s.view(-1, 1, 5, 5).softmax(-1) @ v[:, None])[:, 0],
+    "sink": lambda s, v: torch.cat([s, s.new_zeros(len(s), 5, 1)], -1).softmax(-1)[..., :5] @ v,
+    "scale": lambda s, v: (s / 2).softmax(-1) @ v,
+    "single precision": lambda s, v: s.float().softmax(-1).double() @ v,
+    "live bias": lambda s, v: (s + v[..., :1]).softmax(-1) @ v,
+    "two masks": lambda s, v: torch.stack([s, s]).sum(0).softmax(-1) @ v,
+}
+
+
+@pytest.mark.parametrize("behind", BEHIND_A_MASK.values(), ids=BEHIND_A_MASK)
+@pytest.mark.parametrize("rules", ["attnlrp", "epsilon_all"])
+@pytest.mark.parametrize("ledger", [True, False])
+def test_what_stands_between_mask_and_softmax(behind: Callable, rules: str, ledger: bool) -> None:
+    """A mask of -infinity gives what one of large numbers gives."""
+    torch.manual_seed(0)
+    q, k, v = (nn.Linear(4, 4).double() for _ in range(3))
+    x = torch.randn(2, 5, 4, dtype=torch.float64)
+    seen = torch.ones(5, 5).tril() > 0
+
+    def masked(by: float) -> nn.Module:
+        mask = torch.zeros(5, 5).double().masked_fill(~seen, by)
+        return Apply(lambda m, x: behind(q(x) @ k(x).mT + mask, v(x)).mean(1))
+
+    got, expected = (
+        lrpfx.explain(masked(by), x, 1, rules=rules, ledger=ledger) for by in (-torch.inf, -1e9)
+    )
+    torch.testing.assert_close(got.relevance, expected.relevance, rtol=1e-6, atol=1e-8)
+    assert not ledger or abs(got.report.unaccounted) < 1e-9

@@ -398,6 +398,16 @@ def test_a_wrong_registration_says_what_is_wrong(arguments: tuple, message: str)
         lrpfx.register_op(*arguments)
 
 
+def test_a_registered_activation_keeps_its_shape() -> None:
+    target = torch.ops.aten.logsumexp.default
+    lrpfx.register_op(target, "logsumexp", "activation")
+    try:
+        with pytest.raises(lrpfx.errors.UnsupportedOpError, match=r"another shape[\s\S]*logsumexp"):
+            lrpfx.explain(Between(lambda x: x.view(-1, 2, 4).logsumexp(2), ROW), samples(ROW))
+    finally:
+        ops._TABLE.pop(target)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("dims", [1, 2])
 def test_flat_of_a_sample_without_a_batch(channels: int, dims: int) -> None:

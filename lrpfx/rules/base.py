@@ -131,6 +131,11 @@ def _called(stabilizer: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
     return stable
 
 
+def finite(a: Tensor) -> Tensor:
+    """``a`` with zeros for what is infinite: a masked score is, and gets nothing."""
+    return a.masked_fill(a.isinf(), 0.0)
+
+
 @dataclass(frozen=True)
 class Carry:
     """What one node receives and hands on when relevance is computed fast.
@@ -162,9 +167,10 @@ def share(m: Tensor, z: Tensor, stabilizer: StabilizerLike, taken: bool, sign: i
     """
     if taken and is_zero(stabilizer):
         return m
-    if taken and not callable(stabilizer):  # z / st(z) = |z| / (|z| + epsilon)
+    if taken and not callable(stabilizer):
+        # z / st(z) = 1 / (1 + epsilon / |z|), which is 1 where z is infinite, as masked scores are.
         size = widened(z if sign > 0 else z.abs())
-        return times(over(size, size + stabilizer), m).to(z.dtype)
+        return over(m, torch.div(size.new_tensor(stabilizer), size).add_(1)).to(z.dtype)
     if callable(stabilizer) or z.dtype in HALVES:
         return divide(widened(z) * m if taken else m, z, stabilizer)[0]
     if stabilizer == 0:
@@ -279,7 +285,7 @@ class Rule:
 
     def weigh(self, a: Tensor, c: Tensor) -> Tensor:
         """R_x = a c, where relevance is to be handed to an input."""
-        return a * c
+        return finite(a) * c
 
     def __str__(self) -> str:
         """Name and the parameters that differ from their defaults."""

@@ -181,7 +181,3 @@ class Taylor(Rule):
         """c_x = R - y * sum R."""
         R = z * m if carry.takes else m
         return (R - z * R.sum(call.argument("dim"), keepdim=True),)
-
-    def weigh(self, a: Tensor, c: Tensor) -> Tensor:
-        """A score of -infinity, which masks, gets nothing."""
-        return a.masked_fill(a.isinf(), 0.0) * c

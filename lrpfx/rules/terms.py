@@ -27,6 +27,7 @@ from lrpfx.rules.base import (
     StabilizerLike,
     check_stabilizer,
     divide,
+    finite,
     is_zero,
     only_where,
     over,
@@ -93,6 +94,10 @@ class Term(NamedTuple):
 ZeroParams = str | Sequence[str] | None
 
 
+#: Kinds of what is done to attention scores, of which masked ones are -infinity.
+_OF_SCORES = {"shift", "scale", "sum", "reduction"}
+
+
 @dataclass(frozen=True)
 class AffineRule(Rule):
     """Base of the rules of affine ops; a rule is its list of terms.
@@ -144,6 +149,7 @@ class AffineRule(Rule):
         """R_x = sum over terms and parts of x_i * (W_i's)."""
         assert isinstance(R, Tensor)
         f = self._parameters(call.affine(x))
+        masked = call.op.kind in _OF_SCORES
         shares: list[Signal] = []
         booked: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
         for term in self.terms(Input(x, call.nonneg), f, z):
@@ -155,10 +161,11 @@ class AffineRule(Rule):
             s, _ = divide(gated, d, self._stabilizer)
             for part, W in parts:
                 c = W.T(s, x)
+                part = tuple(map(finite, part)) if masked else part
                 shares.append(tuple(a * b for a, b in zip(part, c, strict=True)))
             booked.append((gated, d, s, f.spread(term.bias)))
         relevance = tuple(_sum(share) for share in zip(*shares, strict=True))
-        return Flow(relevance, lambda: _absorbed(R, booked, call.op.kind == "shift"))
+        return Flow(relevance, lambda: _absorbed(R, booked, masked))
 
     # -- computed fast
 
