@@ -23,6 +23,7 @@ from lrpfx.errors import UnsupportedOpError
 from lrpfx.graph import (
     HELD,
     KEY,
+    SHAPED,
     ModuleCall,
     Record,
     bound_arguments,
@@ -148,7 +149,8 @@ def annotate_known(
         for node in graph.nodes
         if node in carrying and (known[node] is _UNKNOWN or _is_complex(node))
     ]
-    gates = _gates(known, carrying)
+    flowing = {node: known[node] for node in carrying}
+    gates = _gates(flowing)
     nonneg: set[fx.Node] = set()
     mixed: set[fx.Node] = set()  # what some conv or linear layer stands before
     for node in graph.nodes:
@@ -164,7 +166,7 @@ def annotate_known(
                 gate=node in gates,
             )
             if op.kind == "product":
-                counts = tuple(len(factors) for factors in _factors(node, known))
+                counts = tuple(len(factors) for factors in _factors(node, flowing))
                 site = replace(node.meta[KEY].site, factors=counts)
                 node.meta[KEY] = replace(node.meta[KEY], site=site)
         elif op is _PICK and node.args[0] in nonneg:
@@ -224,16 +226,19 @@ def _carrying(graph: fx.Graph, live: Container[fx.Node]) -> set[fx.Node]:
 
 def _nested(factor: fx.Node, known: Mapping[fx.Node, Op | str]) -> fx.Node | None:
     """The product that a factor of another is, moved or scaled maybe, if nothing else uses it."""
-    while len(factor.users) == 1 and isinstance(op := known.get(factor), Op):
+    while _is_read_once(factor, known) and isinstance(op := known.get(factor), Op):
         if op.kind == "product":
             return factor if len(set(factor.args)) == 2 else None
         if op.family != "move" and op.kind != "scale":
             return None
-        live = [n for n in factor.all_input_nodes if n in known]
-        if len(live) != 1:
-            return None
-        (factor,) = live
+        factor = next(n for n in factor.all_input_nodes if n in known)
     return None
+
+
+def _is_read_once(node: fx.Node, known: Container[fx.Node]) -> bool:
+    """Whether relevance comes to a node from one other, and not for its shape."""
+    users = [user for user in node.users if user in known]
+    return sum(user.target not in SHAPED or user.args[0] is node for user in users) == 1
 
 
 def _factors(product: fx.Node, known: Mapping[fx.Node, Op | str]) -> list[list[fx.Node]]:
@@ -249,14 +254,14 @@ def _is_product(op: Op | str | None) -> bool:
     return isinstance(op, Op) and op.kind == "product"
 
 
-def _gates(known: Mapping[fx.Node, Op | str], carrying: set[fx.Node]) -> set[fx.Node]:
+def _gates(known: Mapping[fx.Node, Op | str]) -> set[fx.Node]:
     """The activations that stand as the only one among a product's factors.
 
     Moves, and constant factors and summands, as in ``2 * sigmoid(x)`` or ``1 - sigmoid(x)``, aside.
     Of several it is the only sigmoid, as in an LSTM's ``sigmoid(i) * tanh(g)``, and none that just
     clamps. Beside a softmax nothing is a gate.
     """
-    products = [node for node in carrying if _is_product(known[node])]
+    products = [node for node, op in known.items() if _is_product(op)]
     inner = {_nested(n, known) for node in products for n in node.all_input_nodes}
     found: set[fx.Node] = set()
     for node in products:

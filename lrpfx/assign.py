@@ -36,19 +36,13 @@ class Plan:
         assignments: By node name.
         rules: How ``rules=`` was read, for the report.
         notes: What the user may not have meant, for the report.
+        by_gradient: Whether all ops without weights keep their gradient, but for ReLUs.
     """
 
     assignments: dict[str, Assignment]
     rules: str
     notes: tuple[str, ...] = ()
-
-    @property
-    def follows_gradient(self) -> bool:
-        """Whether all but layers with weights, ReLUs and what is stopped keep their gradient."""
-        return all(
-            isinstance(a.rule, (Gradient, ReLURule, Stop)) or a.record.op.weighted
-            for a in self.assignments.values()
-        ) and any(isinstance(a.rule, Gradient) for a in self.assignments.values())
+    by_gradient: bool = False
 
 
 def assign(
@@ -93,7 +87,26 @@ def assign(
             where=[str(r) for r in missing],
             fix="add an entry for their kind.",
         )
-    return Plan({r.name: chosen[r.name] for r in records}, reading, tuple(notes))
+    turned = [
+        a
+        for a in chosen.values()
+        if a.rule.by_sample and a.record.shape[:1] != ("N",) and "N" in a.record.shape
+    ]
+    if turned:
+        raise RuleError(
+            "a stabilizer that is scaled by the norm of a sample is laid on ops whose first "
+            "dimension is not that of the samples.",
+            where=some([f"{a.record} under {a.rule}" for a in turned]),
+            fix="give Stabilizer(..., dim=...), or a number, for these.",
+        )
+    entries = [entry for composite in layers for entry in composite.entries]
+    rest = next((rule for selector, rule in entries if selector == "*"), None)
+    by_gradient = isinstance(rest, Gradient) and all(
+        isinstance(a.rule, (Gradient, ReLURule, Stop)) or a.record.op.weighted
+        for a in chosen.values()
+    )
+    ordered = {r.name: chosen[r.name] for r in records}
+    return Plan(ordered, reading, tuple(notes), by_gradient)
 
 
 def _why(selector: Selector) -> str:

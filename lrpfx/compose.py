@@ -6,7 +6,7 @@ import operator
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from lrpfx import ops
 from lrpfx.call import Composed
@@ -52,8 +52,12 @@ def whole_softmaxes(module: fx.GraphModule) -> fx.GraphModule:
 
     A maximum of x that is subtracted first is left out: it changes nothing but the range.
     """
+    widest = max((_precision(node) for node in module.graph.nodes), default=0)
     for node in list(module.graph.nodes):
-        found = _softmax_of(node) or _sigmoid_of(node)
+        if _calls(node, aten.softmax.int) and _is_in_range(*node.args[:2]):
+            node.update_arg(0, node.args[0].args[0])
+        # What is rounded more than the rest would change the model by more than round-off.
+        found = _softmax_of(node) or _sigmoid_of(node) if _precision(node) == widest else None
         if found is None:
             continue
         with module.graph.inserting_before(node):
@@ -74,15 +78,16 @@ def _softmax_of(node: Any) -> tuple[Any, tuple[Any, ...]] | None:
         return None
     summed, dims, *kept = below.args
     rank = above.meta["val"].ndim
-    if summed is not above or len(dims) != 1 or below.kwargs:
+    twice = _calls(summed, aten.exp.default) and summed.args == above.args
+    if not (summed is above or twice) or len(dims) != 1 or below.kwargs:
+        return None
+    x, form = above.args[0], str(above.meta["val"].shape)
+    if _precision(x) != _precision(above) or str(node.meta["val"].shape) != form:
         return None
     dim = dims[0] % rank
     if (places is None) is not (kept == [True]) or (places is not None and places % rank != dim):
         return None
-    x = above.args[0]
-    if _calls(x, aten.sub.Tensor) and not x.kwargs and _is_maximum(x.args[1], x.args[0], dim):
-        x = x.args[0]
-    return aten.softmax.int, (x, dim)
+    return aten.softmax.int, (x.args[0] if _is_in_range(x, dim) else x, dim)
 
 
 def _sigmoid_of(node: Any) -> tuple[Any, tuple[Any, ...]] | None:
@@ -122,6 +127,20 @@ def _quotient(node: Any) -> tuple[Any, Any]:
             if _calls(inverse, aten.reciprocal.default):
                 return a, inverse.args[0]
     return None, None
+
+
+def _precision(node: Any) -> int:
+    """Bytes of a floating number in it; 0 for integers."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return value.itemsize if isinstance(value, Tensor) and value.is_floating_point() else 0
+
+
+def _is_in_range(node: Any, dim: int) -> bool:
+    """Whether a node is some x less its maximum along a dimension."""
+    if not _calls(node, aten.sub.Tensor) or node.kwargs or not isinstance(node.args[0], fx.Node):
+        return False
+    x, shift = node.args
+    return _is_maximum(shift, x, dim % node.meta["val"].ndim) and _precision(x) == _precision(node)
 
 
 def _is_maximum(node: Any, x: Any, dim: int) -> bool:

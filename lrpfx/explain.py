@@ -160,7 +160,7 @@ class Explainer:
         self._plan = assign(self._records(), rules, model)
         notes += self._plan.notes
         kinds = {a.record.kind for a in self._plan.assignments.values()}
-        released = self._plan.follows_gradient and release(graph)
+        released = self._plan.by_gradient and release(graph)
         if released:
             self._live = annotate(graph, self._starts, self._captured.prefix, (), released)
             self._plan = assign(self._records(), rules, model, kinds=kinds)

@@ -23,6 +23,9 @@ aten = torch.ops.aten
 KEY = "lrpfx"
 #: Marks nodes that count as constants for relevance, though not for gradients; says why.
 HELD = "lrpfx_held"
+#: Ops that read only the values of their first argument, and of the second the shape or type.
+SHAPED = {aten.expand_as.default, aten.view_as.default, aten.reshape_as.default}
+SHAPED |= {aten.type_as.default, aten.to.other}
 #: With the slash: torchvision lies beside torch.
 _TORCH_CODE = (str(Path(torch.__file__).parent) + os.sep, "torch/")
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*\n\s*(.*)')

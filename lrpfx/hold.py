@@ -10,7 +10,7 @@ from torch import fx
 
 from lrpfx import ops
 from lrpfx.functionalize import insert
-from lrpfx.graph import HELD, is_floating, live_names, reachable, varying
+from lrpfx.graph import HELD, SHAPED, is_floating, live_names, reachable, varying
 
 aten = torch.ops.aten
 
@@ -39,8 +39,10 @@ _STEPS |= {
 }
 #: What keeps a divisor from zero.
 _GUARDS = {aten.add.Tensor, aten.clamp_min.default, aten.clamp.default}
-#: Of these only the first argument's values are read.
-_SHAPED = {aten.expand_as.default}
+#: Kinds that make inverses of inverses.
+_OF_INVERSES = ("scale", "product", "pow", "square", "sqrt")
+_PRODUCTS = {aten.mul.Tensor, aten.einsum.default, aten.matmul.default}
+_PRODUCTS |= {aten.mm.default, aten.bmm.default}
 
 
 def hold_statistics(module: fx.GraphModule) -> fx.GraphModule:
@@ -55,7 +57,7 @@ def hold_statistics(module: fx.GraphModule) -> fx.GraphModule:
     changing = varying(module.graph)
     statistical: set[fx.Node] = set()  # computed from statistics and constants alone
     for node in module.graph.nodes:
-        read = node.all_input_nodes[:1] if node.target in _SHAPED else node.all_input_nodes
+        read = node.all_input_nodes[:1] if node.target in SHAPED else node.all_input_nodes
         read = [n for n in read if n in changing]
         if _is_statistic(node) or (node.target in _STEPS and read and statistical.issuperset(read)):
             statistical.add(node)
@@ -193,7 +195,7 @@ def hold_divisors(module: fx.GraphModule) -> fx.GraphModule:
     _hold_quotients(module)
     live = live_values(module.graph)
     for node in list(module.graph.nodes):
-        if node.target not in (aten.mul.Tensor, aten.einsum.default):
+        if node.target not in _PRODUCTS:
             continue
         factors = {n for n in node.all_input_nodes if n in live}
         inverses = {n for n in factors if _is_inverted(n, live)}
@@ -206,14 +208,15 @@ def hold_divisors(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _is_inverted(node: fx.Node, live: set[fx.Node]) -> bool:
-    """Whether a node is an inverse, moved or scaled maybe."""
-    while not _is_inverse(node):
-        op = ops.find(node.target, frozenset(live_names(node, live)))
-        inputs = [n for n in node.all_input_nodes if n in live]
-        if op is None or (op.family != "move" and op.kind != "scale") or len(inputs) != 1:
-            return False
-        (node,) = inputs
-    return True
+    """Whether a node is an inverse, moved or scaled maybe, a power of it, or their product."""
+    if _is_inverse(node):
+        return True
+    op = ops.find(node.target, frozenset(live_names(node, live)))
+    if op is None or (op.family != "move" and op.kind not in _OF_INVERSES):
+        return False
+    inputs = [n for n in node.all_input_nodes if n in live]
+    inputs = inputs[:1] if node.target in SHAPED else inputs
+    return bool(inputs) and all(_is_inverted(n, live) for n in inputs)
 
 
 def _held(before: fx.Node, divisor: fx.Node) -> fx.Node:

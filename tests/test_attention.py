@@ -561,6 +561,7 @@ BEHIND_A_MASK: dict[str, Callable] = {
     "sink": lambda s, v: torch.cat([s, s.new_zeros(len(s), 5, 1)], -1).softmax(-1)[..., :5] @ v,
     "scale": lambda s, v: (s / 2).softmax(-1) @ v,
     "single precision": lambda s, v: s.float().softmax(-1).double() @ v,
+    "soft cap": lambda s, v: (3 * torch.tanh(s / 3)).softmax(-1) @ v,
     "live bias": lambda s, v: (s + v[..., :1]).softmax(-1) @ v,
     "two masks": lambda s, v: torch.stack([s, s]).sum(0).softmax(-1) @ v,
 }

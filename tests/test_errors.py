@@ -546,6 +546,13 @@ RULES = [
         for ledger in (True, False)
     ),
     Case(
+        "a norm-scaled stabilizer on what is no batch",
+        errors.RuleError,
+        fc(lambda m, x: torch.einsum("ni,oi->on", x, m.fc.weight).T),
+        says=("einsum", "norm_scale=True", "first dimension"),
+        options=rules(("linear", Epsilon(Stabilizer(0.1, norm_scale=True)))),
+    ),
+    Case(
         "a predicate that raises",
         errors.LrpError,
         mlp,

@@ -426,3 +426,70 @@ def test_rules_that_follow_the_gradient_follow_it_through_divisors(
         e = lrpfx.explain(model, x, 1, rules=rules, ledger=ledger)
         torch.testing.assert_close(e.relevance, expected)
         assert not any("constants" in note for note in e.report.notes)
+
+
+INVERSES = {
+    "expanded": lambda x, y: x * (1 / (y * y + 1).sum(1, keepdim=True)).expand_as(x),
+    "squared": lambda x, y: x * (1 / (y + 9)) ** 2,
+    "root": lambda x, y: x * torch.rsqrt(y.abs() + 1).sqrt(),
+    "matmul": lambda x, y: (x[:, None] @ (1 / (y + 9))[..., None])[..., 0],
+    "einsum": lambda x, y: torch.einsum("ni,ni->n", x, 1 / (y + 9))[:, None],
+    "joined": lambda x, y: torch.cat([x, x], 1) * torch.cat([1 / (y + 9), 2 / (y + 8)], 1),
+    "of two": lambda x, y: x * ((1 / (y + 9)) * (1 / y.flip(1).exp())),
+}
+
+
+@pytest.mark.parametrize("fn", INVERSES.values(), ids=INVERSES)
+def test_an_inverse_that_is_a_factor_gets_nothing(fn: Callable) -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return fn(x, y)
+
+    x, y = (torch.randn(3, 4, dtype=torch.float64) for _ in range(2))
+    seed = fn(x, y)
+    e = lrpfx.explain(Model(), (x, y), seed, rules="attnlrp")
+    torch.testing.assert_close(e.relevance[0].sum(1), seed.sum(1))
+    assert not e.relevance[1].any()
+    assert "divisors of live tensors" in e.report.notes[0]
+
+
+SHARED = {
+    "for its shape": lambda a, b, c: (p := a * b) * c.expand_as(p),
+    "for a comparison": lambda a, b, c: (p := a * b) * c * (p > -100).to(p.dtype),
+    "for a choice": lambda a, b, c: torch.where((p := a * b) > -1e9, p, 0.0) * c,
+    "for ones": lambda a, b, c: ((p := a * b) * torch.ones_like(p)) * c,
+    "detached": lambda a, b, c: (p := a * b) * c * (p.detach().abs().max() + 1),
+}
+
+
+@pytest.mark.parametrize("fn", SHARED.values(), ids=SHARED)
+@pytest.mark.parametrize("ledger", [True, False])
+def test_what_reads_a_product_without_relevance_changes_no_share(
+    fn: Callable, ledger: bool
+) -> None:
+    class Model(nn.Module):
+        def forward(self, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+            return fn(a, b, c)
+
+    abc = tuple(torch.randn(3, 4, dtype=torch.float64) for _ in range(3))
+    seed = fn(*abc)
+    for r in lrpfx.explain(Model(), abc, seed, rules="attnlrp", ledger=ledger).relevance:
+        torch.testing.assert_close(r, seed / 3)
+
+
+def test_norm_scaled_stabilizers_mix_no_samples_of_one_number() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(4, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.w
+
+    x = torch.randn(3, 4, dtype=torch.float64) * torch.tensor([1.0, 10, 100]).double()[:, None]
+    rules = [("linear", lrpfx.Epsilon(lrpfx.Stabilizer(0.1, norm_scale=True)))]
+    model, one = Model(), torch.ones(3, dtype=torch.float64)
+    together = lrpfx.explain(model, x, one, rules=rules).relevance
+    for k in range(3):
+        alone = lrpfx.explain(model, x[k : k + 1], one[:1], rules=rules).relevance
+        torch.testing.assert_close(together[k : k + 1], alone)

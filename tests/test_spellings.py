@@ -863,6 +863,18 @@ ROWS: dict[str, tuple[Any, ...]] = {
         ),
         lambda m, x: m.two(x) * m.fc(x).softmax(1),
     ),
+    "softmax by hand, exponentials twice": (
+        lambda m, x: m.two(x) * ((s := m.fc(x)).exp() / s.exp().sum(1, keepdim=True)),
+        lambda m, x: m.two(x) * m.fc(x).softmax(1),
+    ),
+    "softmax in range": (
+        lambda m, x: m.two(x) * ((s := m.fc(x)) - s.amax(1, keepdim=True).detach()).softmax(1),
+        lambda m, x: m.two(x) * m.fc(x).softmax(1),
+    ),
+    "no softmax: another dimension": (
+        lambda m, x: (e := m.fc(x)[:, :4, None].exp() @ x[:, None, :4]) / e.sum(1)[:, :, None],
+        lambda m, x: (e := m.fc(x)[:, :4, None].exp() @ x[:, None, :4]) / e.sum(1).unsqueeze(2),
+    ),
     "sigmoid by hand": (
         lambda m, x: m.two(x) * (1 / (1 + torch.exp(-m.fc(x)))),
         lambda m, x: m.two(x) * m.fc(x).sigmoid(),

@@ -52,7 +52,9 @@ class Stabilizer:
         epsilon = z.new_tensor(self.epsilon)
         if self.norm_scale:
             dim = tuple(range(1, z.ndim)) if self.dim is None else self.dim
-            epsilon = epsilon * z.square().mean(dim=dim, keepdim=True).sqrt()
+            # A mean over no dimension would be one over all.
+            squares = z.square().mean(dim=dim, keepdim=True) if dim else z.square()
+            epsilon = epsilon * squares.sqrt()
         if self.clip:
             return torch.where(z >= 0, z.maximum(epsilon), z.minimum(-epsilon))
         return torch.where(z >= 0, z + epsilon, z - epsilon)
@@ -244,6 +246,12 @@ class Rule:
             R: Relevance of the output, shaped like it (a tuple for ops with several outputs).
         """
         raise NotImplementedError
+
+    @property
+    def by_sample(self) -> bool:
+        """Whether a stabilizer takes the first dimension for that of the samples."""
+        given = [getattr(self, f.name) for f in fields(self)]
+        return any(isinstance(s, Stabilizer) and s.norm_scale and s.dim is None for s in given)
 
     # How relevance is computed fast, without ledger and derivatives: see ``carriers``.
 

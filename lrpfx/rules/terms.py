@@ -352,16 +352,19 @@ def _absorbed(
 
     With gate * R = s * st(d) and d = sum_i W_i x_i + b, the inputs get s * (d - b) in sum; the
     rest is b * s and (st(d) - d) * s = gate * R - d * s. "dead" collects the outputs whose
-    denominator is zero or whose gates are all closed. ``masked`` says that d may be -infinity, as
-    a masked attention score is, which gets and keeps nothing.
+    denominator is zero (or infinite) or whose gates are all closed. ``masked`` says that d may be
+    -infinity, as a masked attention score is, which gets and keeps nothing.
     """
     zero = R.new_zeros((), dtype=torch.float64)
     absorbed = {"bias": zero, "stabilizer": zero, "dead": zero}
     for gated, d, s, bias in booked:
         gated, d, s = gated.detach(), d.detach(), s.detach()
         rest = gated - s * d
-        rest = rest.nan_to_num(0.0) if masked else rest
-        dead = sum_all([rest * (d == 0)])
+        nothing = d == 0
+        if masked:
+            nothing = nothing | d.isinf()
+            rest = torch.where(d.isinf(), gated, rest)
+        dead = sum_all([rest * nothing])
         absorbed["stabilizer"] = absorbed["stabilizer"] + sum_all([rest]) - dead
         absorbed["dead"] = absorbed["dead"] + dead
         if bias is not None:
