@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -226,13 +226,23 @@ def _carrying(graph: fx.Graph, live: Container[fx.Node]) -> set[fx.Node]:
 
 def _nested(factor: fx.Node, known: Mapping[fx.Node, Op | str]) -> fx.Node | None:
     """The product that a factor of another is, moved or scaled maybe, if nothing else uses it."""
-    while _is_read_once(factor, known) and isinstance(op := known.get(factor), Op):
-        if op.kind == "product":
-            return factor if len(set(factor.args)) == 2 else None
-        if op.family != "move" and op.kind != "scale":
-            return None
-        factor = next(n for n in factor.all_input_nodes if n in known)
+    inner: fx.Node | None = factor
+    while inner is not None and _is_read_once(inner, known):
+        if _is_kind(known[inner], "product"):
+            return inner if len(set(inner.args)) == 2 else None
+        inner = _before(inner, known, ("scale",))
     return None
+
+
+def _before(
+    node: fx.Node, known: Mapping[fx.Node, Op | str], kinds: Sequence[str]
+) -> fx.Node | None:
+    """What a node moves, or does one of ``kinds`` to, if that is a single one; else None."""
+    op = known[node]
+    if not isinstance(op, Op) or (op.family != "move" and op.kind not in kinds):
+        return None
+    inputs = [n for n in node.all_input_nodes if n in known]
+    return inputs[0] if len(inputs) == 1 or node.target in SHAPED else None
 
 
 def _is_read_once(node: fx.Node, known: Container[fx.Node]) -> bool:
@@ -250,8 +260,8 @@ def _factors(product: fx.Node, known: Mapping[fx.Node, Op | str]) -> list[list[f
     return found
 
 
-def _is_product(op: Op | str | None) -> bool:
-    return isinstance(op, Op) and op.kind == "product"
+def _is_kind(op: Op | str, kind: str) -> bool:
+    return isinstance(op, Op) and op.kind == kind
 
 
 def _gates(known: Mapping[fx.Node, Op | str]) -> set[fx.Node]:
@@ -261,7 +271,7 @@ def _gates(known: Mapping[fx.Node, Op | str]) -> set[fx.Node]:
     Of several it is the only sigmoid, as in an LSTM's ``sigmoid(i) * tanh(g)``, and none that just
     clamps. Beside a softmax nothing is a gate.
     """
-    products = [node for node, op in known.items() if _is_product(op)]
+    products = [node for node, op in known.items() if _is_kind(op, "product")]
     inner = {_nested(n, known) for node in products for n in node.all_input_nodes}
     found: set[fx.Node] = set()
     for node in products:
@@ -280,11 +290,10 @@ def _gates(known: Mapping[fx.Node, Op | str]) -> set[fx.Node]:
 def _end(factor: fx.Node, known: Mapping[fx.Node, Op | str]) -> tuple[fx.Node, str]:
     """The activation or softmax that a factor is but for moves and the like, and its kind."""
     clamp = None
-    while isinstance(op := known.get(factor), Op) and (
-        op.family == "move" or op.kind in ("scale", "shift", "clamp")
-    ):
-        clamp = factor if op.kind == "clamp" and clamp is None else clamp
-        factor = next(n for n in factor.all_input_nodes if n in known)
+    while (before := _before(factor, known, ("scale", "shift", "clamp"))) is not None:
+        clamp = factor if clamp is None and _is_kind(known[factor], "clamp") else clamp
+        factor = before
+    op = known[factor]
     if isinstance(op, Op) and (op.family == "activation" or op.kind == "softmax"):
         return factor, op.kind
     return (factor, "") if clamp is None else (clamp, "clamp")

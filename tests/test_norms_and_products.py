@@ -462,6 +462,19 @@ SHARED = {
 }
 
 
+@pytest.mark.parametrize("ledger", [True, False])
+def test_a_factor_that_is_joined_of_products_counts_once(ledger: bool) -> None:
+    class Model(nn.Module):
+        def forward(self, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+            return torch.cat([a * b, a], 1) * torch.cat([c, b], 1)
+
+    abc = tuple(torch.randn(3, 4, dtype=torch.float64) for _ in range(3))
+    seed = Model()(*abc).clone()
+    a, b, c = lrpfx.explain(Model(), abc, seed, rules="attnlrp", ledger=ledger).relevance
+    left, right = seed.split(4, 1)
+    torch.testing.assert_close((a, b, c), (left / 4 + right / 2, left / 4 + right / 2, left / 2))
+
+
 @pytest.mark.parametrize("fn", SHARED.values(), ids=SHARED)
 @pytest.mark.parametrize("ledger", [True, False])
 def test_what_reads_a_product_without_relevance_changes_no_share(
