@@ -150,7 +150,7 @@ def annotate_known(
         if node in carrying and (known[node] is _UNKNOWN or _is_complex(node))
     ]
     flowing = {node: known[node] for node in carrying}
-    gates = _gates(flowing)
+    gates, scores = _gates(flowing), _scores(graph, flowing)
     nonneg: set[fx.Node] = set()
     mixed: set[fx.Node] = set()  # what some conv or linear layer stands before
     for node in graph.nodes:
@@ -165,10 +165,11 @@ def annotate_known(
                 first=not before,
                 gate=node in gates,
             )
+            counts: tuple[int, ...] = ()
             if op.kind == "product":
                 counts = tuple(len(factors) for factors in _factors(node, flowing))
-                site = replace(node.meta[KEY].site, factors=counts)
-                node.meta[KEY] = replace(node.meta[KEY], site=site)
+            site = replace(node.meta[KEY].site, factors=counts, scores=node in scores)
+            node.meta[KEY] = replace(node.meta[KEY], site=site)
         elif op is _PICK and node.args[0] in nonneg:
             nonneg.add(node)
         if (r := record(node)) is not None and r.nonneg:
@@ -222,6 +223,20 @@ def _carrying(graph: fx.Graph, live: Container[fx.Node]) -> set[fx.Node]:
         if node in carrying:
             carrying.update(n for n in node.all_input_nodes if n in live)
     return carrying
+
+
+def _scores(graph: fx.Graph, known: Mapping[fx.Node, Op | str]) -> set[fx.Node]:
+    """What a softmax reads, and what that is computed from one by one."""
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        op = known.get(node)
+        if not isinstance(op, Op):
+            continue
+        passes = op.family in ("move", "product", "activation")
+        passes = passes or op.kind in ("shift", "scale", "sum", "reduction")
+        if op.kind == "softmax" or (node in found and passes):
+            found.update(n for n in node.all_input_nodes if n in known)
+    return found
 
 
 def _nested(factor: fx.Node, known: Mapping[fx.Node, Op | str]) -> fx.Node | None:

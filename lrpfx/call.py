@@ -108,6 +108,7 @@ class Site:
         nonneg: Whether every live input is proven non-negative.
         several_outputs: Whether the op returns a tuple.
         factors: Of a product, how many factors each live input is the product of.
+        scores: Whether a softmax reads what it computes, which may be masked by -infinity.
     """
 
     op: Op
@@ -118,6 +119,7 @@ class Site:
     nonneg: bool
     several_outputs: bool
     factors: tuple[int, ...] = ()
+    scores: bool = False
 
     @property
     def vanishes(self) -> bool:

@@ -94,10 +94,6 @@ class Term(NamedTuple):
 ZeroParams = str | Sequence[str] | None
 
 
-#: Kinds of what is done to attention scores, of which masked ones are -infinity.
-_OF_SCORES = {"shift", "scale", "sum", "reduction"}
-
-
 @dataclass(frozen=True)
 class AffineRule(Rule):
     """Base of the rules of affine ops; a rule is its list of terms.
@@ -149,7 +145,7 @@ class AffineRule(Rule):
         """R_x = sum over terms and parts of x_i * (W_i's)."""
         assert isinstance(R, Tensor)
         f = self._parameters(call.affine(x))
-        masked = call.op.kind in _OF_SCORES
+        masked = call.site.scores or call.op.kind == "shift"
         shares: list[Signal] = []
         booked: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
         for term in self.terms(Input(x, call.nonneg), f, z):
