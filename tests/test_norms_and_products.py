@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import lrpfx
 from lrpfx import composites
+from tests.conftest import Apply
 
 EPSILON_ALL = composites.EpsilonAll(epsilon=1e-9)
 
@@ -441,13 +442,9 @@ INVERSES = {
 
 @pytest.mark.parametrize("fn", INVERSES.values(), ids=INVERSES)
 def test_an_inverse_that_is_a_factor_gets_nothing(fn: Callable) -> None:
-    class Model(nn.Module):
-        def forward(self, x: Tensor, y: Tensor) -> Tensor:
-            return fn(x, y)
-
     x, y = (torch.randn(3, 4, dtype=torch.float64) for _ in range(2))
     seed = fn(x, y)
-    e = lrpfx.explain(Model(), (x, y), seed, rules="attnlrp")
+    e = lrpfx.explain(Apply(lambda _, x, y: fn(x, y)), (x, y), seed, rules="attnlrp")
     torch.testing.assert_close(e.relevance[0].sum(1), seed.sum(1))
     assert not e.relevance[1].any()
     assert "divisors of live tensors" in e.report.notes[0]
@@ -480,13 +477,9 @@ def test_a_factor_that_is_joined_of_products_counts_once(ledger: bool) -> None:
 def test_what_reads_a_product_without_relevance_changes_no_share(
     fn: Callable, ledger: bool
 ) -> None:
-    class Model(nn.Module):
-        def forward(self, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-            return fn(a, b, c)
-
     abc = tuple(torch.randn(3, 4, dtype=torch.float64) for _ in range(3))
-    seed = fn(*abc)
-    for r in lrpfx.explain(Model(), abc, seed, rules="attnlrp", ledger=ledger).relevance:
+    seed, model = fn(*abc), Apply(lambda _, a, b, c: fn(a, b, c))
+    for r in lrpfx.explain(model, abc, seed, rules="attnlrp", ledger=ledger).relevance:
         torch.testing.assert_close(r, seed / 3)
 
 
