@@ -12,8 +12,9 @@ from lrpfx.canonize import canonize
 from lrpfx.capture import TRACING, capture
 from lrpfx.errors import UnsupportedOpError
 from lrpfx.explain import Explainer
-from lrpfx.graph import op_name, record, used_nodes
+from lrpfx.graph import op_name
 from lrpfx.inputs import Inputs
+from lrpfx.prepare import constants, records
 from lrpfx.report import Report, Row, make_report
 from lrpfx.resolve import RulesLike
 from lrpfx.starts import find_starts
@@ -46,9 +47,8 @@ def _partial(model: nn.Module, inputs: Inputs, rules: RulesLike) -> Report:
     captured, program, _ = capture(model, inputs)
     graph = canonize(program).graph
     live, unknown = annotate_known(graph, find_starts(graph), captured.prefix)
-    plan = assign([r for n in graph.nodes if (r := record(n)) is not None], rules, model)
-    constants = sum(n.op == "call_function" and n not in live for n in used_nodes(graph))
-    report = make_report(plan, constants, ())
+    plan = assign(records(graph), rules, model)
+    report = make_report(plan, constants(graph, live), ())
     rows = {row.node: row for row in (*report.rows, *map(_row, unknown))}
     return replace(report, rows=tuple(rows[n.name] for n in graph.nodes if n.name in rows))
 

@@ -9,37 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lrpfx.annotate import annotate
-from lrpfx.assign import assign
 from lrpfx.backward import Largest, Run, at_a_time
-from lrpfx.canonize import canonize
-from lrpfx.capture import TRACING, capture
-from lrpfx.carriers import find_carriers
+from lrpfx.capture import TRACING
 from lrpfx.compiled import Compiled, CompiledRun
-from lrpfx.errors import (
-    CaptureError,
-    InputError,
-    SelectorError,
-)
+from lrpfx.errors import CaptureError, InputError, SelectorError
 from lrpfx.explanation import Explanation
 from lrpfx.faithful import check_faithful
 from lrpfx.gather import Gather, by_layer, reported
-from lrpfx.graph import (
-    Record,
-    explained_leaves,
-    record,
-    used_nodes,
-)
-from lrpfx.hold import release
 from lrpfx.inputs import Inputs, check_inputs, flatten_inputs, is_finite, varying_sizes
 from lrpfx.ledger import Ledger
-from lrpfx.notes import notes_of
+from lrpfx.prepare import prepare
 from lrpfx.refuse import refuse_if_the_model_does, refuse_relevance, refuse_seed
-from lrpfx.report import Report, make_report
+from lrpfx.report import Report
 from lrpfx.resolve import RulesLike
 from lrpfx.rewrite import instrument, rewrite
-from lrpfx.rules import Stop
-from lrpfx.starts import find_starts
 from lrpfx.state import State, Versions, state_of, versions
 from lrpfx.taps import find_taps
 from lrpfx.targets import Target, each_target, is_several, make_seed
@@ -149,29 +132,8 @@ class Explainer:
         dynamic: Sequence[int],
         fixed: Versions | None,
     ) -> None:
-        self._captured, program, expected = capture(model, example_inputs, dynamic)
-        self._module = canonize(program)
-        graph = self._module.graph
-        self._starts = find_starts(graph)
-        notes: list[str] = []
-        self._live = annotate(graph, self._starts, self._captured.prefix)
-        self._check_live()
-        check_faithful(self._captured, self._module, example_inputs, expected)
-        self._plan = assign(self._records(), rules, model)
-        notes += self._plan.notes
-        kinds = {a.record.kind for a in self._plan.assignments.values()}
-        released = self._plan.by_gradient and release(graph)
-        if released:
-            self._live = annotate(graph, self._starts, self._captured.prefix, (), released)
-            self._plan = assign(self._records(), rules, model, kinds=kinds)
-        stopped = [a.record for a in self._plan.assignments.values() if isinstance(a.rule, Stop)]
-        if stopped:
-            held = {r.name for r in stopped}
-            self._live = annotate(graph, self._starts, self._captured.prefix, held, released)
-            self._check_live()
-            self._plan = assign(self._records(), rules, model, kinds=kinds)
-            which = ", ".join(sorted({r.kind for r in stopped}))
-            notes.append(f"{len(stopped)} nodes count as constants by rule Stop: {which}")
+        prepared = prepare(model, example_inputs, rules, dynamic)
+        self._captured, self._module, self._starts, self._live, self._plan, self._report = prepared
         self._gather = Gather(self._captured, self._module, self._starts)
         self._state = State(model, fixed)
         self._pointed: tuple[dict[str, Tensor], int] = {}, 0
@@ -183,13 +145,6 @@ class Explainer:
         self._instrumented: dict[
             tuple[tuple[str, ...], bool], tuple[fx.GraphModule, dict[str, int]]
         ] = {}
-        constants = sum(
-            n.op == "call_function" and n not in self._live for n in used_nodes(self._module.graph)
-        )
-        notes += notes_of(graph, self._captured, self._starts)
-        carriers = find_carriers(graph, self._plan.assignments, self._live, self._starts, ())
-        multipliers = {node.name: carry.takes for node, carry in carriers.items()}
-        self._report = make_report(self._plan, constants, notes, multipliers)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse: graphs and their rules can be neither pickled nor copied."""
@@ -307,19 +262,6 @@ class Explainer:
         return reported(parts if several else parts[0], book, seeds[0].description)
 
     # -- set-up -----------------------------------------------------------------------------------
-
-    def _records(self) -> list[Record]:
-        return [r for n in self._module.graph.nodes if (r := record(n)) is not None]
-
-    def _check_live(self) -> None:
-        if not any(
-            isinstance(n, fx.Node) and n in self._live for n in explained_leaves(self._module.graph)
-        ):
-            raise CaptureError(
-                "no output of the model depends on the explained inputs.",
-                where=[f"inputs: {', '.join(self._captured.signature.paths)}"],
-                fix="check forward() for detach(), argmax or other steps that have no gradient.",
-            )
 
     def _instrument(
         self, paths: tuple[str, ...], fast: bool = False

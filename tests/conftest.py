@@ -1,6 +1,5 @@
 """Hypothesis profiles, and what several test files need: `Apply` and `assert_untouched`."""
 
-import importlib
 import math
 import random
 from collections import deque
@@ -70,7 +69,7 @@ def traced_once(known: Traces | None = None) -> Iterator[None]:
             traces[id(model)] = model, capture(model, inputs, dynamic)
         return traces[id(model)][1]
 
-    with mock.patch.object(importlib.import_module("lrpfx.explain"), "capture", once):
+    with mock.patch("lrpfx.prepare.capture", once):
         yield
 
 

@@ -1,0 +1,108 @@
+"""model -> what an explanation needs of it: the canonical graph, and the rule of each live node."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import fx, nn
+
+from lrpfx.annotate import annotate
+from lrpfx.assign import Plan, assign
+from lrpfx.canonize import canonize
+from lrpfx.capture import Captured, capture
+from lrpfx.carriers import find_carriers
+from lrpfx.errors import CaptureError
+from lrpfx.faithful import check_faithful
+from lrpfx.graph import Record, explained_leaves, record, used_nodes
+from lrpfx.hold import release
+from lrpfx.inputs import Inputs
+from lrpfx.notes import notes_of
+from lrpfx.report import Report, make_report
+from lrpfx.resolve import RulesLike
+from lrpfx.rules import Stop
+from lrpfx.starts import find_starts
+
+
+class Prepared(NamedTuple):
+    """A model that was captured, and how relevance will go through it.
+
+    Args:
+        captured: The model, and how it was captured.
+        module: Its canonical graph.
+        starts: The nodes that relevance is wanted for, see ``starts.find_starts``.
+        live: The nodes that carry relevance.
+        plan: The rule of each of them.
+        report: The report, without an explanation in it.
+    """
+
+    captured: Captured
+    module: fx.GraphModule
+    starts: dict[fx.Node, fx.Node]
+    live: set[fx.Node]
+    plan: Plan
+    report: Report
+
+
+def prepare(
+    model: nn.Module, inputs: Inputs, rules: RulesLike, dynamic: Sequence[int] = ()
+) -> Prepared:
+    """Capture a model, and decide what each node of its graph does with relevance.
+
+    Rules have a say in what is live: what is held for them is not where all follow the gradient,
+    and behind ``Stop`` nothing is. The nodes are then annotated and given their rules once more.
+
+    Args:
+        model: See ``lrpfx.explain``.
+        inputs: Example inputs.
+        rules: See ``lrpfx.explain``.
+        dynamic: See ``lrpfx.Explainer``.
+
+    Raises:
+        LrpError: As ``lrpfx.explain``, for everything that concerns model and rules.
+    """
+    captured, program, expected = capture(model, inputs, dynamic)
+    module = canonize(program)
+    graph, prefix = module.graph, captured.prefix
+    starts = find_starts(graph)
+    live = annotate(graph, starts, prefix)
+    _check_live(graph, live, captured)
+    check_faithful(captured, module, inputs, expected)
+    plan = assign(records(graph), rules, model)
+    notes = list(plan.notes)
+    kinds = {a.record.kind for a in plan.assignments.values()}
+    released = plan.by_gradient and release(graph)
+    if released:
+        live = annotate(graph, starts, prefix, (), released)
+        plan = assign(records(graph), rules, model, kinds=kinds)
+    stopped = [a.record for a in plan.assignments.values() if isinstance(a.rule, Stop)]
+    if stopped:
+        live = annotate(graph, starts, prefix, {r.name for r in stopped}, released)
+        _check_live(graph, live, captured)
+        plan = assign(records(graph), rules, model, kinds=kinds)
+        which = ", ".join(sorted({r.kind for r in stopped}))
+        notes.append(f"{len(stopped)} nodes count as constants by rule Stop: {which}")
+    notes += notes_of(graph, captured, starts)
+    carriers = find_carriers(graph, plan.assignments, live, starts, ())
+    multipliers = {node.name: carry.takes for node, carry in carriers.items()}
+    report = make_report(plan, constants(graph, live), notes, multipliers)
+    return Prepared(captured, module, starts, live, plan, report)
+
+
+def records(graph: fx.Graph) -> list[Record]:
+    """Those of all live nodes, in execution order."""
+    return [r for node in graph.nodes if (r := record(node)) is not None]
+
+
+def constants(graph: fx.Graph, live: set[fx.Node]) -> int:
+    """How many nodes are computed without a live input."""
+    return sum(n.op == "call_function" and n not in live for n in used_nodes(graph))
+
+
+def _check_live(graph: fx.Graph, live: set[fx.Node], captured: Captured) -> None:
+    if not any(isinstance(n, fx.Node) and n in live for n in explained_leaves(graph)):
+        raise CaptureError(
+            "no output of the model depends on the explained inputs.",
+            where=[f"inputs: {', '.join(captured.signature.paths)}"],
+            fix="check forward() for detach(), argmax or other steps that have no gradient.",
+        )
