@@ -50,17 +50,20 @@ def whole_activations(module: fx.GraphModule) -> fx.GraphModule:
 def whole_softmaxes(module: fx.GraphModule) -> fx.GraphModule:
     """``exp(x) / sum(exp(x))`` -> ``softmax(x)``, ``1 / (1 + exp(-x))`` -> ``sigmoid(x)``.
 
+    So is ``1 / (1 + exp(x))``, that of ``-x``, and ``exp(x) / (1 + exp(x))``.
+
     A maximum of x that is subtracted first is left out: it changes nothing but the range.
     """
     widest = max((_precision(node) for node in module.graph.nodes), default=0)
     for node in list(module.graph.nodes):
         if _calls(node, aten.softmax.int) and _is_in_range(*node.args[:2]):
             node.update_arg(0, node.args[0].args[0])
-        # What is rounded more than the rest would change the model by more than round-off.
-        found = _softmax_of(node) or _sigmoid_of(node) if _precision(node) == widest else None
-        if found is None:
-            continue
+        if _precision(node) < widest:
+            continue  # what is rounded more than the rest would change by more than round-off
         with module.graph.inserting_before(node):
+            found = _softmax_of(node) or _sigmoid_of(node)
+            if found is None:
+                continue
             new = insert(node, *found)
         node.replace_all_uses_with(new)
         module.graph.erase_node(node)
@@ -91,18 +94,22 @@ def _softmax_of(node: Any) -> tuple[Any, tuple[Any, ...]] | None:
 
 
 def _sigmoid_of(node: Any) -> tuple[Any, tuple[Any, ...]] | None:
-    """Of ``1 / (1 + exp(-x))`` the sigmoid, and its argument."""
-    if not _calls(node, aten.reciprocal.default) or not _calls(node.args[0], aten.add.Tensor):
+    """Of ``1 / (1 + exp(-x))``, or ``exp(x) / (1 + exp(x))``, the sigmoid, and its argument."""
+    above, below = (
+        (None, node.args[0]) if _calls(node, aten.reciprocal.default) else _quotient(node)
+    )
+    if not _calls(below, aten.add.Tensor) or below.kwargs:
         return None
-    total = node.args[0]
-    for power, one in (total.args, total.args[::-1]):
-        if one == 1 and _calls(power, aten.exp.default) and not total.kwargs:
-            inner = power.args[0]
-            if _calls(inner, aten.neg.default):
-                return aten.sigmoid.default, (inner.args[0],)
-            if _calls(inner, aten.mul.Tensor) and inner.args[1] == -1:
-                return aten.sigmoid.default, (inner.args[0],)
-    return None
+    power = next((p for p, one in (below.args, below.args[::-1]) if one == 1), None)
+    if not _calls(power, aten.exp.default) or _precision(power) != _precision(power.args[0]):
+        return None
+    (x,) = power.args
+    if above is not None:
+        same = _calls(above, aten.exp.default) and above.args == power.args
+        return (aten.sigmoid.default, (x,)) if same else None
+    if _calls(x, aten.neg.default) or (_calls(x, aten.mul.Tensor) and x.args[1] == -1):
+        return aten.sigmoid.default, x.args[:1]
+    return aten.sigmoid.default, (insert(node, aten.neg.default, (x,)),)
 
 
 def _calls(node: Any, *targets: Any) -> bool:

@@ -879,6 +879,14 @@ ROWS: dict[str, tuple[Any, ...]] = {
         lambda m, x: m.two(x) * (1 / (1 + torch.exp(-m.fc(x)))),
         lambda m, x: m.two(x) * m.fc(x).sigmoid(),
     ),
+    "sigmoid by hand, of the negative": (
+        lambda m, x: m.two(x) * (1 / (1 + torch.exp(m.fc(x)))),
+        lambda m, x: m.two(x) * (-m.fc(x)).sigmoid(),
+    ),
+    "sigmoid by hand, exponentials twice": (
+        lambda m, x: m.two(x) * ((e := torch.exp(m.fc(x))) / (1 + e)),
+        lambda m, x: m.two(x) * m.fc(x).sigmoid(),
+    ),
     "three factors with views between": (
         lambda m, x: ((m.fc(x) * m.two(x)).view(-1, 2, 4) * x.view(-1, 2, 4) / 2).flatten(1),
         lambda m, x: m.fc(x) * m.two(x) * x / 2,
