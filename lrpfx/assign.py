@@ -51,6 +51,7 @@ def assign(
     model: nn.Module,
     *,
     kinds: set[str] | None = None,
+    stop: bool = True,
 ) -> Plan:
     """Give every record the rule of the first entry that matches it and fits it.
 
@@ -60,6 +61,8 @@ def assign(
         model: The model, for selectors that are module classes.
         kinds: Op kinds of the whole graph, where nodes have been stopped since: the default is
             picked by these, and entries need not match what is left.
+        stop: Whether entries with the rule Stop count. They do once: where what they stopped is
+            constant, another node may be first, or the gate of a product.
 
     Raises:
         SelectorError: An entry of the user's own matches nothing, or a name is unknown.
@@ -70,10 +73,16 @@ def assign(
     notes: list[str] = []
     for composite in layers:
         for selector, rule in composite.entries:
+            if isinstance(rule, Stop) and not stop:
+                continue
             matched = [r for r in records if _matches(selector, r, model)]
             reasons = {r.name: rule.fits(r.op) for r in matched}
             if composite.strict and kinds is None:
                 _check(selector, rule, matched, reasons, records, model)
+            elif not matched and kinds is None and _is_path(selector):
+                notes.append(
+                    f"{composite.name} lays {rule} on modules {selector!r}, and here are none"
+                )
             decided = [r for r in matched if not reasons[r.name] and r.name not in chosen]
             for r in decided:
                 chosen[r.name] = Assignment(r, rule, f"{composite.name}: {_why(selector)}")
@@ -148,6 +157,10 @@ def _matches(selector: Selector, r: Record, model: nn.Module) -> bool:
             where=[str(r)],
             fix="a predicate takes a node record; see lrpfx.graph.Record for what it has.",
         ) from error
+
+
+def _is_path(selector: Selector) -> bool:
+    return isinstance(selector, str) and selector not in {"*", *FAMILIES, *ops.kinds()}
 
 
 def _names_outright(selector: Selector) -> bool:

@@ -13,7 +13,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from lrpfx.assign import Assignment
 from lrpfx.functionalize import insert
-from lrpfx.graph import bound_arguments, reachable
+from lrpfx.graph import HELD, bound_arguments, reachable
 from lrpfx.rules.base import Carry
 
 aten = torch.ops.aten
@@ -232,6 +232,8 @@ def find_fused(
             continue
         qkv = tuple(arguments[name] for name in ("query", "key", "value"))
         inside = _between(node, {*qkv, arguments["attn_mask"]})
+        if any(HELD in n.meta for n in inside):  # an inverse, which is a constant in the product
+            continue
         parts = [n for n in inside if n in live]
         if not all(
             _is_plain(n, plan, carriers) and (n is node or carriers[n].takes) for n in parts

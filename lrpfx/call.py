@@ -109,6 +109,8 @@ class Site:
         several_outputs: Whether the op returns a tuple.
         factors: Of a product, how many factors each live input is the product of.
         scores: Whether a softmax reads what it computes, which may be masked by -infinity.
+        padding: How many of the outermost values of the one live input are zeros that it was padded
+            with, as ``F.pad`` has it: (last dimension's first, last, the one before's first, ...).
     """
 
     op: Op
@@ -120,6 +122,7 @@ class Site:
     several_outputs: bool
     factors: tuple[int, ...] = ()
     scores: bool = False
+    padding: tuple[int, ...] = ()
 
     @property
     def vanishes(self) -> bool:
@@ -221,15 +224,28 @@ def einsum(equation: str, x: Tensor, weight: Tensor) -> Tensor:
     return torch.einsum(equation, x, weight)
 
 
+def hardsigmoid(x: Tensor) -> Tensor:
+    """As ``torch.nn.functional.hardsigmoid``, whose derivative is in float32 and has none itself.
+
+    Args:
+        x: Any tensor.
+    """
+    return torch.nn.functional.relu6(x + 3) / 6
+
+
+#: Ops of lrpfx's own, with the names of their arguments.
+OWN: dict[Any, list[str]] = {einsum: ["equation", "x", "weight"], hardsigmoid: ["x"]}
+
+
 def is_op(target: Any) -> bool:
     """Whether the target of a graph's node is an op that can have a row in the table."""
-    return isinstance(target, (torch._ops.OpOverload, Composed)) or target is einsum
+    return isinstance(target, (torch._ops.OpOverload, Composed)) or target in OWN
 
 
 def argument_names(target: Any) -> list[str]:
     """Names of the arguments of an op."""
     if isinstance(target, Composed):
         return ["x", "constants"]
-    if target is einsum:
-        return ["equation", "x", "weight"]
+    if target in OWN:
+        return OWN[target]
     return [argument.name for argument in target._schema.arguments]

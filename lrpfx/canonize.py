@@ -13,7 +13,8 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from lrpfx.attention import group_heads, open_attention
-from lrpfx.compose import whole_activations, whole_softmaxes
+from lrpfx.by_hand import whole_functions, whole_relus
+from lrpfx.compose import whole_activations
 from lrpfx.errors import CaptureError, TrainingModeError
 from lrpfx.fold import fold_batch_norm
 from lrpfx.functionalize import (
@@ -183,7 +184,8 @@ _CASTS |= {aten.type_as.default, aten.to.other}
 def drop_noops(module: fx.GraphModule) -> fx.GraphModule:
     """``y = dropout(x)`` -> ``x``; likewise clone, contiguous, casts to the same type; no asserts.
 
-    So are slices of everything, whatever the batch size.
+    So are slices of everything, whatever the batch size, ``0 + x`` as ``sum([x, y])`` has it, and
+    ``1 * x``.
 
     Comes after ``refuse_training``: the dropouts left are those of evaluation mode.
     """
@@ -194,6 +196,7 @@ def drop_noops(module: fx.GraphModule) -> fx.GraphModule:
             node.target in _IDENTITIES
             or (node.target in _CASTS and _keeps_type(node))
             or (node.target is aten.slice.Tensor and _takes_all(node))
+            or _changes_nothing(node)
         ):
             node.replace_all_uses_with(nodes_in(node.args)[0])
             module.graph.erase_node(node)
@@ -218,6 +221,18 @@ def _takes_all(node: fx.Node) -> bool:
     return a["start"] in (None, 0) and a["step"] == 1 and whole
 
 
+_NEUTRAL = {aten.add.Tensor: 0, aten.sub.Tensor: 0, aten.mul.Tensor: 1, aten.div.Tensor: 1}
+
+
+def _changes_nothing(node: fx.Node) -> bool:
+    """Whether a number is added or multiplied with that changes neither values nor type."""
+    if node.target not in _NEUTRAL or node.kwargs:
+        return False
+    number, x = node.args[1], node.args[0]
+    same = isinstance(number, (int, float)) and number == _NEUTRAL[node.target]
+    return same and isinstance(x, fx.Node) and x.meta["val"].dtype == node.meta["val"].dtype
+
+
 def views_to_reshapes(module: fx.GraphModule) -> fx.GraphModule:
     """``view(x, s)`` -> ``reshape(x, s)``: out-of-place ops may lay memory out in another way."""
     for node in module.graph.nodes:
@@ -236,11 +251,12 @@ PASSES: tuple[Pass, ...] = (
     refuse_random,
     one_name_each,
     open_parts,
-    whole_lerps,
-    whole_softmaxes,
+    whole_relus,
+    whole_functions,
     group_heads,
     open_attention,
     hold_statistics,
+    whole_lerps,
     whole_activations,
     hold_divisors,
     views_to_reshapes,

@@ -218,7 +218,7 @@ class MambaLRP(Named):
     """
 
     def __init__(self, epsilon: StabilizerLike = 0.0, zero_params: ZeroParams = None) -> None:
-        super().__init__([("*.x_proj", Stop()), *EpsilonAll(epsilon, zero_params).entries])
+        super().__init__([("*x_proj", Stop()), *EpsilonAll(epsilon, zero_params).entries])
 
 
 class EpsilonPlus(Named):

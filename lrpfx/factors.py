@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 
+import torch
 from torch import fx
 
 from lrpfx.call import Op
-from lrpfx.graph import SHAPED
+from lrpfx.graph import SHAPED, bound_arguments, reachable
+
+aten = torch.ops.aten
 
 
 def find_scores(graph: fx.Graph, known: Mapping[fx.Node, Op | str]) -> set[fx.Node]:
@@ -17,6 +21,8 @@ def find_scores(graph: fx.Graph, known: Mapping[fx.Node, Op | str]) -> set[fx.No
     for node in reversed(graph.nodes):
         op = known.get(node)
         if not isinstance(op, Op):
+            if node in found:  # one of several outputs
+                found.update(n for n in node.all_input_nodes if n in known)
             continue
         passes = op.family in ("move", "product", "activation")
         passes = passes or op.kind in ("shift", "scale", "sum", "reduction")
@@ -39,6 +45,9 @@ def _before(
     node: fx.Node, known: Mapping[fx.Node, Op | str], kinds: Sequence[str]
 ) -> fx.Node | None:
     """What a node moves, or does one of ``kinds`` to, if that is a single one; else None."""
+    if node.target is operator.getitem and node.args[0] in known:
+        (several,) = node.all_input_nodes
+        return several if _before(several, known, kinds) is not None else None
     op = known[node]
     if not isinstance(op, Op) or (op.family != "move" and op.kind not in kinds):
         return None
@@ -46,7 +55,7 @@ def _before(
     return inputs[0] if len(inputs) == 1 or node.target in SHAPED else None
 
 
-def _is_read_once(node: fx.Node, known: Container[fx.Node]) -> bool:
+def _is_read_once(node: fx.Node, known: Mapping[fx.Node, Op | str]) -> bool:
     """Whether relevance comes to a node from one other, and not for its shape."""
     users = [user for user in node.users if user in known]
     return sum(user.target not in SHAPED or user.args[0] is node for user in users) == 1
@@ -66,11 +75,13 @@ def _is_kind(op: Op | str, kind: str) -> bool:
 
 
 def find_gates(known: Mapping[fx.Node, Op | str]) -> set[fx.Node]:
-    """The activations that stand as the only one among a product's factors.
+    """The activations that gate products: of each those of one factor, if one stands out.
 
     Moves, and constant factors and summands, as in ``2 * sigmoid(x)`` or ``1 - sigmoid(x)``, aside.
-    Of several it is the only sigmoid, as in an LSTM's ``sigmoid(i) * tanh(g)``, and none that just
-    clamps. Beside a softmax nothing is a gate.
+    Of several factors it is the only sigmoid, as in an LSTM's ``sigmoid(i) * tanh(g)``, then the
+    only clamp between 0 and a number, then the only one that does not just clamp. What another
+    factor is computed from is the signal, as y is in ``y * tanh(attn(y))``. Beside a softmax
+    nothing is a gate.
     """
     products = [node for node, op in known.items() if _is_kind(op, "product")]
     inner = {_nested(n, known) for node in products for n in node.all_input_nodes}
@@ -78,23 +89,76 @@ def find_gates(known: Mapping[fx.Node, Op | str]) -> set[fx.Node]:
     for node in products:
         if node in inner:
             continue
-        ends = dict(_end(factor, known) for factor in chain(*factors_of(node, known)))
-        if "softmax" in ends.values():
-            continue
-        bent = [end for end, kind in ends.items() if kind not in ("", "clamp")]
-        sigmoids = [end for end in bent if "sigmoid" in ends[end]]
-        clamps = [end for end, kind in ends.items() if kind == "clamp"]
-        found.update(next((few for few in (bent, sigmoids, clamps) if len(few) == 1), ()))
+        factors = list(chain(*factors_of(node, known)))
+        if not any(_is_softmaxed(factor, known) for factor in factors):
+            found.update(_gate(factors, known))
     return found
 
 
-def _end(factor: fx.Node, known: Mapping[fx.Node, Op | str]) -> tuple[fx.Node, str]:
-    """The activation or softmax that a factor is but for moves and the like, and its kind."""
-    clamp = None
+def _gate(factors: Sequence[fx.Node], known: Mapping[fx.Node, Op | str]) -> Iterable[fx.Node]:
+    """The activations of the factor that gates the others."""
+    ends = {factor: _ends(factor, known) for factor in factors}
+    bent = {tuple(end): factor for factor, end in ends.items() if end}
+    sigmoids = [end for end in bent if all("sigmoid" in _kind(n, known) for n in end)]
+    if len(sigmoids) != 1:
+        bent = {end: factor for end, factor in bent.items() if not _is_signal(factor, ends)}
+    ranks = (
+        [end for end in bent if end in sigmoids],
+        [end for end in bent if all(map(_is_from_zero, end))],
+        [end for end in bent if not any(_kind(n, known) == "clamp" for n in end)],
+        list(bent),
+    )
+    first = next((rank for rank in ranks if rank), [])
+    return first[0] if len(first) == 1 else ()
+
+
+def _is_signal(factor: fx.Node, ends: Mapping[fx.Node, Sequence[fx.Node]]) -> bool:
+    """Whether the activations of a factor are what another is computed from."""
+    own = set(ends[factor])
+    others = [n for n, end in ends.items() if set(end) != own]
+    return not own.isdisjoint(reachable(others))
+
+
+def _is_from_zero(clamp: fx.Node) -> bool:
+    """Whether a node is a clamp between 0 and a number."""
+    if clamp.target not in (aten.clamp.default, aten.hardtanh.default):
+        return False
+    _, low, high = bound_arguments(clamp).values()
+    return low == 0 and isinstance(high, (int, float))
+
+
+def _kind(node: fx.Node, known: Mapping[fx.Node, Op | str]) -> str:
+    op = known[node]
+    return op.kind if isinstance(op, Op) else ""
+
+
+def _is_softmaxed(factor: fx.Node, known: Mapping[fx.Node, Op | str]) -> bool:
+    """Whether a factor is made of weights by a softmax: moved, picked, summed up or scaled."""
+    seen, stack = set[fx.Node](), [factor]
+    while stack:
+        node = stack.pop()
+        op = known[node]
+        if node in seen:
+            continue
+        seen.add(node)
+        if _is_kind(op, "softmax"):
+            return True
+        through = not isinstance(op, Op) or op.family in ("move", "select")
+        if through or _kind(node, known) in ("scale", "shift", "clamp", "reduction"):
+            stack += [n for n in node.all_input_nodes if n in known]
+    return False
+
+
+def _ends(factor: fx.Node, known: Mapping[fx.Node, Op | str]) -> list[fx.Node]:
+    """The activations that a factor is but for moves and the like; none if there is more to it."""
+    clamp: list[fx.Node] = []
     while (before := _before(factor, known, ("scale", "shift", "clamp"))) is not None:
-        clamp = factor if clamp is None and _is_kind(known[factor], "clamp") else clamp
+        clamp = clamp or [factor] if _is_kind(known[factor], "clamp") else clamp
         factor = before
     op = known[factor]
-    if isinstance(op, Op) and (op.family == "activation" or op.kind == "softmax"):
-        return factor, op.kind
-    return (factor, "") if clamp is None else (clamp, "clamp")
+    if isinstance(op, Op) and op.family == "activation":
+        return [factor]
+    if _is_kind(op, "cat"):
+        parts = [_ends(n, known) for n in factor.all_input_nodes if n in known]
+        return list(chain(*parts)) if all(parts) else clamp
+    return clamp

@@ -1,14 +1,15 @@
-"""Batch norm -> part of the affine op before or after it, by data flow."""
+"""Batch norm, and constants per channel -> part of the affine op beside them, by data flow."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
 
 from lrpfx.functionalize import insert
-from lrpfx.graph import bound_arguments, module_calls
+from lrpfx.graph import bound_arguments, module_calls, reachable
 
 aten = torch.ops.aten
 
@@ -17,25 +18,93 @@ _CONVS |= {aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding}
 _TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input}
 _TRANSPOSED |= {aten.conv_transpose3d.input}
 _AFFINE = _CONVS | _TRANSPOSED | {aten.linear.default}
+_PRODUCTS = {aten.matmul.default, aten.mm.default}
+_COMMUTE = {aten.add.Tensor, aten.mul.Tensor}
 
 
 def fold_batch_norm(module: fx.GraphModule) -> fx.GraphModule:
     """``bn(conv(x, W, b))`` -> ``conv(x, W', b')``, and ``conv(bn(x), W, b)`` where exact.
+
+    Likewise ``conv(x, W, b) * s + t`` with constants per channel, as a batch norm whose statistics
+    are frozen is written, or a bias that is added by itself; ``x @ W + t`` is a linear layer.
 
     W' and b' are computed in the graph from the live parameters, so nothing is copied and
     gradients reach the real weights. The unfolded conv stays as a dead node: its value is what
     ``layers=`` reports as that module's activation. Batch norm before zero padding is kept, as
     the padding would not be shifted with the rest.
     """
-    for node in [n for n in module.graph.nodes if n.target is aten.batch_norm.default]:
+    for node in list(module.graph.nodes):
+        if node.target is not aten.batch_norm.default:
+            if (found := _constant_behind(node)) is not None:
+                _fold_constant(node, *found)
+            continue
         source = node.args[0]
         if bound_arguments(node)["running_mean"] is None:
             continue  # it standardises a weight
         if source.target in _AFFINE and len(source.users) == 1 and _channels_match(source):
-            _fold_back(node, source)
+            with node.graph.inserting_before(node):
+                _fold_back(node, source, *_scale_and_shift(node))
         elif len(node.users) == 1 and _takes_shift(user := next(iter(node.users)), node):
             _fold_ahead(node, user)
     return module
+
+
+def _constant_behind(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """Of a sum or a product with a constant per channel the layer it stands behind, and that."""
+    if node.target not in _COMMUTE | {aten.sub.Tensor, aten.div.Tensor}:
+        return None
+    commutes = node.target in _COMMUTE and not node.kwargs
+    for layer, constant in (node.args, node.args[::-1])[: 2 if commutes else 1]:
+        if not isinstance(layer, fx.Node) or not isinstance(constant, fx.Node):
+            return None
+        if layer.target not in _AFFINE | _PRODUCTS or len(layer.users) > 1:
+            continue
+        known = layer.meta["val"].dtype == node.meta["val"].dtype and _is_per_channel(
+            constant, layer
+        )
+        leaves = reachable([constant, _weight(layer)]) if known else ()
+        if known and not any(n.op == "placeholder" for n in leaves):
+            return layer, constant
+    return None
+
+
+def _weight(layer: fx.Node) -> fx.Node:
+    _, weight, *_ = bound_arguments(layer).values()
+    assert isinstance(weight, fx.Node)
+    return weight
+
+
+def _is_per_channel(constant: fx.Node, layer: fx.Node) -> bool:
+    """Whether a tensor has one entry for each channel of what a layer puts out."""
+    given, out = constant.meta["val"].shape, layer.meta["val"].shape
+    weight = _weight(layer).meta["val"]
+    if len(given) > len(out) or weight.ndim < 2 or (layer.target in _PRODUCTS and weight.ndim > 2):
+        return False
+    expected = [1] * len(out)
+    channels = len(out) - (weight.ndim - 1)
+    expected[channels] = out[channels]
+    return [1] * (len(out) - len(given)) + list(given) == expected
+
+
+def _fold_constant(node: fx.Node, layer: fx.Node, constant: fx.Node) -> None:
+    """The layer with the constant in its weight, or in its bias."""
+    with node.graph.inserting_before(node):
+        given = _like(layer, insert(node, aten.reshape.default, (constant, [-1])))
+        if layer.target in _PRODUCTS:
+            x, weight = bound_arguments(layer).values()
+            transposed = insert(node, aten.t.default, (weight,))
+            product, layer = layer, insert(layer, aten.linear.default, (x, transposed))
+            product.replace_all_uses_with(layer)
+            product.graph.erase_node(product)
+        if node.target in (aten.mul.Tensor, aten.div.Tensor):
+            if node.target is aten.div.Tensor:
+                given = insert(node, aten.reciprocal.default, (given,))
+            _fold_back(node, layer, given, None)
+            return
+        alpha: Any = node.kwargs.get("alpha", 1)
+        alpha = -alpha if node.target is aten.sub.Tensor else alpha
+        given = given if alpha == 1 else insert(node, aten.mul.Tensor, (given, alpha))
+        _fold_back(node, layer, None, given)
 
 
 def _channels_match(node: fx.Node) -> bool:
@@ -66,30 +135,38 @@ def _scale_and_shift(bn: fx.Node) -> tuple[fx.Node, fx.Node]:
     return scale, insert(bn, aten.neg.default, (moved,))
 
 
-def _fold_back(bn: fx.Node, affine: fx.Node) -> None:
-    """bn(W x + b) = (scale W) x + (scale b + shift)."""
+def _fold_back(
+    node: fx.Node, affine: fx.Node, scale: fx.Node | None, shift: fx.Node | None
+) -> None:
+    """scale (W x + b) + shift = (scale W) x + (scale b + shift), in the place of ``node``."""
+    arguments = bound_arguments(affine)
+    weight: fx.Node = arguments["weight"]
+    bias: fx.Node | None = arguments["bias"]
+    if scale is not None:
+        arguments.update(weight=_like(weight, _scaled_outputs(node, affine, scale)))
+        bias = None if bias is None else insert(node, aten.mul.Tensor, (bias, scale))
+    if shift is not None:
+        bias = shift if bias is None else insert(node, aten.add.Tensor, (bias, shift))
+    arguments.update(bias=None if bias is None else _like(weight, bias))
+    new = insert(affine, affine.target, tuple(arguments.values()))
+    new.meta["folded_calls"] = (*affine.meta.get("folded_calls", ()), *module_calls(node))
+    new.meta["unfolded"] = affine.meta.get("unfolded", affine)
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+
+
+def _scaled_outputs(like: fx.Node, affine: fx.Node, scale: fx.Node) -> fx.Node:
+    """The weight of a layer whose outputs are scaled."""
     arguments = bound_arguments(affine)
     weight: fx.Node = arguments["weight"]
     shape = tuple(weight.meta["val"].shape)
-    with bn.graph.inserting_before(bn):
-        scale, shift = _scale_and_shift(bn)
-        if affine.target in _TRANSPOSED:  # (in, out / groups, ...), outputs ordered by group
-            groups = arguments["groups"]
-            by_group = (groups, shape[0] // groups, *shape[1:])
-            per_output = (groups, 1, shape[1]) + (1,) * (len(shape) - 2)
-            folded = _scaled(bn, weight, scale, by_group, per_output, shape)
-        else:
-            per_output = (shape[0],) + (1,) * (len(shape) - 1)
-            folded = _scaled(bn, weight, scale, shape, per_output, shape)
-        if arguments["bias"] is not None:
-            scaled = insert(bn, aten.mul.Tensor, (arguments["bias"], scale))
-            shift = insert(bn, aten.add.Tensor, (scaled, shift))
-        arguments.update(weight=_like(weight, folded), bias=_like(weight, shift))
-        new = insert(affine, affine.target, tuple(arguments.values()))
-    new.meta["folded_calls"] = module_calls(bn)
-    new.meta["unfolded"] = affine
-    bn.replace_all_uses_with(new)
-    bn.graph.erase_node(bn)
+    if affine.target in _TRANSPOSED:  # (in, out / groups, ...), outputs ordered by group
+        groups = arguments["groups"]
+        by_group = (groups, shape[0] // groups, *shape[1:])
+        per_output = (groups, 1, shape[1]) + (1,) * (len(shape) - 2)
+        return _scaled(like, weight, scale, by_group, per_output, shape)
+    per_output = (shape[0],) + (1,) * (len(shape) - 1)
+    return _scaled(like, weight, scale, shape, per_output, shape)
 
 
 def _fold_ahead(bn: fx.Node, affine: fx.Node) -> None:
@@ -117,9 +194,9 @@ def _fold_ahead(bn: fx.Node, affine: fx.Node) -> None:
     bn.graph.erase_node(bn)
 
 
-def _like(weight: fx.Node, new: fx.Node) -> fx.Node:
-    """``new`` in the dtype of ``weight``: autocast leaves the parameters of batch norm alone."""
-    dtype = weight.meta["val"].dtype
+def _like(other: fx.Node, new: fx.Node) -> fx.Node:
+    """``new`` in the dtype of ``other``: autocast leaves the parameters of batch norm alone."""
+    dtype = other.meta["val"].dtype
     if new.meta["val"].dtype == dtype:
         return new
     return insert(new, aten.to.dtype, (new, dtype))

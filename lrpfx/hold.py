@@ -198,7 +198,7 @@ def hold_divisors(module: fx.GraphModule) -> fx.GraphModule:
         if node.target not in _PRODUCTS:
             continue
         factors = {n for n in node.all_input_nodes if n in live}
-        inverses = {n for n in factors if _is_inverted(n, live)}
+        inverses = {n for n in factors if is_inverted(n, live)}
         if inverses == factors:
             continue
         for inverse in inverses:
@@ -207,16 +207,18 @@ def hold_divisors(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
-def _is_inverted(node: fx.Node, live: set[fx.Node]) -> bool:
+def is_inverted(node: fx.Node, live: set[fx.Node]) -> bool:
     """Whether a node is an inverse, moved or scaled maybe, a power of it, or their product."""
     if _is_inverse(node):
         return True
+    if node.target is operator.getitem:
+        return is_inverted(node.all_input_nodes[0], live)
     op = ops.find(node.target, frozenset(live_names(node, live)))
     if op is None or (op.family != "move" and op.kind not in _OF_INVERSES):
         return False
     inputs = [n for n in node.all_input_nodes if n in live]
     inputs = inputs[:1] if node.target in SHAPED else inputs
-    return bool(inputs) and all(_is_inverted(n, live) for n in inputs)
+    return bool(inputs) and all(is_inverted(n, live) for n in inputs)
 
 
 def _held(before: fx.Node, divisor: fx.Node) -> fx.Node:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from lrpfx import maps
-from lrpfx.call import FAMILIES, Composed, Op, Sign, always, einsum, inherited, never
+from lrpfx.call import Composed, Op, Sign, always, einsum, hardsigmoid, inherited, never
 
 aten = torch.ops.aten
 
@@ -40,6 +40,10 @@ def kinds() -> set[str]:
     return {op.kind for _, op in rows()} | {_COMPOSED.kind}
 
 
+#: Families that an op can be added to: their rules need to know no more of it than its row.
+_OPEN = ("affine", "activation", "move", "select", "constant")
+
+
 def register_op(
     target: torch._ops.OpOverload,
     kind: str,
@@ -55,7 +59,8 @@ def register_op(
     Args:
         target: An ATen (or custom) overload, such as ``torch.ops.aten.cumsum.default``.
         kind: The name by which selectors reach it.
-        family: One of "affine", "activation", "move", "select", "constant".
+        family: One of "affine", "activation", "move", "select", "constant"; the others have rules
+            of their own for each op.
         live: Name of the argument that may depend on the explained input, or several names that
             may do so each by itself; the op's first argument by default.
         affine: For the family "affine": builds the ``AffineMap``. By default the op counts as
@@ -75,8 +80,10 @@ def register_op(
             f"register_op: {target!r} is no op overload; name one, "
             "such as torch.ops.aten.cumsum.default."
         )
-    if family not in FAMILIES:
-        raise ValueError(f"register_op: unknown family {family!r}; there are {list(FAMILIES)}.")
+    if family not in _OPEN:
+        raise ValueError(f"register_op: family {family!r} is none of {list(_OPEN)}.")
+    if not isinstance(kind, str):
+        raise ValueError(f"register_op: kind {kind!r} is no name.")
     names = [argument.name for argument in target._schema.arguments]
     alternatives = [names[0]] if live is None else [live] if isinstance(live, str) else list(live)
     unknown = set(alternatives) - set(names)
@@ -296,7 +303,6 @@ _ACTIVATIONS: dict[str, tuple[list[Any], Sign]] = {
     "silu": ([aten.silu.default], inherited),
     "mish": ([aten.mish.default], inherited),
     "hardswish": ([aten.hardswish.default], inherited),
-    "hardsigmoid": ([aten.hardsigmoid.default], always),
     "hardtanh": ([aten.hardtanh.default], _clamped),
     "clamp": (
         [aten.clamp.default, aten.clamp_min.default, aten.clamp_max.default, aten.clamp.Tensor],
@@ -314,13 +320,14 @@ _ACTIVATIONS: dict[str, tuple[list[Any], Sign]] = {
     "log": ([aten.log.default, aten.log1p.default], never),
     "sqrt": ([aten.sqrt.default], always),
     "square": ([aten.square.default], always),
-    "pow": ([aten.pow.Tensor_Scalar], _power),
+    "pow": ([aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor], _power),
     "sin": ([aten.sin.default, aten.cos.default], never),
     "erf": ([aten.erf.default], inherited),
     "reciprocal": ([aten.reciprocal.default, aten.rsqrt.default], inherited),
 }
 for _kind, (_targets, _sign) in _ACTIVATIONS.items():
     _add(_targets, _kind, "activation", nonneg=_sign)
+_add([hardsigmoid], "hardsigmoid", "activation", ["x"], nonneg=always)
 
 # -- selections: winner takes all, by the gradient ------------------------------------------------
 

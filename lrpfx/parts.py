@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lrpfx.call import einsum
+from lrpfx.call import einsum, hardsigmoid
 from lrpfx.errors import UnsupportedOpError
 from lrpfx.functionalize import insert
 from lrpfx.graph import bound_arguments, module_calls, reachable, source_line, varying
+from lrpfx.hold import is_inverted, live_values
 
 aten = torch.ops.aten
 
-_ALIASES = {
+_ALIASES: dict[Any, Any] = {
     aten.multiply.Tensor: aten.mul.Tensor,
     aten.subtract.Tensor: aten.sub.Tensor,
     aten.divide.Tensor: aten.div.Tensor,
@@ -30,6 +31,7 @@ _ALIASES = {
     aten.special_expit.default: aten.sigmoid.default,
     aten.special_softmax.default: aten.softmax.int,
     aten.linalg_matmul.default: aten.matmul.default,
+    aten.hardsigmoid.default: hardsigmoid,
     aten.mv.default: aten.matmul.default,
     aten.dot.default: aten.matmul.default,
 }
@@ -61,13 +63,13 @@ def whole_lerps(module: fx.GraphModule) -> fx.GraphModule:
     """``a + w * (b - a)`` -> ``(1 - w) * a + w * b`` for w no constant: each counts once.
 
     Likewise ``a - w * (a - b)``; not where ``w * (b - a)`` is what a module returns. So does
-    PyTorch write the steps of a GRU, whose equation is the latter. For a constant w the two are one
-    linear map.
+    PyTorch write the steps of a GRU, whose equation is the latter. For a constant w, such as the
+    inverse of a divisor, the two are one linear map.
     """
-    changing = varying(module.graph)
+    changing, live = varying(module.graph), live_values(module.graph)
     for node in list(module.graph.nodes):
         found = _lerp_of(node)
-        if found is None or found[2] not in changing:
+        if found is None or found[2] not in changing or is_inverted(found[2], live):
             continue
         step, way, weight = found
         start, end = way.args if node.target is aten.sub.Tensor else way.args[::-1]
@@ -270,6 +272,10 @@ def _einsum(op: _Writer, equation: str, tensors: Any, path: Any) -> fx.Node | No
     sizes = [dict(zip(t, tensors[k].meta["val"].shape, strict=True)) for k, t in enumerate(terms)]
     x = _widened(op, x, sizes[i], sizes[1 - i])
     weight = _widened(op, weight, sizes[1 - i], sizes[i])
+    if len(b) == 2 and len(summed) == 1 and a[-1] in summed and out[:-1] == a[:-1]:
+        transposed = b == a[-1] + out[-1]
+        weight = op(aten.t.default, weight) if transposed else weight
+        return op(aten.linear.default, x, weight)
     return op(einsum, f"{a},{b}->{out}", x, weight)
 
 
@@ -327,8 +333,33 @@ def _embedding_bag(
     return None
 
 
+def _var_mean(
+    op: _Writer,
+    self: Any,
+    dim: Any = None,
+    unbiased: bool = True,
+    keepdim: bool = False,
+    correction: Any = None,
+) -> None:
+    """Replaces the two outputs by what computes one each."""
+    dims = dim or list(range(self.meta["val"].ndim))
+    correction = int(unbiased) if correction is None else correction
+    two = (
+        op(aten.var.correction, self, dims, correction=correction, keepdim=keepdim),
+        op(aten.mean.dim, self, dims, keepdim),
+    )
+    for user in list(op.node.users):
+        user.replace_all_uses_with(two[0 if user.args[1] == 0 else 1])
+
+
 def _embedding(op: _Writer, weight: Any, indices: Any, **rest: Any) -> fx.Node | None:
     """Rows that are picked, where the table itself depends on the input."""
+    if getattr(weight.target, "__name__", "").startswith("embedding_renorm"):
+        raise UnsupportedOpError(
+            "an embedding rescales its table in forward(), by max_norm.",
+            where=[f"{op.node.target}   {source_line(op.node)}"],
+            fix="rescale the table once, and set max_norm to None.",
+        )
     return op(aten.index.Tensor, weight, [indices]) if _varies(weight) else None
 
 
@@ -367,6 +398,9 @@ _PARTS: dict[Any, Parts] = {
     aten.index.Tensor: _index,
     aten.index_select.default: _index_select,
     aten.glu.default: _glu,
+    aten.var_mean.default: _var_mean,
+    aten.var_mean.dim: _var_mean,
+    aten.var_mean.correction: _var_mean,
     aten.lerp.Scalar: _lerp,
     aten.lerp.Tensor: _lerp,
     aten.addcmul.default: _addcmul,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from torch import fx, nn
@@ -12,7 +12,7 @@ from lrpfx.assign import Plan, assign
 from lrpfx.canonize import canonize
 from lrpfx.capture import Captured, capture
 from lrpfx.carriers import find_carriers
-from lrpfx.errors import CaptureError
+from lrpfx.errors import CaptureError, some
 from lrpfx.faithful import check_faithful
 from lrpfx.graph import Record, explained_leaves, record, used_nodes
 from lrpfx.hold import release
@@ -66,7 +66,7 @@ def prepare(
     graph, prefix = module.graph, captured.prefix
     starts = find_starts(graph)
     live = annotate(graph, starts, prefix)
-    _check_live(graph, live, captured)
+    _check_live(graph, live, starts, captured)
     check_faithful(captured, module, inputs, expected)
     plan = assign(records(graph), rules, model)
     notes = list(plan.notes)
@@ -78,8 +78,8 @@ def prepare(
     stopped = [a.record for a in plan.assignments.values() if isinstance(a.rule, Stop)]
     if stopped:
         live = annotate(graph, starts, prefix, {r.name for r in stopped}, released)
-        _check_live(graph, live, captured)
-        plan = assign(records(graph), rules, model, kinds=kinds)
+        _check_live(graph, live, starts, captured, stopped)
+        plan = assign(records(graph), rules, model, kinds=kinds, stop=False)
         which = ", ".join(sorted({r.kind for r in stopped}))
         notes.append(f"{len(stopped)} nodes count as constants by rule Stop: {which}")
     notes += notes_of(graph, captured, starts)
@@ -99,10 +99,32 @@ def constants(graph: fx.Graph, live: set[fx.Node]) -> int:
     return sum(n.op == "call_function" and n not in live for n in used_nodes(graph))
 
 
-def _check_live(graph: fx.Graph, live: set[fx.Node], captured: Captured) -> None:
-    if not any(isinstance(n, fx.Node) and n in live for n in explained_leaves(graph)):
+def _check_live(
+    graph: fx.Graph,
+    live: set[fx.Node],
+    starts: Collection[fx.Node],
+    captured: Captured,
+    stopped: Sequence[Record] = (),
+) -> None:
+    """Raise CaptureError if relevance comes to no input."""
+    if any(isinstance(n, fx.Node) and n in live for n in explained_leaves(graph)):
+        return
+    if stopped:
         raise CaptureError(
-            "no output of the model depends on the explained inputs.",
-            where=[f"inputs: {', '.join(captured.signature.paths)}"],
-            fix="check forward() for detach(), argmax or other steps that have no gradient.",
+            "no output depends on the explained inputs other than through what the rule Stop "
+            "makes a constant.",
+            where=some([str(r) for r in stopped]),
+            fix="leave some way open: a Stop on fewer ops.",
         )
+    if not starts:
+        raise CaptureError(
+            "there is nothing to explain: explained are floating inputs, and integers that an "
+            "embedding is indexed by.",
+            where=[f"inputs: {', '.join(captured.signature.paths)}"],
+            fix="give the input as a floating tensor, or its embedding.",
+        )
+    raise CaptureError(
+        "no output of the model depends on the explained inputs.",
+        where=[f"inputs: {', '.join(captured.signature.paths)}"],
+        fix="check forward() for detach(), argmax or other steps that have no gradient.",
+    )

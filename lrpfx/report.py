@@ -261,7 +261,7 @@ class Report(Tabular):
         """Where most relevance is absorbed, and by what cause; None for all such places.
 
         Raises:
-            InputError: See ``needs_ledger``.
+            InputError: ``top`` is no number, or see ``needs_ledger``.
         """
         return find_leaks(self, top)
 
@@ -288,7 +288,11 @@ class Report(Tabular):
         return compare(self, other, tolerance, top)
 
     def summarize(self, depth: int = 1) -> Summary:
-        """The nodes by the first ``depth`` parts of their module path, in execution order."""
+        """The nodes by the first ``depth`` parts of their module path, in execution order.
+
+        Raises:
+            InputError: ``depth`` is no number.
+        """
         return summarize(self, depth)
 
     def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
@@ -342,7 +346,7 @@ def make_report(
                 rule=str(assignment.rule),
                 why=assignment.why,
                 shape=r.shape,
-                folded=tuple(dict.fromkeys(c.path for c in r.folded[-1:])),
+                folded=tuple(c.path for c in r.folded[-1:] if c not in r.modules),
                 source=r.source,
                 inputs=r.inputs,
                 edge=edges.get(name, ""),

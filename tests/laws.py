@@ -65,7 +65,7 @@ def entries(network: Network, wrong: Wrong = lambda rule: rule) -> list[tuple[st
 
 
 def folds(network: Network) -> dict[int, int]:
-    """Which batch norms are part of which affine layer, in order of execution."""
+    """Which batch norms and constants are part of which affine layer, in order of execution."""
     nodes = network.nodes
     users: dict[int, list[int]] = {k: [] for k in range(len(nodes))}
     for k, node in enumerate(nodes):
@@ -73,15 +73,28 @@ def folds(network: Network) -> dict[int, int]:
             users[i].append(k)
     found: dict[int, int] = {}
     for k, node in enumerate(nodes):
-        if node.op != "batch_norm":
+        if node.op not in ("batch_norm", "scale", "shift"):
             continue
         (source,) = node.inputs
         layer = found[source] if found.get(source, len(nodes)) < source else source
-        if nodes[layer].op in AFFINE_LAYERS and users[source] == [k] and _flat(network, layer):
+        behind = nodes[layer].op in AFFINE_LAYERS and users[source] == [k]
+        if node.op != "batch_norm":
+            if behind and _is_per_channel(network, k, layer):
+                found[k] = layer
+        elif behind and _flat(network, layer):
             found[k] = layer
         elif len(users[k]) == 1 and _takes_shift(network, users[k][0]):
             found[k] = users[k][0]
     return found
+
+
+def _is_per_channel(network: Network, k: int, layer: int) -> bool:
+    """Whether a constant has one entry for each channel of a layer, and no more."""
+    shape = network.shapes[layer]
+    channel = len(shape) - 1 if network.nodes[layer].op == "linear" else 0
+    each = [n if axis == channel else 1 for axis, n in enumerate(shape)]
+    given = np.shape(network.nodes[k].params["c"])
+    return [1] * (len(shape) - len(given)) + list(given) == each
 
 
 def _flat(network: Network, k: int) -> bool:
@@ -97,13 +110,11 @@ def _takes_shift(network: Network, k: int) -> bool:
 
 
 def folded_network(network: Network) -> Network:
-    """The network with its batch norms folded by hand, as an affine layer sees them."""
+    """The network with batch norms and constants folded by hand, as an affine layer sees them."""
     nodes = list(network.nodes)
     for k, target in folds(network).items():
-        bn, layer = nodes[k].params, dict(nodes[target].params)
-        scale = np.ones_like(bn["var"]) if bn["weight"] is None else bn["weight"]
-        scale = scale / np.sqrt(bn["var"] + bn["eps"])
-        shift = (0 if bn["bias"] is None else bn["bias"]) - bn["mean"] * scale
+        layer = dict(nodes[target].params)
+        scale, shift = _scale_and_shift(nodes[k])
         weight, groups = layer["weight"], layer.get("groups", 1)
         bias = 0 if layer.get("bias") is None else layer["bias"]
         by_group = weight.reshape(groups, -1, *weight.shape[1:])
@@ -121,6 +132,17 @@ def folded_network(network: Network) -> Network:
         nodes[target] = replace(nodes[target], params=layer)
         nodes[k] = Node("reshape", nodes[k].inputs, {"shape": network.shapes[k]})
     return replace(network, nodes=tuple(nodes))
+
+
+def _scale_and_shift(node: Node) -> tuple[Array, Array]:
+    """What a batch norm, or a constant, multiplies each channel with, and adds to it."""
+    given = node.params
+    if node.op != "batch_norm":
+        c = np.ravel(given["c"])
+        return (c, np.zeros_like(c)) if node.op == "scale" else (np.ones_like(c), c)
+    scale = np.ones_like(given["var"]) if given["weight"] is None else given["weight"]
+    scale = scale / np.sqrt(given["var"] + given["eps"])
+    return scale, (0 if given["bias"] is None else given["bias"]) - given["mean"] * scale
 
 
 # Running both sides ------------------------------------------------------------------------------

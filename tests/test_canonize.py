@@ -157,7 +157,7 @@ PICK = operator.getitem
 OPENED: dict[str, tuple[Callable[[Tensor], Tensor], list[object]]] = {
     "multiply": (lambda x: torch.multiply(x, 2.0), [MUL]),
     "true_divide": (lambda x: torch.true_divide(x, 2.0), [aten.div.Tensor]),
-    "clip": (lambda x: x.clip(0), [aten.clamp.default]),
+    "clip": (lambda x: x.clip(0, 2), [aten.clamp.default]),
     "positive": (lambda x: +x * 2, [MUL]),
     "glu": (F.glu, [aten.chunk.default, PICK, PICK, aten.sigmoid.default, MUL]),
     "lerp": (lambda x: torch.lerp(x, x.relu(), 0.3), [aten.relu.default, MUL, MUL, ADD]),
@@ -613,3 +613,22 @@ def test_what_cannot_be_made_functional_is_refused() -> None:
 
     with pytest.raises(lrpfx.errors.CaptureError, match=r"in-place(.|\n)*test_canonize\.py:\d+"):
         lrpfx.explain(Plain(write), torch.randn(2, 6))
+
+
+def test_a_finer_constant_hides_no_softmax() -> None:
+    table = torch.randn(4, dtype=torch.float64)
+
+    def by_hand(x: Tensor) -> Tensor:
+        e = (x + table.to(x.dtype)).exp()
+        return 1 / (1 + torch.exp(-(e / e.sum(1, keepdim=True))))
+
+    called = targets(canonical(Plain(by_hand), torch.randn(3, 4)))
+    assert aten.softmax.int in called and aten.sigmoid.default in called
+
+
+def test_a_coarse_softmax_in_a_fine_model_is_left_as_it_is() -> None:
+    def by_hand(x: Tensor) -> Tensor:
+        e = x.bfloat16().exp()
+        return (e / e.sum(1, keepdim=True)).float()
+
+    assert aten.softmax.int not in targets(canonical(Plain(by_hand), torch.randn(3, 4)))

@@ -1,5 +1,7 @@
 """The derivatives of relevance are exact: autograd agrees with central differences in float64."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -52,6 +54,7 @@ RULES = {
     "clipped": [("*", lrpfx.Epsilon(lrpfx.Stabilizer(0.05, clip=True)))],
     "excitation_backprop": composites.ExcitationBackprop(stabilizer=0.01),
     "beta_smooth": composites.BetaSmooth(),
+    "gradient": [("*", lrpfx.Gradient())],
     "no_bias": composites.EpsilonPlus(epsilon=0.01, stabilizer=0.01, zero_params="bias"),
 }
 
@@ -69,15 +72,18 @@ def loss_of(explainer: lrpfx.Explainer, x: Tensor, target: object, create_graph:
     )
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu", "softplus"])
-@pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
+#: PyTorch's own hard sigmoid has no second derivative.
+CASES = [*itertools.product(RULES, ["relu", "gelu", "softplus"]), ("gradient", "hardsigmoid")]
+
+
+@pytest.mark.parametrize(("rules", "activation"), CASES)
 def test_derivatives_of_relevance_agree_with_central_differences(
-    rules: object, activation: str
+    rules: str, activation: str
 ) -> None:
     model = model_of(activation)
     torch.manual_seed(5)
     x = torch.randn(2, 2, 6, 6, dtype=torch.float64, requires_grad=True)
-    explainer = lrpfx.Explainer(model, x, rules)  # type: ignore[arg-type]
+    explainer = lrpfx.Explainer(model, x, RULES[rules])  # type: ignore[arg-type]
     variables = [x, *model.parameters()]
     loss = loss_of(explainer, x, 1, create_graph=True)
     gradients = torch.autograd.grad(loss, variables, materialize_grads=True)

@@ -543,6 +543,10 @@ SHARED = {
     "key read elsewhere": lambda q, k, v: F.scaled_dot_product_attention(q, k, v) + k,
     "query read elsewhere": lambda q, k, v: q + F.scaled_dot_product_attention(q, k, v),
     "heads of one": of_two_heads,
+    "value an inverse": lambda q, k, v: (
+        F.scaled_dot_product_attention(q, k, (y := 1 / (2 + v * v))) + y
+    ),
+    "key an inverse": lambda q, k, v: F.scaled_dot_product_attention(q, 1 / (2 + k * k), v),
 }
 
 

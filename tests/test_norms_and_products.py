@@ -347,6 +347,11 @@ def test_a_normalised_energy_is_live(as_matrices: bool) -> None:
         torch.testing.assert_close(r.flatten(1).sum(1), e.output[:, 0] / 2)
 
 
+def _routed(weights: Tensor) -> Tensor:
+    most, which = weights.topk(2, 1)
+    return torch.zeros_like(weights).scatter(1, which, most / most.sum(1, keepdim=True))
+
+
 GATED = {
     "softmax beside a relu": (
         lambda a, b: a.relu() * b.softmax(1),
@@ -357,6 +362,38 @@ GATED = {
         lambda a, b: (a.clamp(-9, 9) + 1) * F.silu(b).detach(),
     ),
     "clamp": (lambda a, b: a * b.clamp(0, 1), lambda a, b: a * b.clamp(0, 1).detach()),
+    "clamp beside an activation": (
+        lambda a, b: a.relu() * b.clamp(0, 1),
+        lambda a, b: a.relu() * b.clamp(0, 1).detach(),
+    ),
+    "two of one chunk": (
+        lambda a, b: (
+            (rz := torch.cat([a, b], 1).sigmoid().chunk(2, 1))[0] * a.tanh() + rz[1] * (rz[0] * b)
+        ),
+        lambda a, b: (
+            a.sigmoid().detach() * a.tanh() + b.sigmoid().detach() * (a.sigmoid().detach() * b)
+        ),
+    ),
+    "two side by side": (
+        lambda a, b: torch.cat([a[:, :2].sigmoid(), b[:, :2].sigmoid()], 1) * b.tanh(),
+        lambda a, b: torch.cat([a[:, :2].sigmoid(), b[:, :2].sigmoid()], 1).detach() * b.tanh(),
+    ),
+    "an expert's weight": (
+        lambda a, b: b + b.softmax(1).topk(1, 1)[0] * F.relu(a),
+        lambda a, b: b + b.softmax(1).topk(1, 1)[0].detach() * F.relu(a),
+    ),
+    "an expert's weight, scattered": (
+        lambda a, b: b + F.relu(a) * _routed(b.softmax(1)).unbind(1)[0][:, None],
+        lambda a, b: b + F.relu(a) * _routed(b.softmax(1)).detach()[:, :1],
+    ),
+    "of what the signal is": (
+        lambda a, b: (y := (a + b).relu()) * ((y @ y.new_ones(4, 4)).tanh() + 1),
+        lambda a, b: (y := (a + b).relu()) * ((y @ y.new_ones(4, 4)).tanh() + 1).detach(),
+    ),
+    "none: the signal's own activation": (
+        lambda a, b: (y := F.gelu(a + b)) * (y @ y.new_ones(4, 4)),
+        lambda a, b: (y := F.gelu(a + b)) * (y @ (2 * y.new_ones(4, 4))) / 2,
+    ),
     "sigmoid and tanh in a product of three": (
         lambda a, b: a.tanh() * a * b.sigmoid(),
         lambda a, b: a.tanh() * a * b.sigmoid().detach(),
@@ -381,6 +418,36 @@ def test_cplrp_stops_the_gate_alone(gated: Callable, detached: Callable, ledger:
         for fn in (gated, detached)
     )
     torch.testing.assert_close(got.relevance, expected.relevance)
+
+
+def test_what_is_a_gate_only_once_another_is_constant_is_none() -> None:
+    class Model(nn.Module):
+        def __init__(self, gate: Callable) -> None:
+            super().__init__()
+            self.gate, self.a, self.b, self.c = gate, *(nn.Linear(4, 4) for _ in "abc")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) * self.gate(self.b(x)) * torch.tanh(self.c(x))
+
+    x = torch.randn(2, 4, dtype=torch.float64)
+    got = lrpfx.explain(randomized(Model(torch.sigmoid)), x, 1, rules="cplrp")
+    constant = randomized(Model(lambda b: torch.sigmoid(b).detach()))
+    expected = lrpfx.explain(constant, x, 1, rules=composites.CPLRP(gate="uniform"))
+    torch.testing.assert_close(got.relevance, expected.relevance)
+
+
+def test_what_is_first_once_the_first_is_stopped_is_not() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(x + self.a(x))
+
+    rules = [(composites.First(("linear",)), lrpfx.Stop())]
+    report = lrpfx.explain(Model().eval(), torch.randn(2, 4), 1, rules=rules).report
+    assert [row.rule for row in report.rows if row.kind == "linear"] == ["Epsilon"]
 
 
 class Guided(torch.autograd.Function):

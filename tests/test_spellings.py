@@ -50,7 +50,18 @@ RULES = {
     "alpha_beta_flat": composites.EpsilonAlpha2Beta1Flat(EPSILON, EPSILON),
     "attnlrp": composites.AttnLRP(EPSILON),
     "gamma": _Gamma(),
+    "cplrp": composites.CPLRP(EPSILON),
+    "deconvnet": composites.DeconvNet(),
+    "beta_smooth": composites.BetaSmooth(),
+    "no_bias": composites.EpsilonAlpha2Beta1Flat(EPSILON, EPSILON, zero_params="bias"),
+    "w_square": [("conv", lrpfx.WSquare(EPSILON))],
+    "flat": [("conv", lrpfx.Flat(EPSILON))],
+    "box": [("conv", lrpfx.ZBox(-50.0, 40.0, EPSILON))],
 }
+#: That see what of an input is zero padding.
+FOR_PADDING = ("epsilon_plus", "w_square", "flat", "box")
+#: That of ReLUs, and that of activations in general.
+FOR_RELUS = ("epsilon_plus", "deconvnet", "beta_smooth")
 FOR_IMAGES = ("epsilon_all", "epsilon_plus", "alpha_beta_flat")
 #: Where one of the twins is a conv or linear and the other is none, all rules but Epsilon differ.
 LAYERS_DIFFER = ("epsilon_all",)
@@ -327,32 +338,76 @@ def _autocast_off(m: Any, x: Tensor) -> Tensor:
         return F.relu(m.conv(x))
 
 
+def _frozen(bn: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """Batch norm as detectors have it, whose statistics are frozen."""
+    weight, bias, var, mean = (
+        t.reshape(1, -1, 1, 1) for t in (bn.weight, bn.bias, bn.running_var, bn.running_mean)
+    )
+    scale = weight * (var + bn.eps).rsqrt()
+    return x * scale + (bias - mean * scale)
+
+
+def _scaled_up(m: Any) -> tuple[Tensor, Tensor]:
+    """Weight and bias of ``m.up`` with three batch norms behind it, worked out by hand."""
+    weight, bias = m.up.weight, m.up.bias
+    for bn in (m.bn, m.bn, m.bn2):
+        scale = bn.weight / (bn.running_var + bn.eps).sqrt()
+        weight, bias = weight * scale[:, None, None], (bias - bn.running_mean) * scale + bn.bias
+    return weight, bias
+
+
 IMAGES: dict[str, tuple[Any, ...]] = {
     # activations, functional and not
     "nn.ReLU": (lambda m, x: nn.ReLU()(x), lambda m, x: F.relu(x)),
     "nn.ReLU in place": (lambda m, x: nn.ReLU(inplace=True)(x), lambda m, x: F.relu(x)),
-    "relu_": (lambda m, x: x.relu_(), lambda m, x: F.relu(x)),
+    "relu_": (lambda m, x: x.relu_(), lambda m, x: F.relu(x), FOR_RELUS),
     "F.relu in place": (lambda m, x: F.relu(x, inplace=True), lambda m, x: F.relu(x)),
-    "clamp": (lambda m, x: x.clamp(min=0), lambda m, x: F.relu(x)),
-    "clamp_": (lambda m, x: x.clamp_(min=0.0), lambda m, x: F.relu(x)),
-    "clamp_min": (lambda m, x: torch.clamp_min(x, 0), lambda m, x: F.relu(x)),
-    "clip": (lambda m, x: x.clip(0, None), lambda m, x: F.relu(x)),
-    "maximum": (lambda m, x: torch.maximum(x, torch.zeros_like(x)), lambda m, x: F.relu(x)),
-    "max(x, 0)": (lambda m, x: torch.max(x, x.new_zeros(())), lambda m, x: F.relu(x)),
-    "where": (lambda m, x: torch.where(x > 0, x, 0.0), lambda m, x: F.relu(x)),
+    "clamp": (lambda m, x: x.clamp(min=0), lambda m, x: F.relu(x), FOR_RELUS),
+    "clamp_": (lambda m, x: x.clamp_(min=0.0), lambda m, x: F.relu(x), FOR_RELUS),
+    "clamp_min": (lambda m, x: torch.clamp_min(x, 0), lambda m, x: F.relu(x), FOR_RELUS),
+    "clip": (lambda m, x: x.clip(0, None), lambda m, x: F.relu(x), FOR_RELUS),
+    "maximum": (
+        lambda m, x: torch.maximum(x, torch.zeros_like(x)),
+        lambda m, x: F.relu(x),
+        FOR_RELUS,
+    ),
+    "max(x, 0)": (lambda m, x: torch.max(x, x.new_zeros(())), lambda m, x: F.relu(x), FOR_RELUS),
+    "where": (lambda m, x: torch.where(x > 0, x, 0.0), lambda m, x: F.relu(x), FOR_RELUS),
     "where with zeros": (
         lambda m, x: torch.where(x > 0, x, torch.zeros_like(x)),
         lambda m, x: F.relu(x),
+        FOR_RELUS,
     ),
-    "times a mask": (lambda m, x: x * (x > 0), lambda m, x: F.relu(x)),
-    "masked_fill": (lambda m, x: x.masked_fill(x < 0, 0.0), lambda m, x: F.relu(x)),
-    "masked_fill_": (lambda m, x: x.masked_fill_(x < 0, 0.0), lambda m, x: F.relu(x)),
+    "where the other way round": (
+        lambda m, x: torch.where(x <= 0, x.new_zeros(()), x),
+        lambda m, x: F.relu(x),
+        FOR_RELUS,
+    ),
+    "maximum with a number": (
+        lambda m, x: torch.maximum(x, torch.tensor(0.0, dtype=x.dtype)),
+        lambda m, x: F.relu(x),
+        FOR_RELUS,
+    ),
+    "times a mask of numbers": (
+        lambda m, x: (x > 0).to(x.dtype) * x,
+        lambda m, x: F.relu(x),
+        FOR_RELUS,
+    ),
+    "no relu: the mask of another": (
+        lambda m, x: x * (m.one(x) > 0),
+        lambda m, x: torch.where(m.one(x) > 0, x, 0.0),
+        FOR_RELUS,
+    ),
+    "times a mask": (lambda m, x: x * (x > 0), lambda m, x: F.relu(x), FOR_RELUS),
+    "masked_fill": (lambda m, x: x.masked_fill(x < 0, 0.0), lambda m, x: F.relu(x), FOR_RELUS),
+    "masked_fill_": (lambda m, x: x.masked_fill_(x < 0, 0.0), lambda m, x: F.relu(x), FOR_RELUS),
     "indexed by a mask": (
         lambda m, x: x.index_put((x < 0,), x.new_zeros(())),
         lambda m, x: F.relu(x),
+        FOR_RELUS,
     ),
-    "threshold": (lambda m, x: F.threshold(x, 0.0, 0.0), lambda m, x: F.relu(x)),
-    "leaky with slope 0": (lambda m, x: F.leaky_relu(x, 0.0), lambda m, x: F.relu(x)),
+    "threshold": (lambda m, x: F.threshold(x, 0.0, 0.0), lambda m, x: F.relu(x), FOR_RELUS),
+    "leaky with slope 0": (lambda m, x: F.leaky_relu(x, 0.0), lambda m, x: F.relu(x), FOR_RELUS),
     "(x + |x|) / 2": (lambda m, x: (x + x.abs()) / 2, lambda m, x: F.relu(x)),
     "relu6": (lambda m, x: x.clamp(0, 6), lambda m, x: F.relu6(x)),
     "PReLU": (
@@ -629,6 +684,49 @@ IMAGES: dict[str, tuple[Any, ...]] = {
         lambda m, x: checkpoint(lambda y: block(m, y), x, use_reentrant=True),
         block,
     ),
+    "frozen batch norm": (
+        lambda m, x: _frozen(m.bn, m.conv(F.relu(x))),
+        lambda m, x: m.bn(m.conv(F.relu(x))),
+        (*FOR_IMAGES, "no_bias"),
+    ),
+    "batch norm step by step": (
+        lambda m, x: (
+            (m.two(F.relu(x)) - m.bn.running_mean[:, None, None])
+            / (m.bn.running_var + m.bn.eps).sqrt()[:, None, None]
+            * m.bn.weight[:, None, None]
+            + m.bn.bias[:, None, None]
+        ),
+        lambda m, x: m.bn(m.two(F.relu(x))),
+        (*FOR_IMAGES, "no_bias"),
+    ),
+    "frozen behind a transposed convolution, and twice": (
+        lambda m, x: _frozen(m.bn2, m.bn(_frozen(m.bn, m.up(F.relu(x))))),
+        lambda m, x: F.conv_transpose2d(F.relu(x), *_scaled_up(m), stride=2),
+        (*FOR_IMAGES, "no_bias"),
+    ),
+    "a bias by itself": (
+        lambda m, x: m.conv.bias[:, None, None] + F.conv2d(F.relu(x), m.conv.weight, padding=1),
+        lambda m, x: m.conv(F.relu(x)),
+        (*FOR_IMAGES, "no_bias"),
+    ),
+    "padding by itself": (
+        lambda m, x: F.conv2d(F.pad(x, (1, 1, 1, 1)), m.conv.weight, m.conv.bias),
+        lambda m, x: m.conv(x),
+        FOR_PADDING,
+    ),
+    "padding of one side": (
+        lambda m, x: F.conv2d(nn.ZeroPad2d((1, 2, 1, 1))(x), m.conv.weight, m.conv.bias),
+        lambda m, x: F.conv2d(x, m.conv.weight, m.conv.bias, padding=(1, 2))[..., 1:],
+        FOR_PADDING,
+    ),
+    "no bias: one per pixel": (
+        lambda m, x: m.two(F.relu(x)) + m.mask[:, 0].repeat(1, 2, 2),
+        lambda m, x: torch.add(m.two(F.relu(x)), m.mask[:, 0].repeat(1, 2, 2)[None]),
+    ),
+    "no bias: the convolution is read twice": (
+        lambda m, x: (y := m.two(F.relu(x))) + m.bn.bias[:, None, None] + 2 * y,
+        lambda m, x: (y := m.two(F.relu(x))) + m.bn.bias.view(1, 4, 1, 1) + y * 2,
+    ),
     "dropout": (
         lambda m, x: F.dropout2d(F.dropout(x, 0.9, m.training), 0.5, m.training),
         lambda m, x: x,
@@ -736,6 +834,25 @@ ROWS: dict[str, tuple[Any, ...]] = {
         lambda m, x: m.fc(F.relu(x)),
     ),
     "x @ W": (lambda m, x: x @ m.two.weight.T, lambda m, x: m.two(x)),
+    "x @ W + b": (
+        lambda m, x: F.relu(x) @ m.fc.weight.T + m.fc.bias,
+        lambda m, x: m.fc(F.relu(x)),
+        (*FOR_ROWS, "no_bias"),
+    ),
+    "einsum and a bias": (
+        lambda m, x: torch.einsum("ni,oi->no", F.relu(x), m.fc.weight) + m.fc.bias,
+        lambda m, x: m.fc(F.relu(x)),
+        (*FOR_ROWS, "no_bias"),
+    ),
+    "a layer's outputs scaled": (
+        lambda m, x: m.fc(F.relu(x)) / m.constant * m.norm.weight - m.norm.bias,
+        lambda m, x: F.linear(
+            F.relu(x),
+            m.fc.weight * (m.norm.weight / m.constant)[:, None],
+            m.fc.bias * m.norm.weight / m.constant - m.norm.bias,
+        ),
+        (*FOR_ROWS, "no_bias"),
+    ),
     "(W @ x')'": (lambda m, x: (m.two.weight @ x.T).T, lambda m, x: m.two(x)),
     "matmul with a column": (
         lambda m, x: torch.matmul(m.two.weight, x[..., None]).squeeze(-1),
@@ -863,6 +980,38 @@ ROWS: dict[str, tuple[Any, ...]] = {
         ),
         lambda m, x: m.two(x) * m.fc(x).softmax(1),
     ),
+    "softmax less the largest of all": (
+        lambda m, x: m.two(x) * ((s := m.fc(x)) - s.detach().max()).softmax(1),
+        lambda m, x: m.two(x) * m.fc(x).softmax(1),
+    ),
+    "softmax by hand, less the mean": (
+        lambda m, x: (
+            (e := ((s := m.fc(x)) - s.mean(-1, keepdim=True)).exp()) / e.sum(1, True) * m.two(x)
+        ),
+        lambda m, x: m.two(x) * m.fc(x).softmax(1),
+    ),
+    "norm that keeps the mean": (
+        lambda m, x: (
+            (mean := m.fc(x).mean(1, True))
+            + (c := m.fc(x) - mean) * (c.square().mean(1, True) + 1e-5).rsqrt()
+        ),
+        lambda m, x: (
+            (mean := m.fc(x).mean(1, True))
+            + (c := m.fc(x) - mean) / (c.square().mean(1, True) + 1e-5).sqrt()
+        ),
+    ),
+    "difference over a divisor": (
+        lambda m, x: x + (m.fc(x) - x) * (1 / (1 + m.two(x) ** 2)),
+        lambda m, x: x + (m.fc(x) - x) / (1 + m.two(x) ** 2),
+    ),
+    "inverses in chunks": (
+        lambda m, x: (r := (1 / (1 + m.two(x) ** 2)).chunk(2, 1))[0] * x[:, :4] + r[1] * m.slim(x),
+        lambda m, x: x[:, :4] / (1 + (y := m.two(x) ** 2)[:, :4]) + m.slim(x) / (1 + y[:, 4:]),
+    ),
+    "piece of a product": (
+        lambda m, x: (m.fc(x) * m.two(x)).chunk(2, 1)[0] * m.slim(x),
+        lambda m, x: (m.fc(x) * m.two(x))[:, :4] * m.slim(x),
+    ),
     "softmax by hand, exponentials twice": (
         lambda m, x: m.two(x) * ((s := m.fc(x)).exp() / s.exp().sum(1, keepdim=True)),
         lambda m, x: m.two(x) * m.fc(x).softmax(1),
@@ -878,6 +1027,39 @@ ROWS: dict[str, tuple[Any, ...]] = {
     "sigmoid by hand": (
         lambda m, x: m.two(x) * (1 / (1 + torch.exp(-m.fc(x)))),
         lambda m, x: m.two(x) * m.fc(x).sigmoid(),
+    ),
+    "sigmoid by hand, as a power": (
+        lambda m, x: m.two(x) * (1 + torch.exp(-m.fc(x))) ** -1,
+        lambda m, x: m.two(x) * m.fc(x).sigmoid(),
+    ),
+    "sigmoid by hand, as a divisor": (
+        lambda m, x: m.two(x) / (1 + torch.exp(-m.fc(x))),
+        lambda m, x: m.two(x) * m.fc(x).sigmoid(),
+    ),
+    "hard sigmoid by hand": (
+        lambda m, x: (
+            m.two(x) * (F.relu6(m.fc(x) + 3) / 6) * ((m.slim(x) + 3).clamp(0, 6) * (1 / 6))[:, :1]
+        ),
+        lambda m, x: m.two(x) * F.hardsigmoid(m.fc(x)) * F.hardsigmoid(m.slim(x))[:, :1],
+    ),
+    "softplus by hand": (
+        lambda m, x: torch.log(1 + m.fc(x).exp()) + torch.log1p(m.two(x).exp()),
+        lambda m, x: F.softplus(m.fc(x)) + F.softplus(m.two(x)),
+    ),
+    "sum() of a list": (
+        lambda m, x: sum([m.fc(x), 1 * m.two(x)]) / 1.0,
+        lambda m, x: m.fc(x) + m.two(x),
+    ),
+    "variance and mean at once": (
+        lambda m, x: (
+            ((y := m.fc(x)) - (var_mean := torch.var_mean(y, 1, keepdim=True))[1])
+            / (var_mean[0] + 1e-5).sqrt()
+        ),
+        lambda m, x: ((y := m.fc(x)) - y.mean(1, True)) / (y.var(1, keepdim=True) + 1e-5).sqrt(),
+    ),
+    "a power that is learned": (
+        lambda m, x: (m.fc(x).abs() + 1).pow(m.constant[:1]),
+        lambda m, x: (m.constant[:1] * (m.fc(x).abs() + 1).log()).exp(),
     ),
     "sigmoid by hand, of the negative": (
         lambda m, x: m.two(x) * (1 / (1 + torch.exp(m.fc(x)))),
@@ -1639,8 +1821,8 @@ WRONG: dict[str, tuple[Forward, Forward]] = {
         lambda m, x: m.conv(x).detach() + m.conv(F.relu(x)),
     ),
     "a bias in the wrong place": (
-        lambda m, x: F.conv2d(x, m.conv.weight, padding=1) + m.conv.bias[:, None, None],
-        lambda m, x: m.conv(x),
+        lambda m, x: m.two(x) + x + m.conv.bias[:, None, None],
+        lambda m, x: (m.two(x) + m.conv.bias[:, None, None]) + x,
     ),
     "an average that is a maximum": (
         lambda m, x: F.avg_pool2d(x, 2),

@@ -126,6 +126,26 @@ def test_mambalrp_differs_from_attnlrp() -> None:
     assert error(attn, mamba) > 0.05
 
 
+def test_mambalrp_finds_the_projection_of_a_block_by_itself_or_says_so() -> None:
+    class Block(nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.name = name
+            self.add_module(name, nn.Linear(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.get_submodule(self.name)(x)
+
+    x = torch.randn(2, 4)
+    attnlrp, mambalrp = (
+        lrpfx.explain(Block("x_proj"), x, 1, rules=rules) for rules in ("attnlrp", "mambalrp")
+    )
+    assert not torch.allclose(attnlrp.relevance, mambalrp.relevance)
+    other = lrpfx.explain(Block("other"), x, 1, rules="mambalrp").report
+    assert any("x_proj" in note for note in other.notes)
+
+
 def by_modified_gradients(
     family: str, monkeypatch: pytest.MonkeyPatch, **how: Any
 ) -> dict[str, Tensor]:

@@ -253,7 +253,7 @@ class ZBox(AffineRule):
 
     def _refuse_outside(self, x: Input) -> None:
         """Raise RuleError if an input leaves the box: the contributions would change their sign."""
-        for t in x.all:
+        for t in x.inside:
             t = t.detach()
             low, high = (
                 torch.as_tensor(b, dtype=t.dtype, device=t.device) for b in (self.low, self.high)
@@ -335,10 +335,10 @@ def _opposing(x: Input, f: AffineMap) -> list[tuple[Signal | None, AffineMap]]:
 def _box(bound: float | Tensor, x: Input) -> Signal:
     """``-bound`` in the shape of each input: the box enters the denominator with a minus."""
     spread = []
-    for t in x.all:
+    for t in x.inside:
         value = -torch.as_tensor(bound, dtype=t.dtype, device=t.device)
         try:
-            spread.append(value.expand(t.shape))
+            spread.append(x.padded(value.expand(t.shape)))
         except RuntimeError as error:
             raise RuleError(
                 f"ZBox: a bound of shape {tuple(value.shape)} does not broadcast to the input "

@@ -119,7 +119,8 @@ def divide(R: Tensor, z: Tensor, stabilizer: StabilizerLike) -> tuple[Tensor, Te
 def _called(stabilizer: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
     """What the user's stabilizer makes of ``z``, if it is a tensor like it."""
     name = getattr(stabilizer, "__name__", type(stabilizer).__name__)
-    fix = "a stabilizer takes a tensor and returns one of its shape, without zeros."
+    fix = "a stabilizer takes a tensor and returns one of its shape and dtype, without zeros."
+    version = z._version
     try:
         stable = stabilizer(z)
     except torch.OutOfMemoryError:
@@ -130,6 +131,10 @@ def _called(stabilizer: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
     if not isinstance(stable, Tensor) or stable.shape != z.shape:
         form = tuple(stable.shape) if isinstance(stable, Tensor) else type(stable).__name__
         raise RuleError(f"stabilizer {name} makes {form} of {tuple(z.shape)}.", fix=fix)
+    if stable.dtype != z.dtype:
+        raise RuleError(f"stabilizer {name} makes {stable.dtype} of {z.dtype}.", fix=fix)
+    if z._version != version:
+        raise RuleError(f"stabilizer {name} writes into its argument.", fix="return a new tensor.")
     return stable
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lrpfx.affine import HALVES, AffineMap, Signal, beside, negative, positive
@@ -45,12 +46,14 @@ class Input(NamedTuple):
         nonneg: Whether they are proven >= 0.
         fast: Whether shortcuts are wanted that give the same up to round-off.
         above: Whether relevance arrives only where the output is positive.
+        padding: See ``Site.padding``.
     """
 
     all: Signal
     nonneg: bool = False
     fast: bool = False
     above: bool = False
+    padding: tuple[int, ...] = ()
 
     @property
     def pos(self) -> Signal:
@@ -64,8 +67,19 @@ class Input(NamedTuple):
 
     @property
     def one(self) -> Signal:
-        """Ones shaped like x."""
-        return tuple(t.new_ones(()).expand(t.shape) for t in self.all)
+        """Ones shaped like x, zeros where x was padded with these."""
+        return tuple(self.padded(t.new_ones(()).expand(t.shape)) for t in self.inside)
+
+    @property
+    def inside(self) -> Signal:
+        """The inputs without padding."""
+        if not self.padding:
+            return self.all
+        return tuple(F.pad(t, [-n for n in self.padding]) for t in self.all)
+
+    def padded(self, t: Tensor) -> Tensor:
+        """What is shaped like the inputs without padding, with padding."""
+        return F.pad(t, self.padding) if self.padding else t
 
 
 class Term(NamedTuple):
@@ -148,7 +162,7 @@ class AffineRule(Rule):
         masked = call.site.scores or call.op.kind == "shift"
         shares: list[Signal] = []
         booked: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
-        for term in self.terms(Input(x, call.nonneg), f, z):
+        for term in self.terms(Input(x, call.nonneg, padding=call.site.padding), f, z):
             parts = [(part, W) for part, W in term.parts if part is not None]
             known = term.total is not None and not self.zero_params
             d = term.total if known else denominator(parts, term.bias)
@@ -212,7 +226,7 @@ class AffineRule(Rule):
         f = self._parameters(call.affine(x))
         if self._over_z:
             return f.T(share(m, z, self._stabilizer, carry.takes, int(carry.cut)), x)
-        given = Input(x, call.nonneg, fast=True, above=carry.above)
+        given = Input(x, call.nonneg, True, carry.above, call.site.padding)
         return self._sum(list(self.terms(given, f, z)), x, z, m, carry.takes, weighed=False)
 
     def relevance(
@@ -223,7 +237,7 @@ class AffineRule(Rule):
             return super().relevance(call, x, z, m, carry)
         f = self._parameters(call.affine(x))
         # Without a multiplier z is not there.
-        given = Input(x, call.nonneg, fast=carry.takes, above=carry.above)
+        given = Input(x, call.nonneg, carry.takes, carry.above, call.site.padding)
         terms = list(self.terms(given, f, z))
         return self._sum(terms, x, z, m, carry.takes, weighed=True)
 
