@@ -226,6 +226,13 @@ def _refuse_untraceable(model: nn.Module) -> None:
             where=some(empty),
             fix="load the weights onto a real device first.",
         )
+    made = [name for name, t in _state(model) if t.is_inference()]
+    if made:
+        raise CaptureError(
+            "the model was made in inference mode; what is made there never works with autograd.",
+            where=some(made),
+            fix="make or load it outside torch.inference_mode(), or copy.deepcopy(model) there.",
+        )
     odd = [repr(name) for name, _ in _state(model) if _breaks_code(name)]
     if odd:
         raise CaptureError(
@@ -367,10 +374,6 @@ def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
         fix = "rewrite that line with torch ops, or explain a wrapper module around the rest."
     owner = model.model if isinstance(model, AsDict) else model
     where = _user_frames(error) or [type(owner).__name__]
-    if made := [name for name, t in _state(owner) if t.is_inference()]:
-        what = "the model was made in inference mode; what is made there never works with autograd."
-        fix = "make or load it outside torch.inference_mode(), or copy.deepcopy(model) there."
-        where = some(made)
     return CaptureError(what, where=where, fix=fix)
 
 

@@ -120,7 +120,8 @@ class Explanation:
                 or a vocabulary indexed by id.
 
         Raises:
-            InputError: Not exactly one input holds token ids that are explained.
+            InputError: Not exactly one input holds token ids that are explained, the explanation
+                is of several targets, or the tokenizer does not know an id.
         """
         pairs = zip(
             pytree.tree_leaves(self.relevance), pytree.tree_leaves(self.inputs), strict=True
@@ -137,6 +138,11 @@ class Explanation:
                 fix="pair them with lrpfx.text.token_text(ids, relevance, tokenizer).",
             )
         relevance, ids = explained[0]
+        if relevance.ndim > ids.ndim:
+            raise InputError(
+                f"show_tokens() shows one target, and this explanation has {len(relevance)}.",
+                fix="show one of them: lrpfx.text.token_text(ids, relevance[k], tokenizer).",
+            )
         return token_text(ids, relevance, tokenizer)
 
     def _titles(self, n: int) -> list[str] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lrpfx.errors import InputError
 from lrpfx.report_text import Column, Table, Tabular, number
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ class Leaks(Tabular):
 
 def find_leaks(report: Report, top: int | None) -> Leaks:
     """The ``top`` largest leaks, None for all."""
+    if top is not None and (not isinstance(top, int) or top < 0):
+        raise InputError(f"leaks({top!r}).", fix="give how many are wanted, or None for all.")
     started = report.needs_ledger()
     leaks = [
         Leak(row, cause, value, value / started if started else None)

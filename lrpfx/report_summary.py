@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from lrpfx.errors import InputError
 from lrpfx.report_text import Column, Table, Tabular, number
 
 if TYPE_CHECKING:
@@ -92,6 +93,8 @@ class Summary(Tabular):
 
 def summarize(report: Report, depth: int) -> Summary:
     """Group the rows by the first ``depth`` parts of their module path."""
+    if not isinstance(depth, int) or depth < 0:
+        raise InputError(f"summarize({depth!r}).", fix="give how many parts of the path count.")
     groups = tuple(group_by_module(report.rows, depth, readers(report.rows)))
     return Summary(tuple(report.summary()), groups, report.has_ledger)
 

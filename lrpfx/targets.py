@@ -137,6 +137,8 @@ def _from_output(output: Tensor, target: Any) -> tuple[Tensor, Tensor | None, st
             )
         if target.is_meta:
             raise TargetError("the seed has no values: it is on the meta device.", fix="give it.")
+        if target.layout != torch.strided:
+            raise TargetError("the seed is a sparse tensor.", fix="give seed.to_dense().")
         if not is_finite(target):
             raise TargetError("the seed has NaN or infinite entries.", fix="give finite numbers.")
         return target.to(output), None, "the given seed relevance"
@@ -258,11 +260,17 @@ def _from_callable(
                 fix="it is called with what the model returns.",
             ) from error
         sizes = [len(t) for t in variables if t.ndim] or [1]
-        fits = isinstance(value, Tensor) and (
-            value.ndim == 0 or (value.ndim == 1 and len(value) in sizes)
+        fits = (
+            isinstance(value, Tensor)
+            and not value.is_complex()
+            and (value.ndim == 0 or (value.ndim == 1 and len(value) in sizes))
         )
         if not fits:
-            form = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            form = (
+                f"{value.dtype} of shape {tuple(value.shape)}"
+                if isinstance(value, Tensor)
+                else type(value).__name__
+            )
             raise TargetError(
                 f"target {name} must return one number per sample, shape ({sizes[0]},), "
                 f"not {form}.",

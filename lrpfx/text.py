@@ -9,6 +9,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from lrpfx.errors import InputError
+
 
 class Tokenizer(Protocol):
     """What is asked of a tokenizer; those of ``transformers`` have it."""
@@ -65,15 +67,24 @@ def token_text(
         relevance: Relevance of each token, (N, T).
         tokenizer: Something with ``convert_ids_to_tokens``, a function from an id to its token, or
             a vocabulary indexed by id.
+
+    Raises:
+        InputError: The tokenizer has no token for an id.
     """
     sentences = []
     for row, values in zip(ids.tolist(), relevance.detach().double().tolist(), strict=True):
-        if hasattr(tokenizer, "convert_ids_to_tokens"):
-            tokens = tokenizer.convert_ids_to_tokens(row)
-        elif callable(tokenizer):
-            tokens = [tokenizer(i) for i in row]
-        else:
-            tokens = [tokenizer[i] for i in row]
+        try:
+            if hasattr(tokenizer, "convert_ids_to_tokens"):
+                tokens = tokenizer.convert_ids_to_tokens(row)
+            else:
+                known = tokenizer if callable(tokenizer) else tokenizer.__getitem__
+                tokens = [known(i) for i in row]
+        except (LookupError, TypeError) as error:
+            raise InputError(
+                f"the tokenizer has no token for one of the ids {min(row)} to {max(row)}: "
+                f"{type(error).__name__}: {error}",
+                fix="give the tokenizer, or the vocabulary, that the ids were made with.",
+            ) from error
         sentences.append(tuple(zip(map(str, tokens), values, strict=True)))
     return TokenText(tuple(sentences))
 

@@ -340,6 +340,13 @@ CAPTURE = [
         "detached output", errors.CaptureError, fc(lambda m, x: m.fc(x).detach()), says=("depends",)
     ),
     Case(
+        "inputs without a scale",
+        errors.CaptureError,
+        fc(lambda m, x: m.fc(x.float())),
+        lambda: torch.tensor([[True, False, True]]),
+        says=("nothing to explain", "embedding"),
+    ),
+    Case(
         "argmax output", errors.CaptureError, fc(lambda m, x: m.fc(x).argmax(1)), says=("depends",)
     ),
 ]
@@ -469,6 +476,13 @@ UNSUPPORTED = [
         unsaid="register_op",
     ),
     Case(
+        "an embedding that rescales its table",
+        errors.UnsupportedOpError,
+        lambda: nn.Sequential(nn.Embedding(5, 3, max_norm=1.0), nn.Linear(3, 2)),
+        lambda: torch.tensor([[0, 4], [1, 1]]),
+        says=("max_norm",),
+    ),
+    Case(
         "product of two live tensors",
         errors.UnsupportedOpError,
         fc(lambda m, x: x.atan2(m.fc(x))),
@@ -551,6 +565,30 @@ RULES = [
         fc(lambda m, x: torch.einsum("ni,oi->on", x, m.fc.weight).T),
         says=("einsum", "norm_scale=True", "first dimension"),
         options=rules(("linear", Epsilon(Stabilizer(0.1, norm_scale=True)))),
+    ),
+    Case(
+        "a stabilizer that writes into its argument",
+        errors.RuleError,
+        mlp,
+        x,
+        ("writes into its argument", "linear"),
+        options=rules(("linear", Epsilon(lambda z: z.add_(0.1)))),
+    ),
+    Case(
+        "a stabilizer of another dtype",
+        errors.RuleError,
+        mlp,
+        x,
+        (r"float64 of torch\.float32",),
+        options=rules(("linear", Epsilon(lambda z: z.double() + 0.1))),
+    ),
+    Case(
+        "everything is stopped",
+        errors.CaptureError,
+        mlp,
+        x,
+        ("rule Stop", "2: linear"),
+        options=rules(("linear", lrpfx.Stop())),
     ),
     Case(
         "a predicate that raises",
@@ -793,6 +831,11 @@ def test_assert_untouched_lets_pass() -> None:
 def test_a_model_made_in_inference_mode_is_refused_by_name() -> None:
     with torch.inference_mode():
         model = mlp()
+        inside = pytest.raises(
+            errors.CaptureError, match=r"(?s)inference mode.*0\.weight.*deepcopy"
+        )
+        with inside:
+            lrpfx.explain(model, x())
     with pytest.raises(errors.CaptureError, match=r"(?s)inference mode.*\b0\.weight\b.*deepcopy"):
         lrpfx.explain(model, x())
     lrpfx.explain(copy.deepcopy(model), x())

@@ -390,7 +390,9 @@ def test_a_registered_op_is_explained_and_an_unknown_one_refused() -> None:
     ("arguments", "message"),
     [
         (("cumsum", "cumsum", "affine"), "no op overload"),
-        ((torch.ops.aten.cumsum.default, "cumsum", "afine"), "unknown family"),
+        ((torch.ops.aten.cumsum.default, "cumsum", "afine"), "'afine' is none of"),
+        ((torch.ops.aten.cumsum.default, "cumsum", "softmax"), "'softmax' is none of"),
+        ((torch.ops.aten.cumsum.default, 3, "affine"), "kind 3"),
     ],
 )
 def test_a_wrong_registration_says_what_is_wrong(arguments: tuple, message: str) -> None:

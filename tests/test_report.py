@@ -244,6 +244,14 @@ def test_what_is_not_known_is_not_shown_as_zero(cut: Report) -> None:
     assert stored["started"] == cut.started
 
 
+@pytest.mark.parametrize("wrong", ["x", 1.5, -1])
+def test_numbers_of_what_is_shown_are_checked(plus: Report, wrong: Any) -> None:
+    for ask in (plus.leaks, plus.summarize):
+        with pytest.raises(errors.InputError, match=re.escape(repr(wrong))) as caught:
+            ask(wrong)
+        check_form(caught.value)
+
+
 def test_a_plan_has_no_leaks() -> None:
     with pytest.raises(errors.InputError, match="explanation") as caught:
         lrpfx.Explainer(fill(Net()), samples()).report.leaks()

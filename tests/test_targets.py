@@ -304,6 +304,8 @@ WRONG: list[tuple[str, str, Any, str]] = [
     ("callable returns classes", "classes", lambda out: out.argmax(1), "does not depend"),
     ("callable detaches", "classes", lambda out: out[:, 0].detach(), "does not depend"),
     ("callable ignores", "classes", lambda out: torch.ones(3, requires_grad=True), "depend"),
+    ("callable returns complex", "classes", lambda out: out[:, 1] * 1j, r"complex64.*\(3,\)"),
+    ("sparse seed", "classes", torch.eye(3, 4).to_sparse(), "sparse.*to_dense"),
     ("callable divides by zero", "classes", lambda out: out[:, 0] / 0, "lambda.*(NaN|infinit)"),
 ]
 

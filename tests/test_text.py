@@ -63,3 +63,16 @@ def test_without_token_ids_there_is_nothing_to_show() -> None:
     e = lrpfx.explain(nn.Linear(3, 2), torch.randn(2, 3))
     with pytest.raises(lrpfx.errors.InputError, match="token ids"):
         e.show_tokens(VOCABULARY)
+
+
+@pytest.mark.parametrize("tokenizer", [Tokenizer(), VOCABULARY[:2], {0: "a"}, {0: "a"}.__getitem__])
+def test_a_vocabulary_that_lacks_an_id_is_named(tokenizer: object) -> None:
+    with pytest.raises(lrpfx.errors.InputError, match="no token.*0 to 7"):
+        token_text(torch.tensor([[0, 7]]), torch.zeros(1, 2), tokenizer)  # type: ignore[arg-type]
+
+
+def test_of_several_targets_one_can_be_shown() -> None:
+    e = lrpfx.explain(Bag(), IDS, "all")
+    with pytest.raises(lrpfx.errors.InputError, match="one target.* has 2"):
+        e.show_tokens(VOCABULARY)
+    assert token_text(IDS, e.relevance[1], VOCABULARY).sentences
