@@ -21,7 +21,7 @@ from lrpfx.capture import Trace, capture
 
 # Derandomized, so that CI fails for changes of the code only; "nightly" looks for new examples:
 # pytest --hypothesis-profile nightly
-settings.register_profile("ci", derandomize=True, deadline=None, max_examples=50)
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=30)
 settings.register_profile("nightly", derandomize=False, deadline=None, max_examples=500)
 settings.load_profile("ci")
 

@@ -80,8 +80,18 @@ FAMILIES = CAUSAL | CLASSIFIERS | CONTRASTIVE
 OF_ANY_LENGTH = [family for family in FAMILIES if family not in ("mamba", "vit", "swin", "clip")]
 #: Without fused attention: soft-capped scores, no attention at all.
 EAGER_ONLY = ("gemma2", "mamba")
+#: Whose ops are those of another family: their tests run in ``make nightly`` only.
+KIN = {"qwen2", "qwen3", "mistral", "gemma", "phi3", "gpt_neox", "opt", "roberta", "distilbert"}
+KIN |= {"swin"}
+
+
+def marked(family: str, *others: str) -> Any:
+    """A case of a family, and what else it is of."""
+    return pytest.param(family, *others, marks=[pytest.mark.nightly] if family in KIN else [])
+
+
 IMPLEMENTED = [
-    (family, implementation)
+    marked(family, implementation)
     for family in FAMILIES
     for implementation in ("eager", "sdpa")
     if implementation == "eager" or family not in EAGER_ONLY
@@ -94,7 +104,7 @@ RULES: dict[str, Composite] = {
     "mambalrp": MambaLRP(epsilon=1e-12),
 }
 
-families = pytest.mark.parametrize("family", list(FAMILIES))
+families = pytest.mark.parametrize("family", [marked(f) for f in FAMILIES])
 implementations = pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 implemented = pytest.mark.parametrize(("family", "implementation"), IMPLEMENTED)
 

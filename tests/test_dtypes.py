@@ -269,7 +269,7 @@ def test_relevance_that_stays_is_booked(dtype: torch.dtype) -> None:
     assert explanation.report.absorbed["dead"] == 2.0
 
 
-@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("size", [64, pytest.param(128, marks=pytest.mark.nightly)])
 def test_a_recovered_summand_costs_no_accuracy(size: int) -> None:
     """Epsilon divides by z = y - b, which has lost its last digits; so has the sum itself."""
     model, x = zoo.torchvision_model("resnet18").double(), zoo.images(2, 3, size, size).double()

@@ -29,6 +29,7 @@ from tests.families import (
     implementations,
     implemented,
     inputs_of,
+    marked,
     model_of,
     relevance_of,
     sample,
@@ -104,7 +105,7 @@ def test_a_batch_is_its_samples(family: str, implementation: str) -> None:
         assert error(alone, together[i : i + 1]) < TOLERANCE_OF_BATCHES  # measured: 3e-14
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if best(f) == "sdpa"])
+@pytest.mark.parametrize("family", [marked(f) for f in FAMILIES if best(f) == "sdpa"])
 def test_eager_and_fused_attention_agree(family: str) -> None:
     eager, fused = (relevance_of(explained(family, i, "attnlrp")) for i in ("eager", "sdpa"))
     assert error(fused, eager) < 1e-5  # measured: 4e-7, where the eager softmax is in float32
@@ -125,7 +126,7 @@ def test_one_graph_for_every_batch_size(family: str, implementation: str) -> Non
 # Lengths -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", OF_ANY_LENGTH)
+@pytest.mark.parametrize("family", [marked(f) for f in OF_ANY_LENGTH])
 def test_one_graph_for_every_length(family: str) -> None:
     """At the length of its example it is compared above with the eager graph of that length."""
     model, target = model_of(family, best(family)), target_of(family)
@@ -202,7 +203,7 @@ def largest(family: str) -> Callable[[Any], Tensor]:
 # Dtypes, and what is left behind -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", [*OTHER_DTYPES, "t5", "swin", "clip"])
+@pytest.mark.parametrize("family", [marked(f) for f in [*OTHER_DTYPES, "t5", "swin", "clip"]])
 def test_single_precision_and_the_model_is_left_as_it_was(family: str) -> None:
     rules = rules_of(family)
     model, target = model_of(family, best(family), torch.float32), target_of(family)
@@ -219,7 +220,7 @@ def test_single_precision_and_the_model_is_left_as_it_was(family: str) -> None:
     assert error(relevance.double(), expected) < 1e-4  # measured: 1e-7 to 5e-6
 
 
-@pytest.mark.parametrize("family", OTHER_DTYPES)
+@pytest.mark.parametrize("family", [marked(f) for f in OTHER_DTYPES])
 def test_half_precision(family: str) -> None:
     """bfloat16 has 8 bits: a relative error of 4e-3 at each op, and more where summands cancel."""
     rules = rules_of(family)

@@ -834,7 +834,7 @@ def test_names_are_names_and_not_paths(tmp_path: Path) -> None:
     assert not outside.exists() and [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-@settings(fuzzing, max_examples=10_000 if NIGHTLY else 200)
+@settings(fuzzing, max_examples=10_000 if NIGHTLY else 100)
 @given(st.data())
 def test_damaged_files_end_in_a_result_or_its_own_error(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

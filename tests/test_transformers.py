@@ -23,6 +23,7 @@ from tests.families import (
     explained,
     implementations,
     inputs_of,
+    marked,
     model_of,
     relevance_of,
     target_of,
@@ -65,8 +66,13 @@ def test_gate_policies_of_cplrp_differ_where_there_are_gates(
 # Parity with gradient times input ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", WRITTEN_OUT)
-@implementations
+@pytest.mark.parametrize(
+    ("family", "implementation"),
+    [
+        *((family, "sdpa") for family in WRITTEN_OUT),
+        *(marked(family, "eager") for family in WRITTEN_OUT),
+    ],
+)
 def test_attnlrp_is_a_modified_gradient(
     family: str, implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
