@@ -35,9 +35,8 @@ from lrpfx.graph import (
     op_name,
     record,
     source_line,
+    zero_padding,
 )
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -294,6 +293,7 @@ def _site(op: Op, node: fx.Node, carrying: set[fx.Node], nonneg: set[fx.Node]) -
         return Slot(len(slots) - 1)
 
     template = fx.node.map_arg(bound_arguments(node), take)
+    padding = fx.node.map_arg(zero_padding(node), take)
     live_slots = tuple(i for i, n in enumerate(slots) if n in carrying)
     return Site(
         op=op,
@@ -303,19 +303,8 @@ def _site(op: Op, node: fx.Node, carrying: set[fx.Node], nonneg: set[fx.Node]) -
         live_names=live_names(node, carrying),
         nonneg=all(slots[i] in nonneg for i in live_slots),
         several_outputs=not isinstance(node.meta["val"], Tensor),
-        padding=_zero_padding(slots[live_slots[0]]) if len(live_slots) == 1 else (),
+        padding=padding,
     )
-
-
-def _zero_padding(node: fx.Node) -> tuple[int, ...]:
-    """Of zero padding how much it adds, () of anything else."""
-    if node.target not in (aten.pad.default, aten.constant_pad_nd.default):
-        return ()
-    given = bound_arguments(node)
-    if given.get("mode", "constant") != "constant" or given["value"] not in (None, 0):
-        return ()
-    added = tuple(given["pad"])
-    return added if all(isinstance(n, int) and n >= 0 for n in added) else ()
 
 
 def _unknown(

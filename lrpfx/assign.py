@@ -182,7 +182,7 @@ def _check(
     if not matched:
         raise SelectorError(
             f"selector {describe(selector)} matches nothing in this model.",
-            fix=_near_misses(selector, records),
+            fix=_near_misses(selector, records, model),
         )
     misfits = [r for r in matched if reasons[r.name]]
     if misfits and (_names_outright(selector) or len(misfits) == len(matched)):
@@ -193,10 +193,16 @@ def _check(
         )
 
 
-def _near_misses(selector: Selector, records: Sequence[Record]) -> str:
+def _near_misses(selector: Selector, records: Sequence[Record], model: nn.Module) -> str:
     kinds = sorted({r.kind for r in records} | {r.family for r in records})
     paths = sorted({c.path for r in records for c in r.modules})
     folded = {c.path: r for r in records for c in r.folded}
+    if isinstance(selector, type):
+        for path, r in folded.items():
+            if isinstance(model.get_submodule(path), selector):
+                return f"{path} was folded into {r.module}; select {r.module!r}."
+    if selector in ("scale", "shift") and folded:
+        return "constants per channel are folded into the layer before them; select that."
     if isinstance(selector, str):
         for path, r in folded.items():
             if fnmatch.fnmatchcase(path, selector):

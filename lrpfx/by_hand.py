@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from lrpfx.call import hardsigmoid
 from lrpfx.functionalize import insert
-from lrpfx.graph import bound_arguments, output_leaves
+from lrpfx.graph import bound_arguments, output_leaves, precision
 
 aten = torch.ops.aten
 
@@ -24,7 +24,7 @@ def whole_relus(module: fx.GraphModule) -> fx.GraphModule:
     zeros = {node for node in module.graph.nodes if _is_zeros(node, module)}
     for node in list(module.graph.nodes):
         x = _rectified(node, zeros)
-        if x is None or str(x.meta["val"].shape) != str(node.meta["val"].shape):
+        if x is None or _form(x) != _form(node) or not precision(node):
             continue
         with module.graph.inserting_before(node):
             node.replace_all_uses_with(insert(node, aten.relu.default, (x,)))
@@ -59,7 +59,9 @@ def _rectified(node: fx.Node, zeros: set[fx.Node]) -> Any:
         return (mask.args[0], _SIGNS[mask.target]) if known else (None, 0)
 
     def picked(mask: Any, a: Any, b: Any) -> Any:
-        """Of a where the mask is set, b elsewhere."""
+        """Of a where the mask is set, b elsewhere; unlike a ReLU it keeps no NaN."""
+        if any(_calls(n, *_MAKES_NAN) for n in (a, b)):
+            return None
         if is_zero(b) and sign(mask) == (a, 1):
             return a
         return b if is_zero(a) and sign(mask) == (b, -1) else None
@@ -98,6 +100,8 @@ _RECTIFY = {
     aten.masked_fill.Scalar: "fill",
     aten.index_put.default: "put",
 }
+_MAKES_NAN = {aten.sqrt.default, aten.rsqrt.default, aten.log.default, aten.log1p.default}
+_MAKES_NAN |= {aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor, aten.div.Tensor}
 _SIGNS = dict.fromkeys((aten.gt.Scalar, aten.ge.Scalar, aten.gt.Tensor, aten.ge.Tensor), 1)
 _SIGNS |= dict.fromkeys((aten.lt.Scalar, aten.le.Scalar, aten.lt.Tensor, aten.le.Tensor), -1)
 
@@ -110,11 +114,11 @@ def whole_functions(module: fx.GraphModule) -> fx.GraphModule:
     ``softplus(x)``. What is subtracted of all entries of a softmax alike, such as their maximum, is
     left out: it changes nothing but the range.
     """
-    finest = max(map(_precision, output_leaves(module.graph)), default=0)
+    finest = max(map(precision, output_leaves(module.graph)), default=0)
     for node in list(module.graph.nodes):
         if _calls(node, aten.softmax.int) and _is_in_range(*node.args[:2]):
             node.update_arg(0, node.args[0].args[0])
-        if _precision(node) < finest:
+        if precision(node) < finest:
             continue  # it would change what comes out by more than its own round-off
         with module.graph.inserting_before(node):
             found = next(filter(None, (of(node) for of in _FUNCTIONS)), None)
@@ -138,10 +142,10 @@ def _softmax_of(node: fx.Node) -> Found | None:
     summed, dims, *kept = below.args
     rank = above.meta["val"].ndim
     twice = _calls(summed, aten.exp.default) and summed.args == above.args
-    if not (summed is above or twice) or len(dims) != 1 or below.kwargs:
+    if not (summed is above or twice) or below.kwargs or not rank or not dims or len(dims) > 1:
         return None
     x, form = above.args[0], str(above.meta["val"].shape)
-    if _precision(x) != _precision(above) or str(node.meta["val"].shape) != form:
+    if precision(x) != precision(above) or str(node.meta["val"].shape) != form:
         return None
     dim = dims[0] % rank
     if (places is None) is not (kept == [True]) or (places is not None and places % rank != dim):
@@ -153,7 +157,7 @@ def _sigmoid_of(node: fx.Node) -> Found | None:
     """Of ``y / (1 + exp(-x))`` the sigmoid, times y, and of ``exp(x) / (1 + exp(x))``."""
     above, below = _quotient(node)
     power = _more_than_one(below)
-    if not _calls(power, aten.exp.default) or _precision(power) != _precision(power.args[0]):
+    if not _calls(power, aten.exp.default) or precision(power) != precision(power.args[0]):
         return None
     x: Any = power.args[0]
     if _calls(above, aten.exp.default) and above.args == power.args:
@@ -191,7 +195,9 @@ def _softplus_of(node: fx.Node) -> Found | None:
         power = node.args[0]
     elif _calls(node, aten.log.default):
         power = _more_than_one(node.args[0])
-    return (aten.softplus.default, power.args) if _calls(power, aten.exp.default) else None
+    if not _calls(power, aten.exp.default) or precision(power) != precision(power.args[0]):
+        return None
+    return aten.softplus.default, power.args
 
 
 _FUNCTIONS: tuple[Callable[[fx.Node], Found | None], ...] = (
@@ -236,10 +242,9 @@ def _quotient(node: Any) -> tuple[Any, Any]:
     return None, None
 
 
-def _precision(node: Any) -> int:
-    """Bytes of a floating number in it; 0 for integers."""
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return value.itemsize if isinstance(value, Tensor) and value.is_floating_point() else 0
+def _form(node: fx.Node) -> tuple[str, torch.dtype]:
+    value = node.meta["val"]
+    return str(value.shape), value.dtype
 
 
 def _is_in_range(node: Any, dim: int) -> bool:
@@ -247,9 +252,10 @@ def _is_in_range(node: Any, dim: int) -> bool:
     if not _calls(node, aten.sub.Tensor) or node.kwargs or not isinstance(node.args[0], fx.Node):
         return False
     x, shift = node.args
-    form, own = node.meta["val"].shape, x.meta["val"].shape
-    if str(own) != str(form) or _precision(x) != _precision(node):
+    if _form(x) != _form(node):
         return False
-    sizes = shift.meta["val"].shape if isinstance(shift, fx.Node) else ()
+    form = node.meta["val"].shape
+    given = shift.meta["val"] if isinstance(shift, fx.Node) else shift
+    sizes = given.shape if isinstance(given, Tensor) else ()
     at = dim % len(form) - (len(form) - len(sizes))
     return at < 0 or sizes[at] == 1

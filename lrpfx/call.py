@@ -111,6 +111,7 @@ class Site:
         scores: Whether a softmax reads what it computes, which may be masked by -infinity.
         padding: How many of the outermost values of the one live input are zeros that it was padded
             with, as ``F.pad`` has it: (last dimension's first, last, the one before's first, ...).
+            Slots for sizes that vary.
     """
 
     op: Op
@@ -122,7 +123,7 @@ class Site:
     several_outputs: bool
     factors: tuple[int, ...] = ()
     scores: bool = False
-    padding: tuple[int, ...] = ()
+    padding: tuple[Any, ...] = ()
 
     @property
     def vanishes(self) -> bool:
@@ -155,6 +156,11 @@ class Call:
     def nonneg(self) -> bool:
         """Whether every live input is proven non-negative."""
         return self.site.nonneg
+
+    @property
+    def padding(self) -> tuple[int, ...]:
+        """As the Site has it, with the sizes of this call."""
+        return tuple(max(n, 0) for n in fill(self.site.padding, self.values))
 
     def _arguments(self, x: Sequence[Tensor]) -> dict[str, Any]:
         values = list(self.values)

@@ -78,10 +78,10 @@ def find_gates(known: Mapping[fx.Node, Op | str]) -> set[fx.Node]:
     """The activations that gate products: of each those of one factor, if one stands out.
 
     Moves, and constant factors and summands, as in ``2 * sigmoid(x)`` or ``1 - sigmoid(x)``, aside.
-    Of several factors it is the only sigmoid, as in an LSTM's ``sigmoid(i) * tanh(g)``, then the
-    only clamp between 0 and a number, then the only one that does not just clamp. What another
-    factor is computed from is the signal, as y is in ``y * tanh(attn(y))``. Beside a softmax
-    nothing is a gate.
+    Of several factors it is the only sigmoid, as in an LSTM's ``sigmoid(i) * tanh(g)``, or all if
+    one factor is none; then the only clamp between 0 and a number, then the only one that does not
+    just clamp. Picked, pooled and added sigmoids are sigmoids. What another factor is computed from
+    is the signal, as y is in ``y * tanh(attn(y))``. Beside a softmax nothing is a gate.
     """
     products = [node for node, op in known.items() if _is_kind(op, "product")]
     inner = {_nested(n, known) for node in products for n in node.all_input_nodes}
@@ -100,6 +100,8 @@ def _gate(factors: Sequence[fx.Node], known: Mapping[fx.Node, Op | str]) -> Iter
     ends = {factor: _ends(factor, known) for factor in factors}
     bent = {tuple(end): factor for factor, end in ends.items() if end}
     sigmoids = [end for end in bent if all("sigmoid" in _kind(n, known) for n in end)]
+    if len(sigmoids) > 1 and len(sigmoids) == len({*map(tuple, ends.values())}) - 1:
+        return list(chain(*sigmoids))
     if len(sigmoids) != 1:
         bent = {end: factor for end, factor in bent.items() if not _is_signal(factor, ends)}
     ranks = (
@@ -158,7 +160,13 @@ def _ends(factor: fx.Node, known: Mapping[fx.Node, Op | str]) -> list[fx.Node]:
     op = known[factor]
     if isinstance(op, Op) and op.family == "activation":
         return [factor]
+    inputs = [n for n in factor.all_input_nodes if n in known]
     if _is_kind(op, "cat"):
-        parts = [_ends(n, known) for n in factor.all_input_nodes if n in known]
+        parts = [_ends(n, known) for n in inputs]
         return list(chain(*parts)) if all(parts) else clamp
+    picks = not isinstance(op, Op) or op.family == "select"
+    if inputs and (picks or _kind(factor, known) in ("reduction", "avg_pool", "sum")):
+        parts = [_ends(n, known) for n in inputs]
+        if all(part and all("sigmoid" in _kind(n, known) for n in part) for part in parts):
+            return list(chain(*parts))
     return clamp

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from lrpfx.functionalize import insert
-from lrpfx.graph import bound_arguments, module_calls, reachable
+from lrpfx.graph import bound_arguments, module_calls, output_leaves, precision, reachable
 
 aten = torch.ops.aten
 
@@ -29,13 +29,14 @@ def fold_batch_norm(module: fx.GraphModule) -> fx.GraphModule:
     are frozen is written, or a bias that is added by itself; ``x @ W + t`` is a linear layer.
 
     W' and b' are computed in the graph from the live parameters, so nothing is copied and
-    gradients reach the real weights. The unfolded conv stays as a dead node: its value is what
-    ``layers=`` reports as that module's activation. Batch norm before zero padding is kept, as
-    the padding would not be shifted with the rest.
+    gradients reach the real weights. The unfolded conv and what was behind it stay as dead nodes:
+    their values are what ``layers=`` reports as these modules' activations. Batch norm before zero
+    padding is kept, as the padding would not be shifted with the rest.
     """
+    finest = max(map(precision, output_leaves(module.graph)), default=0)
     for node in list(module.graph.nodes):
         if node.target is not aten.batch_norm.default:
-            if (found := _constant_behind(node)) is not None:
+            if (found := _constant_behind(node, finest)) is not None:
                 _fold_constant(node, *found)
             continue
         source = node.args[0]
@@ -49,19 +50,25 @@ def fold_batch_norm(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
-def _constant_behind(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """Of a sum or a product with a constant per channel the layer it stands behind, and that."""
+def _constant_behind(node: fx.Node, finest: int) -> tuple[fx.Node, fx.Node] | None:
+    """Of a sum or a product with a constant per channel the layer it stands behind, and that.
+
+    Under autocast it may be finer than the layer's output; it is folded if what the model returns,
+    which has ``finest`` bytes for a number, is not.
+    """
     if node.target not in _COMMUTE | {aten.sub.Tensor, aten.div.Tensor}:
         return None
     commutes = node.target in _COMMUTE and not node.kwargs
     for layer, constant in (node.args, node.args[::-1])[: 2 if commutes else 1]:
         if not isinstance(layer, fx.Node) or not isinstance(constant, fx.Node):
             return None
+        while layer.target is aten.to.dtype and len(layer.users) == 1:
+            layer = layer.all_input_nodes[0]
         if layer.target not in _AFFINE | _PRODUCTS or len(layer.users) > 1:
             continue
-        known = layer.meta["val"].dtype == node.meta["val"].dtype and _is_per_channel(
-            constant, layer
-        )
+        same = layer.meta["val"].dtype == node.meta["val"].dtype
+        known = same or precision(node) > precision(layer) >= finest
+        known = known and _is_per_channel(constant, layer)
         leaves = reachable([constant, _weight(layer)]) if known else ()
         if known and not any(n.op == "placeholder" for n in leaves):
             return layer, constant
@@ -76,6 +83,8 @@ def _weight(layer: fx.Node) -> fx.Node:
 
 def _is_per_channel(constant: fx.Node, layer: fx.Node) -> bool:
     """Whether a tensor has one entry for each channel of what a layer puts out."""
+    if not isinstance(constant.meta["val"], Tensor):  # a size
+        return False
     given, out = constant.meta["val"].shape, layer.meta["val"].shape
     weight = _weight(layer).meta["val"]
     if len(given) > len(out) or weight.ndim < 2 or (layer.target in _PRODUCTS and weight.ndim > 2):
@@ -150,9 +159,9 @@ def _fold_back(
     arguments.update(bias=None if bias is None else _like(weight, bias))
     new = insert(affine, affine.target, tuple(arguments.values()))
     new.meta["folded_calls"] = (*affine.meta.get("folded_calls", ()), *module_calls(node))
-    new.meta["unfolded"] = affine.meta.get("unfolded", affine)
-    node.replace_all_uses_with(new)
-    node.graph.erase_node(node)
+    new.meta["stages"] = (*affine.meta.get("stages", (affine,)), node)
+    new.meta["folded_ahead"] = affine.meta.get("folded_ahead", ())
+    node.replace_all_uses_with(_like(node, new))
 
 
 def _scaled_outputs(like: fx.Node, affine: fx.Node, scale: fx.Node) -> fx.Node:
@@ -188,7 +197,7 @@ def _fold_ahead(bn: fx.Node, affine: fx.Node) -> None:
         name = next(iter(arguments))
         arguments[name] = bn.args[0]
         new = insert(affine, affine.target, tuple(arguments.values()))
-    new.meta["folded_calls"] = module_calls(bn)
+    new.meta["folded_calls"] = new.meta["folded_ahead"] = module_calls(bn)
     affine.replace_all_uses_with(new)
     affine.graph.erase_node(affine)
     bn.graph.erase_node(bn)

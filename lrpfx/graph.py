@@ -189,6 +189,12 @@ def is_floating(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and any(is_floating(v) for v in value)
 
 
+def precision(node: Any) -> int:
+    """Bytes of a floating number in a node's value; 0 for integers, and for what is no node."""
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return value.itemsize if isinstance(value, Tensor) and value.is_floating_point() else 0
+
+
 def bound_arguments(node: fx.Node) -> dict[str, Any]:
     """A call's arguments by name, defaults included."""
     names = argument_names(node.target)
@@ -223,7 +229,38 @@ def live_names(node: fx.Node, live: Container[fx.Node]) -> tuple[str, ...]:
 
 def slot_nodes(node: fx.Node) -> list[fx.Node]:
     """The nodes that fill the slots of the node's Site, in order."""
-    return nodes_in(bound_arguments(node))
+    return nodes_in((bound_arguments(node), zero_padding(node)))
+
+
+_PADS = {aten.pad.default, aten.constant_pad_nd.default}
+#: What leaves zeros where they are.
+_KEEPS_ZEROS = {aten.to.dtype, aten._to_copy.default, aten.relu.default}
+#: Ops that pad by themselves, too.
+_OF_IMAGES = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
+_OF_IMAGES |= {aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding}
+_OF_IMAGES |= {aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default}
+
+
+def zero_padding(node: fx.Node) -> tuple[Any, ...]:
+    """How many zeros the image that a node reads was padded with, as ``F.pad`` has it, else ()."""
+    if node.target not in _OF_IMAGES:
+        return ()
+    pads: list[list[Any]] = []
+    padded: Any = node.args[0]
+    while isinstance(padded, fx.Node) and padded.target in _PADS | _KEEPS_ZEROS:
+        if padded.target in _PADS:
+            given = bound_arguments(padded)
+            if given.get("mode", "constant") != "constant" or given["value"] not in (None, 0):
+                break
+            pads.append(list(given["pad"]))
+        padded = padded.args[0]
+    if any(isinstance(n, fx.Node) for amounts in pads for n in amounts):
+        return tuple(pads[0])  # sizes that vary: what is before that is left out
+    total = [0] * max(map(len, pads), default=0)
+    for amounts in reversed(pads):  # below zero it cuts off, of zeros first
+        for side, n in enumerate(amounts):
+            total[side] = max(total[side], 0) + n
+    return tuple(max(n, 0) for n in total)
 
 
 def module_calls(node: fx.Node, prefix: str = "") -> tuple[ModuleCall, ...]:

@@ -346,7 +346,7 @@ def make_report(
                 rule=str(assignment.rule),
                 why=assignment.why,
                 shape=r.shape,
-                folded=tuple(c.path for c in r.folded[-1:] if c not in r.modules),
+                folded=_innermost([c.path for c in r.folded if c not in r.modules]),
                 source=r.source,
                 inputs=r.inputs,
                 edge=edges.get(name, ""),
@@ -410,3 +410,10 @@ def _booked(row: Row) -> list[str]:
         number(row.relevance_out),
         number(sum(row.absorbed.values()) if row.relevance_in is not None else None),
     ]
+
+
+def _innermost(paths: Sequence[str]) -> tuple[str, ...]:
+    """Those that none of the others is inside of."""
+    return tuple(
+        path for path in dict.fromkeys(paths) if not any(p.startswith(f"{path}.") for p in paths)
+    )

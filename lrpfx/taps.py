@@ -74,14 +74,14 @@ def _tap(call: ModuleCall, nodes: Sequence[fx.Node], seen: set[fx.Node], prefix:
             fix="name a module inside it.",
         )
     node = leaving[0]
-    in_norm = call in _stripped(node.meta.get("folded_calls", ()), prefix)
-    unfolded = node.meta.get("unfolded")
-    if in_norm and unfolded is None and call not in module_calls(node, prefix):
+    stages = [n for n in node.meta.get("stages", (node,)) if call in module_calls(n, prefix)]
+    if not stages and call in _stripped(node.meta.get("folded_ahead", ()), prefix):
         raise SelectorError(
             f"layers: batch norm {call.path!r} was folded into the layer after it and has no "
             "relevance of its own.",
             fix=f"name {module_calls(node, prefix)[-1].path!r}.",
         )
-    # A conv whose batch norm was folded in shares the pair's relevance; its own activation is
+    # A conv that a batch norm was folded into shares the pair's relevance; its own activation is
     # what it computes before the batch norm.
-    return Tap(node if in_norm or unfolded is None else unfolded, node)
+    last = not stages or stages[-1] is node.meta.get("stages", (node,))[-1]
+    return Tap(node if last else stages[-1], node)

@@ -327,6 +327,27 @@ def test_autocast_in_forward(name: str, rules: str, dtype: torch.dtype) -> None:
         assert_close(explanation.relevance, expected(name, rules, ledger), dtype)
 
 
+@pytest.mark.parametrize("rules", ["epsilon_plus", "alpha_beta"])
+def test_a_frozen_batch_norm_under_autocast(rules: str) -> None:
+    """Its constants are in float32, and so is what it makes of a convolution in bfloat16."""
+    torch.manual_seed(0)
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=BF16, enabled=m.low):
+            y = m.conv(F.relu(m.stem(x) * m.scale + m.shift)) * m.scale + m.shift
+            return m.head(F.relu(y).mean((2, 3)))
+
+    scale, shift = torch.randn(4)[:, None, None], torch.randn(4)[:, None, None]
+    stem, conv, head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 3)
+    parts = dict(stem=stem, conv=conv, head=head, scale=scale, shift=shift)
+    x = zoo.images(3, 3, 12, 12).float()
+    low, high = (
+        lrpfx.explain(Apply(forward, low=low, **parts), x, 1, rules=RULES[rules](1e-6)).relevance
+        for low in (True, False)
+    )
+    assert_close(low, high, BF16)
+
+
 def test_autocast_around_the_capture_is_not_kept() -> None:
     x = inputs_of("residual")
     with torch.autocast("cpu", dtype=BF16):

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils import _pytree as pytree
@@ -584,6 +585,44 @@ def test_layers_see_what_a_hook_sees(
     without = layered_explainer(x, 1)
     assert without.layers == {}
     torch.testing.assert_close(without.relevance, explanation.relevance)
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.s, self.t = nn.Parameter(torch.rand(4) + 0.5), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.s[:, None, None] + self.t[:, None, None]
+
+
+class Folds(nn.Module):
+    """Much behind convolutions, one of which is also read ahead of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+        self.nested = nn.Sequential(nn.Sequential(block, Scale()), Scale())
+        self.ahead, self.one = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+        self.bias = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.nested(x) + self.bias[:, None, None])
+        return (self.one(self.ahead(x)) * self.bias[:, None, None]).mean((2, 3))
+
+
+def test_layers_see_every_step_of_what_is_folded() -> None:
+    torch.manual_seed(0)
+    model, x = Folds().double().eval(), image(3, seed=5).double()
+    explanation = lrpfx.explain(model, x, 1, layers=["nested*", "one"])
+    seen = hooked(model, x)
+    assert len(explanation.layers) == 8
+    for path, calls in explanation.layers.items():
+        torch.testing.assert_close(calls.activation, seen[path][0])
+    with pytest.raises(errors.SelectorError, match="'ahead' was folded into the layer after it"):
+        lrpfx.explain(model, x, 1, layers=["ahead"])
+    labels = [row.label for row in explanation.report.rows if row.kind == "conv"]
+    assert labels == ["nested.0.0.0+1+1+1", "one+ahead"]
 
 
 @pytest.mark.parametrize("path", ["conv", "norm", "head"])

@@ -42,6 +42,8 @@ def test_every_spelling_gives_the_same_relevance(case: Case) -> None:
 
 @given(case=cases(max_inputs=2))
 def test_relevance_is_linear_in_the_seed(case: Case) -> None:
+    rules = [node.rule[0] for node in case.network.nodes if node.rule is not None]
+    assume(not {"ReLUDeconvNet", "ReLUGuidedBackprop"}.intersection(rules))  # which cut off R < 0
     assert laws.is_linear_in_the_seed(case, laws.explainer(case.network)) < 1e-10
 
 

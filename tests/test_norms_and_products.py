@@ -378,6 +378,20 @@ GATED = {
         lambda a, b: torch.cat([a[:, :2].sigmoid(), b[:, :2].sigmoid()], 1) * b.tanh(),
         lambda a, b: torch.cat([a[:, :2].sigmoid(), b[:, :2].sigmoid()], 1).detach() * b.tanh(),
     ),
+    "the larger of two": (
+        lambda a, b: a.tanh() * torch.minimum(a.sigmoid(), b.sigmoid()),
+        lambda a, b: a.tanh() * torch.minimum(a.sigmoid(), b.sigmoid()).detach(),
+    ),
+    "pooled": (
+        lambda a, b: a.relu() * (1 - b.sigmoid().mean(1, True)) * (b.sigmoid() + 1).amax(1, True),
+        lambda a, b: (
+            a.relu() * ((1 - b.sigmoid().mean(1, True)) * (b.sigmoid() + 1).amax(1, True)).detach()
+        ),
+    ),
+    "an expert's weight by a sigmoid": (
+        lambda a, b: b + b.sigmoid().topk(1, 1)[0] * a.tanh(),
+        lambda a, b: b + b.sigmoid().topk(1, 1)[0].detach() * a.tanh(),
+    ),
     "an expert's weight": (
         lambda a, b: b + b.softmax(1).topk(1, 1)[0] * F.relu(a),
         lambda a, b: b + b.softmax(1).topk(1, 1)[0].detach() * F.relu(a),

@@ -719,6 +719,17 @@ IMAGES: dict[str, tuple[Any, ...]] = {
         lambda m, x: F.conv2d(x, m.conv.weight, m.conv.bias, padding=(1, 2))[..., 1:],
         FOR_PADDING,
     ),
+    "padding in steps": (
+        lambda m, x: F.conv2d(
+            F.pad(F.relu(F.pad(F.pad(x, (-1, 1, 2, 0)), (1, 0, -1, 1))), (0, 0, 0, 0)),
+            m.conv.weight,
+            m.conv.bias,
+        ),
+        lambda m, x: F.conv2d(
+            F.pad(F.relu(x[..., 1:]), (1, 0)), m.conv.weight, m.conv.bias, padding=(1, 1)
+        )[..., 1:],
+        FOR_PADDING,
+    ),
     "no bias: one per pixel": (
         lambda m, x: m.two(F.relu(x)) + m.mask[:, 0].repeat(1, 2, 2),
         lambda m, x: torch.add(m.two(F.relu(x)), m.mask[:, 0].repeat(1, 2, 2)[None]),
@@ -979,6 +990,23 @@ ROWS: dict[str, tuple[Any, ...]] = {
             * m.two(x)
         ),
         lambda m, x: m.two(x) * m.fc(x).softmax(1),
+    ),
+    "divided by the size of the batch": (
+        lambda m, x: m.fc(x) / x.shape[0] + (m.two(x) - x.shape[0]).softmax(1),
+        lambda m, x: m.fc(x) / 3 + m.two(x).softmax(1),
+    ),
+    "no relu and no softplus: of integers, and of what is not a number": (
+        lambda m, x: (
+            m.fc(x)
+            + torch.log1p(torch.exp(torch.arange(8)))
+            + torch.arange(-3, 5).clamp(min=0)
+            + torch.where((y := (m.two(x) - 99).sqrt()) > 0, y, 0.0)
+        ),
+        lambda m, x: (
+            m.fc(x)
+            + torch.tensor([max(k, 0.0) for k in range(-3, 5)], dtype=x.dtype)
+            + torch.log1p(torch.exp(torch.arange(8)))
+        ),
     ),
     "softmax less the largest of all": (
         lambda m, x: m.two(x) * ((s := m.fc(x)) - s.detach().max()).softmax(1),
@@ -1850,3 +1878,21 @@ def test_relevance_off_by_a_thousandth_is_caught(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(lrpfx.Epsilon, "propagate", wrong)
     with pytest.raises(AssertionError, match="relative error"):
         assert_same(row_model(spelled), row_model(plain), normal(3, 6), LAYERS_DIFFER)
+
+
+@pytest.mark.parametrize("rules", FOR_PADDING[1:])
+def test_padding_by_an_amount_that_varies(rules: str) -> None:
+    """As "same" padding by hand has it: so much as the size of the image asks for."""
+    conv = drawn(nn.Conv2d(2, 3, 3, stride=2), seed=5)
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        missing = -x.shape[3] % 2 + 1
+        return m.conv(F.pad(x, (0, missing, 1, missing))).mean((2, 3))
+
+    model = Apply(forward, conv=conv)
+    explainer = lrpfx.Explainer(model, normal(2, 2, 6, 6), RULES[rules], dynamic=(2, 3))
+    for size in (6, 8):
+        x = normal(2, 2, size, size)
+        fixed = lrpfx.explain(Apply(forward, conv=conv), x, 1, rules=RULES[rules])
+        for ledger in (True, False):
+            assert close(explainer(x, 1, ledger=ledger).relevance, fixed.relevance)

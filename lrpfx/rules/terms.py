@@ -46,7 +46,7 @@ class Input(NamedTuple):
         nonneg: Whether they are proven >= 0.
         fast: Whether shortcuts are wanted that give the same up to round-off.
         above: Whether relevance arrives only where the output is positive.
-        padding: See ``Site.padding``.
+        padding: See ``Call.padding``.
     """
 
     all: Signal
@@ -162,7 +162,7 @@ class AffineRule(Rule):
         masked = call.site.scores or call.op.kind == "shift"
         shares: list[Signal] = []
         booked: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
-        for term in self.terms(Input(x, call.nonneg, padding=call.site.padding), f, z):
+        for term in self.terms(Input(x, call.nonneg, padding=call.padding), f, z):
             parts = [(part, W) for part, W in term.parts if part is not None]
             known = term.total is not None and not self.zero_params
             d = term.total if known else denominator(parts, term.bias)
@@ -226,7 +226,7 @@ class AffineRule(Rule):
         f = self._parameters(call.affine(x))
         if self._over_z:
             return f.T(share(m, z, self._stabilizer, carry.takes, int(carry.cut)), x)
-        given = Input(x, call.nonneg, True, carry.above, call.site.padding)
+        given = Input(x, call.nonneg, True, carry.above, call.padding)
         return self._sum(list(self.terms(given, f, z)), x, z, m, carry.takes, weighed=False)
 
     def relevance(
@@ -237,7 +237,7 @@ class AffineRule(Rule):
             return super().relevance(call, x, z, m, carry)
         f = self._parameters(call.affine(x))
         # Without a multiplier z is not there.
-        given = Input(x, call.nonneg, carry.takes, carry.above, call.site.padding)
+        given = Input(x, call.nonneg, carry.takes, carry.above, call.padding)
         terms = list(self.terms(given, f, z))
         return self._sum(terms, x, z, m, carry.takes, weighed=True)
 
