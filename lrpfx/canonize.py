@@ -16,7 +16,7 @@ from lrpfx.attention import group_heads, open_attention
 from lrpfx.by_hand import whole_functions, whole_relus
 from lrpfx.compose import whole_activations
 from lrpfx.errors import CaptureError, TrainingModeError
-from lrpfx.fold import fold_batch_norm
+from lrpfx.fold import fold_into_layers
 from lrpfx.functionalize import (
     copies_to_casts,
     functionalize,
@@ -260,5 +260,5 @@ PASSES: tuple[Pass, ...] = (
     whole_activations,
     hold_divisors,
     views_to_reshapes,
-    fold_batch_norm,
+    fold_into_layers,
 )

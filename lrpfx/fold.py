@@ -22,7 +22,7 @@ _PRODUCTS = {aten.matmul.default, aten.mm.default}
 _COMMUTE = {aten.add.Tensor, aten.mul.Tensor}
 
 
-def fold_batch_norm(module: fx.GraphModule) -> fx.GraphModule:
+def fold_into_layers(module: fx.GraphModule) -> fx.GraphModule:
     """``bn(conv(x, W, b))`` -> ``conv(x, W', b')``, and ``conv(bn(x), W, b)`` where exact.
 
     Likewise ``conv(x, W, b) * s + t`` with constants per channel, as a batch norm whose statistics
