@@ -11,7 +11,9 @@ from torch import Tensor, fx
 
 from lrpfx.call import hardsigmoid
 from lrpfx.functionalize import insert
-from lrpfx.graph import bound_arguments, output_leaves, precision
+from lrpfx.graph import bound_arguments, module_calls, output_leaves, precision, varying
+from lrpfx.hold import is_inverted, live_values
+from lrpfx.parts import Writer, lerp
 
 aten = torch.ops.aten
 
@@ -104,6 +106,47 @@ _MAKES_NAN = {aten.sqrt.default, aten.rsqrt.default, aten.log.default, aten.log1
 _MAKES_NAN |= {aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor, aten.div.Tensor}
 _SIGNS = dict.fromkeys((aten.gt.Scalar, aten.ge.Scalar, aten.gt.Tensor, aten.ge.Tensor), 1)
 _SIGNS |= dict.fromkeys((aten.lt.Scalar, aten.le.Scalar, aten.lt.Tensor, aten.le.Tensor), -1)
+
+
+def whole_lerps(module: fx.GraphModule) -> fx.GraphModule:
+    """``a + w * (b - a)`` -> ``(1 - w) * a + w * b`` for w no constant: each counts once.
+
+    Likewise ``a - w * (a - b)``; not where ``w * (b - a)`` is what a module returns. So does
+    PyTorch write the steps of a GRU, whose equation is the latter. For a constant w, such as the
+    inverse of a divisor, the two are one linear map.
+    """
+    changing, live = varying(module.graph), live_values(module.graph)
+    for node in list(module.graph.nodes):
+        found = _lerp_of(node)
+        if found is None or found[2] not in changing or is_inverted(found[2], live):
+            continue
+        step, way, weight = found
+        start, end = way.args if node.target is aten.sub.Tensor else way.args[::-1]
+        with module.graph.inserting_before(node):
+            new = lerp(Writer(node, module), start, end, weight)
+        changing.add(new)
+        node.replace_all_uses_with(new)
+        for old in (node, step, way):
+            if not old.users:
+                module.graph.erase_node(old)
+    return module
+
+
+def _lerp_of(node: fx.Node) -> tuple[fx.Node, fx.Node, Any] | None:
+    """Of ``a + w * (b - a)``, or ``a - w * (a - b)``, the step, what w multiplies there, and w."""
+    if node.target not in (aten.add.Tensor, aten.sub.Tensor) or node.kwargs:
+        return None
+    taken = node.target is aten.sub.Tensor
+    for start, step in [node.args] if taken else [node.args, node.args[::-1]]:
+        if not isinstance(step, fx.Node) or step.target is not aten.mul.Tensor:
+            continue
+        for way, weight in (step.args, step.args[::-1]):
+            if not isinstance(way, fx.Node) or way.target is not aten.sub.Tensor or way.kwargs:
+                continue
+            own = module_calls(node) == module_calls(step)  # else a module returns the step
+            if way.args[0 if taken else 1] is start and len(step.users) == 1 and own:
+                return step, way, weight
+    return None
 
 
 def whole_functions(module: fx.GraphModule) -> fx.GraphModule:

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from lrpfx.attention import group_heads, open_attention
-from lrpfx.by_hand import whole_functions, whole_relus
+from lrpfx.by_hand import whole_functions, whole_lerps, whole_relus
 from lrpfx.compose import whole_activations
 from lrpfx.errors import CaptureError, TrainingModeError
 from lrpfx.fold import fold_into_layers
@@ -35,7 +35,7 @@ from lrpfx.graph import (
     verify,
 )
 from lrpfx.hold import hold_divisors, hold_statistics
-from lrpfx.parts import one_name_each, open_parts, whole_lerps
+from lrpfx.parts import one_name_each, open_parts
 
 aten = torch.ops.aten
 

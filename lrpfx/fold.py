@@ -9,15 +9,13 @@ import torch
 from torch import Tensor, fx
 
 from lrpfx.functionalize import insert
-from lrpfx.graph import bound_arguments, module_calls, output_leaves, precision, reachable
+from lrpfx.graph import CONVS, bound_arguments, module_calls, output_leaves, precision, reachable
 
 aten = torch.ops.aten
 
-_CONVS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
-_CONVS |= {aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding}
 _TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input}
 _TRANSPOSED |= {aten.conv_transpose3d.input}
-_AFFINE = _CONVS | _TRANSPOSED | {aten.linear.default}
+_AFFINE = CONVS | _TRANSPOSED | {aten.linear.default}
 _PRODUCTS = {aten.matmul.default, aten.mm.default}
 _COMMUTE = {aten.add.Tensor, aten.mul.Tensor}
 
@@ -125,7 +123,7 @@ def _takes_shift(node: fx.Node, bn: fx.Node) -> bool:
     """Whether the affine op ``node`` maps a per-channel shift of its input to a constant."""
     if node.target is aten.linear.default:
         return node.args[0] is bn and node.args[1] is not bn and node.meta["val"].ndim == 2
-    if node.target not in _CONVS or node.args[0] is not bn or node.args[1] is bn:
+    if node.target not in CONVS or node.args[0] is not bn or node.args[1] is bn:
         return False
     padding = bound_arguments(node)["padding"]
     return padding == "valid" or (padding != "same" and not any(padding))

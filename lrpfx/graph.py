@@ -235,10 +235,10 @@ def slot_nodes(node: fx.Node) -> list[fx.Node]:
 _PADS = {aten.pad.default, aten.constant_pad_nd.default}
 #: What leaves zeros where they are.
 _KEEPS_ZEROS = {aten.to.dtype, aten._to_copy.default, aten.relu.default}
+CONVS = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
+CONVS |= {aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding}
 #: Ops that pad by themselves, too.
-_OF_IMAGES = {aten.conv1d.default, aten.conv2d.default, aten.conv3d.default}
-_OF_IMAGES |= {aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding}
-_OF_IMAGES |= {aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default}
+_OF_IMAGES = CONVS | {aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default}
 
 
 def zero_padding(node: fx.Node) -> tuple[Any, ...]:

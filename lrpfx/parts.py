@@ -13,8 +13,7 @@ from torch import fx, nn
 from lrpfx.call import einsum, hardsigmoid
 from lrpfx.errors import UnsupportedOpError
 from lrpfx.functionalize import insert
-from lrpfx.graph import bound_arguments, module_calls, reachable, source_line, varying
-from lrpfx.hold import is_inverted, live_values
+from lrpfx.graph import bound_arguments, reachable, source_line, varying
 
 aten = torch.ops.aten
 
@@ -52,55 +51,14 @@ def open_parts(module: fx.GraphModule) -> fx.GraphModule:
         if parts is None:
             continue
         with module.graph.inserting_before(node):
-            new = parts(_Writer(node, module, changing), **bound_arguments(node))
+            new = parts(Writer(node, module, changing), **bound_arguments(node))
         if new is not None:
             node.replace_all_uses_with(new)
             module.graph.erase_node(node)
     return module
 
 
-def whole_lerps(module: fx.GraphModule) -> fx.GraphModule:
-    """``a + w * (b - a)`` -> ``(1 - w) * a + w * b`` for w no constant: each counts once.
-
-    Likewise ``a - w * (a - b)``; not where ``w * (b - a)`` is what a module returns. So does
-    PyTorch write the steps of a GRU, whose equation is the latter. For a constant w, such as the
-    inverse of a divisor, the two are one linear map.
-    """
-    changing, live = varying(module.graph), live_values(module.graph)
-    for node in list(module.graph.nodes):
-        found = _lerp_of(node)
-        if found is None or found[2] not in changing or is_inverted(found[2], live):
-            continue
-        step, way, weight = found
-        start, end = way.args if node.target is aten.sub.Tensor else way.args[::-1]
-        with module.graph.inserting_before(node):
-            new = _lerp(_Writer(node, module), start, end, weight)
-        changing.add(new)
-        node.replace_all_uses_with(new)
-        for old in (node, step, way):
-            if not old.users:
-                module.graph.erase_node(old)
-    return module
-
-
-def _lerp_of(node: fx.Node) -> tuple[fx.Node, fx.Node, Any] | None:
-    """Of ``a + w * (b - a)``, or ``a - w * (a - b)``, the step, what w multiplies there, and w."""
-    if node.target not in (aten.add.Tensor, aten.sub.Tensor) or node.kwargs:
-        return None
-    taken = node.target is aten.sub.Tensor
-    for start, step in [node.args] if taken else [node.args, node.args[::-1]]:
-        if not isinstance(step, fx.Node) or step.target is not aten.mul.Tensor:
-            continue
-        for way, weight in (step.args, step.args[::-1]):
-            if not isinstance(way, fx.Node) or way.target is not aten.sub.Tensor or way.kwargs:
-                continue
-            own = module_calls(node) == module_calls(step)  # else a module returns the step
-            if way.args[0 if taken else 1] is start and len(step.users) == 1 and own:
-                return step, way, weight
-    return None
-
-
-class _Writer:
+class Writer:
     """Writes calls into the graph in the place of ``node``; a factor or summand of 1 or 0 falls."""
 
     def __init__(
@@ -109,6 +67,7 @@ class _Writer:
         self.node, self._module, self._changing = node, module, changing
 
     def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A call."""
         return insert(self.node, target, args, kwargs)
 
     def changes(self, node: fx.Node) -> bool:
@@ -122,12 +81,14 @@ class _Writer:
         return isinstance(operator.attrgetter(str(node.target))(self._module), nn.Parameter)
 
     def times(self, a: fx.Node, number: Any) -> fx.Node:
+        """``number * a``."""
         return a if isinstance(number, (int, float)) and number == 1 else self._mul(a, number)
 
     def _mul(self, a: Any, b: Any) -> fx.Node:
         return self(aten.mul.Tensor, a, b)
 
     def sum(self, a: Any, b: Any) -> fx.Node:
+        """``a + b``."""
         return self(aten.add.Tensor, a, b)
 
     def plus(self, a: Any, beta: Any, b: fx.Node) -> fx.Node:
@@ -145,27 +106,27 @@ def _varies(node: Any) -> bool:
     return isinstance(node, fx.Node) and any(n.op == "placeholder" for n in reachable([node]))
 
 
-def _glu(op: _Writer, self: fx.Node, dim: int) -> fx.Node:
+def _glu(op: Writer, self: fx.Node, dim: int) -> fx.Node:
     halves = op(aten.chunk.default, self, 2, dim)
     value, gate = (op(operator.getitem, halves, i) for i in (0, 1))
     return op(aten.mul.Tensor, value, op(aten.sigmoid.default, gate))
 
 
-def _lerp(op: _Writer, self: Any, end: Any, weight: Any) -> fx.Node:
+def lerp(op: Writer, self: Any, end: Any, weight: Any) -> fx.Node:
     """(1 - w) a + w b, in which each counts once, unlike a + w (b - a)."""
     rest = op(aten.rsub.Scalar, weight, 1) if isinstance(weight, fx.Node) else 1 - weight
     return op.sum(op(aten.mul.Tensor, self, rest), op(aten.mul.Tensor, end, weight))
 
 
-def _addcmul(op: _Writer, self: Any, tensor1: Any, tensor2: Any, value: Any) -> fx.Node:
+def _addcmul(op: Writer, self: Any, tensor1: Any, tensor2: Any, value: Any) -> fx.Node:
     return op.sum(self, op.times(op(aten.mul.Tensor, tensor1, tensor2), value))
 
 
-def _addcdiv(op: _Writer, self: Any, tensor1: Any, tensor2: Any, value: Any) -> fx.Node:
+def _addcdiv(op: Writer, self: Any, tensor1: Any, tensor2: Any, value: Any) -> fx.Node:
     return op.sum(self, op.times(op(aten.div.Tensor, tensor1, tensor2), value))
 
 
-def _addmm(op: _Writer, self: Any, mat1: Any, mat2: Any, beta: Any, alpha: Any) -> fx.Node | None:
+def _addmm(op: Writer, self: Any, mat1: Any, mat2: Any, beta: Any, alpha: Any) -> fx.Node | None:
     """Left whole where ``self`` is a constant: then it is the bias of a linear layer."""
     if not _varies(self) and beta != 0:
         return None
@@ -173,41 +134,41 @@ def _addmm(op: _Writer, self: Any, mat1: Any, mat2: Any, beta: Any, alpha: Any) 
 
 
 def _baddbmm(
-    op: _Writer, self: Any, batch1: Any, batch2: Any, beta: Any, alpha: Any
+    op: Writer, self: Any, batch1: Any, batch2: Any, beta: Any, alpha: Any
 ) -> fx.Node | None:
     return op.plus(self, beta, op.times(op(aten.matmul.default, batch1, batch2), alpha))
 
 
-def _addbmm(op: _Writer, self: Any, batch1: Any, batch2: Any, beta: Any, alpha: Any) -> fx.Node:
+def _addbmm(op: Writer, self: Any, batch1: Any, batch2: Any, beta: Any, alpha: Any) -> fx.Node:
     product = op(aten.sum.dim_IntList, op(aten.matmul.default, batch1, batch2), [0])
     return op.plus(self, beta, op.times(product, alpha))
 
 
-def _addmv(op: _Writer, self: Any, mat: Any, vec: Any, beta: Any, alpha: Any) -> fx.Node:
+def _addmv(op: Writer, self: Any, mat: Any, vec: Any, beta: Any, alpha: Any) -> fx.Node:
     return op.plus(self, beta, op.times(op(aten.matmul.default, mat, vec), alpha))
 
 
-def _outer(op: _Writer, self: Any, vec2: Any) -> fx.Node:
+def _outer(op: Writer, self: Any, vec2: Any) -> fx.Node:
     return op(aten.mul.Tensor, op(aten.unsqueeze.default, self, 1), vec2)
 
 
-def _inner(op: _Writer, self: Any, other: Any) -> fx.Node:
+def _inner(op: Writer, self: Any, other: Any) -> fx.Node:
     if other.meta["val"].ndim > 1:
         other = op(aten.mT.default, other)
     return op(aten.matmul.default, self, other)
 
 
-def _ravel(op: _Writer, self: Any) -> fx.Node:
+def _ravel(op: Writer, self: Any) -> fx.Node:
     return op(aten.reshape.default, self, [-1])
 
 
-def _bilinear(op: _Writer, input1: Any, input2: Any, weight: Any, bias: Any) -> fx.Node:
+def _bilinear(op: Writer, input1: Any, input2: Any, weight: Any, bias: Any) -> fx.Node:
     equation = "...i,oij,...j->...o"
     product = op(aten.einsum.default, equation, [input1, weight, input2])
     return product if bias is None else op.sum(product, bias)
 
 
-def _cosine(op: _Writer, x1: Any, x2: Any, dim: int, eps: float) -> fx.Node:
+def _cosine(op: Writer, x1: Any, x2: Any, dim: int, eps: float) -> fx.Node:
     """The sum of a product of two normalised tensors; the norms are statistics."""
     a, b = (
         op(
@@ -225,7 +186,7 @@ def _cosine(op: _Writer, x1: Any, x2: Any, dim: int, eps: float) -> fx.Node:
 
 
 def _index_put(
-    op: _Writer, self: Any, indices: Any, values: Any, accumulate: bool
+    op: Writer, self: Any, indices: Any, values: Any, accumulate: bool
 ) -> fx.Node | None:
     """With ``accumulate`` a sum, which shares relevance; without, values that are moved."""
     if not accumulate:
@@ -233,7 +194,7 @@ def _index_put(
     return op(aten._unsafe_index_put.default, self, indices, values, True)
 
 
-def _scatter(op: _Writer, self: Any, dim: int, index: Any, src: Any, **rest: Any) -> fx.Node | None:
+def _scatter(op: Writer, self: Any, dim: int, index: Any, src: Any, **rest: Any) -> fx.Node | None:
     """Cuts ``src`` to what ``index`` reads of it, which PyTorch's own derivative fails to do."""
     cut = src
     for d, (size, read) in enumerate(
@@ -258,7 +219,7 @@ def _explicit(equation: str, ndims: list[int]) -> tuple[list[str], str]:
     return [term.replace("...", dots) for term in terms], out.replace("...", dots)
 
 
-def _einsum(op: _Writer, equation: str, tensors: Any, path: Any) -> fx.Node | None:
+def _einsum(op: Writer, equation: str, tensors: Any, path: Any) -> fx.Node | None:
     """A linear layer, if one of two operands is a constant; else left whole."""
     terms, out = _explicit(equation, [t.meta["val"].ndim for t in tensors])
     live = [_varies(t) for t in tensors]
@@ -279,14 +240,14 @@ def _einsum(op: _Writer, equation: str, tensors: Any, path: Any) -> fx.Node | No
     return op(einsum, f"{a},{b}->{out}", x, weight)
 
 
-def _widened(op: _Writer, t: Any, own: dict[str, Any], other: dict[str, Any]) -> Any:
+def _widened(op: Writer, t: Any, own: dict[str, Any], other: dict[str, Any]) -> Any:
     """The operand with sizes of 1 as the other operand has them."""
     small = {c for c, n in own.items() if isinstance(n, int) and n == 1}
     grown = [other[c] if c in small and c in other else -1 for c in own]
     return op(aten.expand.default, t, grown) if set(grown) - {-1, 1} else t
 
 
-def _tensordot(op: _Writer, self: Any, other: Any, dims_self: Any, dims_other: Any) -> fx.Node:
+def _tensordot(op: Writer, self: Any, other: Any, dims_self: Any, dims_other: Any) -> fx.Node:
     """``einsum`` over the paired dimensions."""
     a, b = self.meta["val"].ndim, other.meta["val"].ndim
     first, second = list(_LETTERS[:a]), list(_LETTERS[a : a + b])
@@ -299,7 +260,7 @@ def _tensordot(op: _Writer, self: Any, other: Any, dims_self: Any, dims_other: A
 
 
 def _embedding_bag(
-    op: _Writer,
+    op: Writer,
     weight: Any,
     indices: Any,
     offsets: Any,
@@ -334,7 +295,7 @@ def _embedding_bag(
 
 
 def _var_mean(
-    op: _Writer,
+    op: Writer,
     self: Any,
     dim: Any = None,
     unbiased: bool = True,
@@ -352,7 +313,7 @@ def _var_mean(
         user.replace_all_uses_with(two[0 if user.args[1] == 0 else 1])
 
 
-def _embedding(op: _Writer, weight: Any, indices: Any, **rest: Any) -> fx.Node | None:
+def _embedding(op: Writer, weight: Any, indices: Any, **rest: Any) -> fx.Node | None:
     """Rows that are picked, where the table itself depends on the input."""
     if getattr(weight.target, "__name__", "").startswith("embedding_renorm"):
         raise UnsupportedOpError(
@@ -363,7 +324,7 @@ def _embedding(op: _Writer, weight: Any, indices: Any, **rest: Any) -> fx.Node |
     return op(aten.index.Tensor, weight, [indices]) if _varies(weight) else None
 
 
-def _index(op: _Writer, self: Any, indices: Any) -> fx.Node | None:
+def _index(op: Writer, self: Any, indices: Any) -> fx.Node | None:
     """An embedding, where integers from the input pick rows of a parameter."""
     if len(indices) != 1 or not op.is_parameter(self):
         return None
@@ -376,7 +337,7 @@ def _index(op: _Writer, self: Any, indices: Any) -> fx.Node | None:
     return _rows(op, self, ids)
 
 
-def _index_select(op: _Writer, self: Any, dim: int, index: Any) -> fx.Node | None:
+def _index_select(op: Writer, self: Any, dim: int, index: Any) -> fx.Node | None:
     """Likewise."""
     first = dim in (0, -self.meta["val"].ndim)
     if not first or not op.is_parameter(self) or not op.changes(index):
@@ -384,7 +345,7 @@ def _index_select(op: _Writer, self: Any, dim: int, index: Any) -> fx.Node | Non
     return _rows(op, self, index)
 
 
-def _rows(op: _Writer, table: fx.Node, ids: fx.Node) -> fx.Node:
+def _rows(op: Writer, table: fx.Node, ids: fx.Node) -> fx.Node:
     """``table[ids]`` as an embedding, whose tables have two dimensions."""
     rows, *form = table.meta["val"].shape
     if len(form) == 1:
@@ -401,8 +362,8 @@ _PARTS: dict[Any, Parts] = {
     aten.var_mean.default: _var_mean,
     aten.var_mean.dim: _var_mean,
     aten.var_mean.correction: _var_mean,
-    aten.lerp.Scalar: _lerp,
-    aten.lerp.Tensor: _lerp,
+    aten.lerp.Scalar: lerp,
+    aten.lerp.Tensor: lerp,
     aten.addcmul.default: _addcmul,
     aten.addcdiv.default: _addcdiv,
     aten.addmm.default: _addmm,

@@ -83,7 +83,7 @@ def test_derivatives_of_relevance_agree_with_central_differences(
     model = model_of(activation)
     torch.manual_seed(5)
     x = torch.randn(2, 2, 6, 6, dtype=torch.float64, requires_grad=True)
-    explainer = lrpfx.Explainer(model, x, RULES[rules])  # type: ignore[arg-type]
+    explainer = lrpfx.Explainer(model, x, RULES[rules])
     variables = [x, *model.parameters()]
     loss = loss_of(explainer, x, 1, create_graph=True)
     gradients = torch.autograd.grad(loss, variables, materialize_grads=True)
@@ -110,7 +110,7 @@ def test_the_seed_is_differentiated_with_the_rest(target: object) -> None:
     model = model_of("softplus")
     torch.manual_seed(5)
     x = torch.randn(2, 2, 6, 6, dtype=torch.float64, requires_grad=True)
-    explainer = lrpfx.Explainer(model, x, RULES["epsilon"])  # type: ignore[arg-type]
+    explainer = lrpfx.Explainer(model, x, RULES["epsilon"])
     (gradient,) = torch.autograd.grad(loss_of(explainer, x, target, True), [x])
     direction = torch.randn_like(x)
     above = loss_of(explainer, (x + 1e-6 * direction).detach(), target, False)
@@ -123,7 +123,7 @@ def test_the_graph_module_is_twice_differentiable() -> None:
     """The user's own ``autograd.grad`` on the rewritten graph, differentiated again."""
     model = model_of("softplus")
     x = torch.randn(2, 2, 6, 6, dtype=torch.float64, requires_grad=True)
-    module = lrpfx.Explainer(model, x, RULES["epsilon"]).graph_module  # type: ignore[arg-type]
+    module = lrpfx.Explainer(model, x, RULES["epsilon"]).graph_module
     seed = torch.randn(2, 3, dtype=torch.float64)
 
     def penalty(x: Tensor, create_graph: bool) -> Tensor:
@@ -143,7 +143,7 @@ def test_central_differences_catch_a_detached_denominator() -> None:
     """The check can fail: a rule that detaches its denominator has other derivatives."""
 
     class Detached(lrpfx.Epsilon):
-        def propagate(self, call, x, z, R):  # type: ignore[no-untyped-def]
+        def propagate(self, call, x, z, R):
             return super().propagate(call, x, z.detach(), R)
 
     model = model_of("softplus")

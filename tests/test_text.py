@@ -21,7 +21,7 @@ class Tokenizer:
 
 @pytest.mark.parametrize("tokenizer", [Tokenizer(), VOCABULARY.__getitem__, VOCABULARY])
 def test_every_token_has_its_relevance(tokenizer: object) -> None:
-    text = token_text(IDS, RELEVANCE, tokenizer)  # type: ignore[arg-type]
+    text = token_text(IDS, RELEVANCE, tokenizer)
     assert text.sentences[0] == (("<b>", 1.0), ("to\x1b[2Jken", -2.0), ("Ġz", 0.0))
     assert len(text.sentences) == 2
 
@@ -68,7 +68,7 @@ def test_without_token_ids_there_is_nothing_to_show() -> None:
 @pytest.mark.parametrize("tokenizer", [Tokenizer(), VOCABULARY[:2], {0: "a"}, {0: "a"}.__getitem__])
 def test_a_vocabulary_that_lacks_an_id_is_named(tokenizer: object) -> None:
     with pytest.raises(lrpfx.errors.InputError, match="no token.*0 to 7"):
-        token_text(torch.tensor([[0, 7]]), torch.zeros(1, 2), tokenizer)  # type: ignore[arg-type]
+        token_text(torch.tensor([[0, 7]]), torch.zeros(1, 2), tokenizer)
 
 
 def test_of_several_targets_one_can_be_shown() -> None:
