@@ -37,8 +37,8 @@ from benchmarks.measure import (
     slowdown,
 )
 from benchmarks.modified_gradients import modified_gradient
-from lrpfx.backward import Run
-from lrpfx.inputs import split_inputs
+from lrpfx.capture.inputs import split_inputs
+from lrpfx.run.backward import Run
 
 #: What we want to reach, each with parameters frozen as the gradient's are.
 GOALS = {

@@ -49,7 +49,7 @@ from torch.utils import _pytree as pytree
 
 import lrpfx
 from benchmarks.zoos import ZOOS, Case
-from lrpfx.outputs import tensors_in
+from lrpfx.capture.outputs import tensors_in
 
 PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
 
@@ -359,7 +359,7 @@ def relevance_of(explanation: lrpfx.Explanation) -> list[Tensor]:
 
 def _holds_statistics(explainer: lrpfx.Explainer) -> bool:
     """Whether a norm written by hand is a constant for relevance, though not for gradients."""
-    return any(lrpfx.graph.HELD in n.meta for n in explainer._module.graph.nodes)
+    return any(lrpfx.ops.graph.HELD in n.meta for n in explainer._module.graph.nodes)
 
 
 def _relative_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

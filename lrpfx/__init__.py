@@ -7,12 +7,11 @@
 >>> explanation.plot("out.png")    # heatmap beside the image
 """
 
-from lrpfx import composites, errors, heatmap
-from lrpfx.affine import AffineMap
+from lrpfx import composites, errors, heatmap, text
 from lrpfx.coverage import coverage
 from lrpfx.explain import Explainer, explain
 from lrpfx.explanation import Explanation
-from lrpfx.ops import register_op
+from lrpfx.ops import AffineMap, register_op
 from lrpfx.report import Report
 from lrpfx.rules import (
     AlphaBeta,
@@ -68,4 +67,10 @@ __all__ = [
     "explain",
     "heatmap",
     "register_op",
+    "text",
 ]
+
+# Errors, help and documentation show the public path, not the file that it happens to live in.
+for _name in __all__:
+    if getattr(globals()[_name], "__module__", "").startswith(f"{__name__}."):
+        globals()[_name].__module__ = __name__

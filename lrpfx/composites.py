@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lrpfx.errors import RuleError
-from lrpfx.graph import Record
+from lrpfx.ops import Record
 from lrpfx.rules import (
     AlphaBeta,
     Bilinear,
@@ -26,14 +26,14 @@ from lrpfx.rules import (
     ReLUDeconvNet,
     ReLUGuidedBackprop,
     Rule,
+    StabilizerLike,
     Stop,
     Taylor,
     Uniform,
     ZBox,
+    ZeroParams,
     ZPlus,
 )
-from lrpfx.rules.base import StabilizerLike
-from lrpfx.rules.terms import ZeroParams
 
 #: An op kind, a module class, a module-path glob, "*", or a predicate on the node's record.
 Selector = str | type[nn.Module] | Callable[[Record], bool]

@@ -6,18 +6,14 @@ from dataclasses import replace
 
 from torch import nn
 
-from lrpfx.annotate import Unknown, annotate_known
-from lrpfx.assign import assign
 from lrpfx.canonize import canonize
-from lrpfx.capture import TRACING, capture
+from lrpfx.capture import TRACING, Inputs, capture
 from lrpfx.errors import UnsupportedOpError
 from lrpfx.explain import Explainer
-from lrpfx.graph import op_name
-from lrpfx.inputs import Inputs
+from lrpfx.ops import op_name
+from lrpfx.plan import RulesLike, Unknown, annotate_known, assign, find_starts
 from lrpfx.prepare import constants, records
 from lrpfx.report import Report, Row, make_report
-from lrpfx.resolve import RulesLike
-from lrpfx.starts import find_starts
 
 
 def coverage(model: nn.Module, inputs: Inputs, rules: RulesLike = None) -> Report:

@@ -9,23 +9,42 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lrpfx.backward import Largest, Run, at_a_time
-from lrpfx.capture import TRACING
-from lrpfx.compiled import Compiled, CompiledRun
+from lrpfx.capture import (
+    TRACING,
+    Inputs,
+    State,
+    Versions,
+    check_faithful,
+    check_inputs,
+    flatten_inputs,
+    is_finite,
+    state_of,
+    varying_sizes,
+    versions,
+)
 from lrpfx.errors import CaptureError, InputError, SelectorError
 from lrpfx.explanation import Explanation
-from lrpfx.faithful import check_faithful
-from lrpfx.gather import Gather, by_layer, reported
-from lrpfx.inputs import Inputs, check_inputs, flatten_inputs, is_finite, varying_sizes
-from lrpfx.ledger import Ledger
+from lrpfx.plan import RulesLike
 from lrpfx.prepare import prepare
-from lrpfx.refuse import refuse_if_the_model_does, refuse_relevance, refuse_seed
 from lrpfx.report import Report
-from lrpfx.resolve import RulesLike
-from lrpfx.rewrite import instrument, rewrite
-from lrpfx.state import State, Versions, state_of, versions
-from lrpfx.taps import find_taps
-from lrpfx.targets import Target, each_target, is_several, make_seed
+from lrpfx.rewrite import Ledger, find_taps, instrument, rewrite
+from lrpfx.run import (
+    Compiled,
+    CompiledRun,
+    Gather,
+    Largest,
+    Run,
+    Target,
+    at_a_time,
+    by_layer,
+    each_target,
+    is_several,
+    make_seed,
+    refuse_if_the_model_does,
+    refuse_relevance,
+    refuse_seed,
+    reported,
+)
 
 
 def explain(

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lrpfx.capture import tensors_in
 from lrpfx.errors import InputError, SelectorError
-from lrpfx.outputs import tensors_in
 from lrpfx.report import Report, Row
 from lrpfx.text import Tokenizer, TokenText, token_text
 

@@ -7,21 +7,13 @@ from typing import NamedTuple
 
 from torch import fx, nn
 
-from lrpfx.annotate import annotate
-from lrpfx.assign import Plan, assign
-from lrpfx.canonize import canonize
-from lrpfx.capture import Captured, capture
-from lrpfx.carriers import find_carriers
+from lrpfx.canonize import canonize, release
+from lrpfx.capture import Captured, Inputs, capture, check_faithful
 from lrpfx.errors import CaptureError, some
-from lrpfx.faithful import check_faithful
-from lrpfx.graph import Record, explained_leaves, record, used_nodes
-from lrpfx.hold import release
-from lrpfx.inputs import Inputs
-from lrpfx.notes import notes_of
+from lrpfx.ops import Record, explained_leaves, record, used_nodes
+from lrpfx.plan import Plan, RulesLike, annotate, assign, find_carriers, find_starts, notes_of
 from lrpfx.report import Report, make_report
-from lrpfx.resolve import RulesLike
 from lrpfx.rules import Stop
-from lrpfx.starts import find_starts
 
 
 class Prepared(NamedTuple):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
 from torch.utils import _pytree as pytree
 
-from lrpfx.capture import Trace, capture
+from lrpfx.capture.export import Trace, capture
 
 # Derandomized, so that CI fails for changes of the code only; "nightly" looks for new examples:
 # pytest --hypothesis-profile nightly

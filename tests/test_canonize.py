@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import lrpfx
-from lrpfx import canonize, functionalize
-from lrpfx.capture import capture
-from lrpfx.graph import used_nodes, verify
+from lrpfx.canonize import functionalize, passes
+from lrpfx.capture.export import capture
+from lrpfx.ops.graph import used_nodes, verify
 from tests.conftest import Apply
 
 aten = torch.ops.aten
@@ -48,7 +48,7 @@ def targets(module: fx.GraphModule) -> list[object]:
 
 
 def canonical(model: nn.Module, x: Tensor) -> fx.GraphModule:
-    return canonize.canonize(capture(model, x).program)
+    return passes.canonize(capture(model, x).program)
 
 
 # Every pass keeps the value -----------------------------------------------------------------------
@@ -76,7 +76,7 @@ def test_every_pass_keeps_what_the_graph_computes() -> None:
     expected = model(x)
     program = capture(model, x).program
     module = functionalize.functionalize(program, functionalize.unlifted(program))
-    for step in (None, *canonize.PASSES):
+    for step in (None, *passes.PASSES):
         module = module if step is None else step(module)
         verify(module.graph)
         module.recompile()

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, fx, nn
 
 import lrpfx
-from lrpfx import compiled, composites
+from lrpfx import composites
 from lrpfx.errors import CaptureError, CompileError, InputError, NonFiniteError
-from lrpfx.freeze import freeze
+from lrpfx.rewrite.freeze import freeze
+from lrpfx.run import compiled
 from tests import laws, zoo
 from tests.conftest import Apply, assert_untouched
 

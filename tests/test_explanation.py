@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 import lrpfx
 from lrpfx import Explanation, errors
-from lrpfx.report import Report, Row
+from lrpfx.report.report import Report, Row
 from tests.conftest import Apply
 from tests.test_errors import ConvNet, check_form
 

@@ -14,9 +14,12 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrpfx
-from lrpfx import attention, backward, composites, maps, shortcuts
+from lrpfx import composites
+from lrpfx.ops import maps
+from lrpfx.rewrite import fused, shortcuts
 from lrpfx.rules.base import Carry
 from lrpfx.rules.terms import AffineRule
+from lrpfx.run import backward
 from tests import laws, zoo
 from tests.conftest import Apply, traced_once
 from tests.test_laws import cases
@@ -179,10 +182,10 @@ def test_attention(kernel: str, rules: Any) -> None:
 
 def test_attention_is_fused_only_where_its_parts_cancel() -> None:
     model, x = Block(sdpa()), torch.randn(2, 5, 8, dtype=torch.float64)
-    for rules, fused in [("attnlrp", True), ("cplrp", True), ("epsilon_all", False)]:
+    for rules, whole in [("attnlrp", True), ("cplrp", True), ("epsilon_all", False)]:
         explainer = lrpfx.Explainer(model, x, rules)
         module = explainer._instrument((), fast=True)[0]
-        assert ("aten.scaled_dot_product_attention" in module.code) is fused
+        assert ("aten.scaled_dot_product_attention" in module.code) is whole
         assert "aten.scaled_dot_product_attention" not in explainer.graph_module.code
 
 
@@ -204,8 +207,8 @@ def test_masks_that_are_causal_are_left_to_the_kernel(
 ) -> None:
     found = []
 
-    def asked(*args: Any) -> attention.Mask:
-        found.append(attention.mask_for_kernel(*args))
+    def asked(*args: Any) -> fused.Mask:
+        found.append(fused.mask_for_kernel(*args))
         return found[-1]
 
     monkeypatch.setattr(shortcuts, "mask_for_kernel", asked)
@@ -217,7 +220,7 @@ def test_masks_that_are_causal_are_left_to_the_kernel(
 
 def test_the_mask_of_a_single_token_is_for_all_queries() -> None:
     mask = torch.ones(1, 1, dtype=torch.bool)
-    assert attention.mask_for_kernel(mask, torch.float64, True).added is not None
+    assert fused.mask_for_kernel(mask, torch.float64, True).added is not None
 
 
 def test_no_attention_weights_are_kept() -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lrpfx
-from lrpfx import ops
+from lrpfx.ops import table as ops
 
 # What each case checks. Every op, whatever its kind, stands between two linear maps with weights
 # of both signs, so that its relevance is neither trivial nor symmetric.

@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import lrpfx
 from lrpfx import Epsilon, Gamma, Rule, composites, errors
-from lrpfx.capture import TRACING
+from lrpfx.capture.export import TRACING
 from tests.conftest import Apply, assert_untouched
 
 NIGHTLY = settings.get_current_profile_name() == "nightly"

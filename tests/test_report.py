@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import lrpfx
 from lrpfx import Explanation, errors
-from lrpfx.report import Report, Row
+from lrpfx.report.report import Report, Row
 from tests.conftest import Apply, assert_untouched
 from tests.golden.model import Gap, Net, fill, samples
 from tests.test_errors import check_form

@@ -445,7 +445,7 @@ def test_targets_at_once_are_those_one_after_the_other(
 ) -> None:
     """Also in parts that keep to a bound on memory."""
     if bound is not None:
-        monkeypatch.setattr("lrpfx.backward.BOUND", bound)
+        monkeypatch.setattr("lrpfx.run.backward.BOUND", bound)
     x = draw(2, 1, 8, 8).double()
     explainer = lrpfx.Explainer(Attending(), x, rules, freeze=freeze)
     together, alone = several(explainer, x, [4, 0, 1, 2, 0])

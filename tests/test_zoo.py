@@ -19,9 +19,9 @@ from torch.utils import _pytree as pytree
 import lrpfx
 from benchmarks.coverage import measure
 from benchmarks.zoos import ZOOS, Case, images
-from lrpfx import ops
-from lrpfx.call import always
-from lrpfx.graph import live_names, record
+from lrpfx.ops import table as ops
+from lrpfx.ops.call import always
+from lrpfx.ops.graph import live_names, record
 
 aten = torch.ops.aten
 

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lrpfx.call import hardsigmoid
-from lrpfx.functionalize import insert
-from lrpfx.graph import bound_arguments, module_calls, output_leaves, precision, varying
-from lrpfx.hold import is_inverted, live_values
-from lrpfx.parts import Writer, lerp
+from lrpfx.canonize.functionalize import insert
+from lrpfx.canonize.hold import is_inverted, live_values
+from lrpfx.canonize.parts import Writer, lerp
+from lrpfx.ops import bound_arguments, hardsigmoid, module_calls, output_leaves, precision, varying
 
 aten = torch.ops.aten
 

@@ -6,8 +6,7 @@ import torch
 from torch import fx
 
 from lrpfx import ops
-from lrpfx.call import Composed
-from lrpfx.graph import op_name, varying
+from lrpfx.ops import Composed, op_name, varying
 
 aten = torch.ops.aten
 

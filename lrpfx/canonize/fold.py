@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lrpfx.functionalize import insert
-from lrpfx.graph import CONVS, bound_arguments, module_calls, output_leaves, precision, reachable
+from lrpfx.canonize.functionalize import insert
+from lrpfx.ops import CONVS, bound_arguments, module_calls, output_leaves, precision, reachable
 
 aten = torch.ops.aten
 

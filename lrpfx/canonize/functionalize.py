@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from lrpfx.capture import first_line, tracing
 from lrpfx.errors import CaptureError
-from lrpfx.graph import nodes_in, source_line
+from lrpfx.ops import nodes_in, source_line
 
 aten = torch.ops.aten
 

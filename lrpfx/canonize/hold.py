@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from lrpfx import ops
-from lrpfx.functionalize import insert
-from lrpfx.graph import HELD, SHAPED, is_floating, live_names, reachable, varying
+from lrpfx.canonize.functionalize import insert
+from lrpfx.ops import HELD, SHAPED, is_floating, live_names, reachable, varying
 
 aten = torch.ops.aten
 

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lrpfx.call import einsum, hardsigmoid
+from lrpfx.canonize.functionalize import insert
 from lrpfx.errors import UnsupportedOpError
-from lrpfx.functionalize import insert
-from lrpfx.graph import bound_arguments, reachable, source_line, varying
+from lrpfx.ops import bound_arguments, einsum, hardsigmoid, reachable, source_line, varying
 
 aten = torch.ops.aten
 

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from lrpfx.attention import group_heads, open_attention
-from lrpfx.by_hand import whole_functions, whole_lerps, whole_relus
-from lrpfx.compose import whole_activations
-from lrpfx.errors import CaptureError, TrainingModeError
-from lrpfx.fold import fold_into_layers
-from lrpfx.functionalize import (
+from lrpfx.canonize.attention import group_heads, open_attention
+from lrpfx.canonize.by_hand import whole_functions, whole_lerps, whole_relus
+from lrpfx.canonize.compose import whole_activations
+from lrpfx.canonize.fold import fold_into_layers
+from lrpfx.canonize.functionalize import (
     copies_to_casts,
     functionalize,
     inline_no_grad,
@@ -25,7 +24,10 @@ from lrpfx.functionalize import (
     unlifted,
     writes,
 )
-from lrpfx.graph import (
+from lrpfx.canonize.hold import hold_divisors, hold_statistics
+from lrpfx.canonize.parts import one_name_each, open_parts
+from lrpfx.errors import CaptureError, TrainingModeError
+from lrpfx.ops import (
     bound_arguments,
     module_calls,
     nodes_in,
@@ -34,8 +36,6 @@ from lrpfx.graph import (
     used_nodes,
     verify,
 )
-from lrpfx.hold import hold_divisors, hold_statistics
-from lrpfx.parts import one_name_each, open_parts
 
 aten = torch.ops.aten
 

@@ -22,9 +22,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from lrpfx.errors import CaptureError, InputError, TrainingModeError, some
-from lrpfx.graph import letters_of
-from lrpfx.inputs import (
+from lrpfx.capture.inputs import (
     Inputs,
     Signature,
     copies,
@@ -34,8 +32,10 @@ from lrpfx.inputs import (
     is_explained,
     split_inputs,
 )
-from lrpfx.outputs import AsDict, from_dicts, is_dataclass, tensors_in
-from lrpfx.preserve import preserved
+from lrpfx.capture.outputs import AsDict, from_dicts, is_dataclass, tensors_in
+from lrpfx.capture.preserve import preserved
+from lrpfx.errors import CaptureError, InputError, TrainingModeError, some
+from lrpfx.ops import letters_of
 
 #: Held while a model is traced: torch.export is not re-entrant, and puts fake tensors into the
 #: model's place of parameters for the time being.

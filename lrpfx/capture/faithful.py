@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from lrpfx.capture import Captured, run_model, run_twice
+from lrpfx.capture.export import Captured, run_model, run_twice
+from lrpfx.capture.inputs import Inputs, copies, flatten_inputs
+from lrpfx.capture.outputs import tensors_in
+from lrpfx.capture.preserve import preserved
 from lrpfx.errors import CaptureError
-from lrpfx.inputs import Inputs, copies, flatten_inputs
-from lrpfx.outputs import tensors_in
-from lrpfx.preserve import preserved
 
 
 def check_faithful(

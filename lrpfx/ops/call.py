@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate
 
-from lrpfx.affine import AffineMap, pull_back
-from lrpfx.maps import Builder
+from lrpfx.ops.affine import AffineMap, pull_back
+from lrpfx.ops.maps import Builder
 
 #: The families, and the rule that they get where nothing else is said.
 FAMILIES = {

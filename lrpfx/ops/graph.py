@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lrpfx.call import Op, Site, argument_names, is_op
+from lrpfx.ops.call import Op, Site, argument_names, is_op
 
 aten = torch.ops.aten
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lrpfx.affine import HALVES, AffineMap, Signal, widened
+from lrpfx.ops.affine import HALVES, AffineMap, Signal, widened
 
 Arguments = dict[str, Any]  # the call's arguments by schema name, live ones included
 Live = Sequence[str]  # names of the live ones, in schema order

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from lrpfx import maps
-from lrpfx.call import Composed, Op, Sign, always, einsum, hardsigmoid, inherited, never
+from lrpfx.ops import maps
+from lrpfx.ops.call import Composed, Op, Sign, always, einsum, hardsigmoid, inherited, never
 
 aten = torch.ops.aten
 

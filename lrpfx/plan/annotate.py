@@ -17,14 +17,15 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from lrpfx import ops
-from lrpfx.call import Op, Site, Slot
 from lrpfx.errors import UnsupportedOpError
-from lrpfx.factors import factors_of, find_gates, find_scores
-from lrpfx.graph import (
+from lrpfx.ops import (
     HELD,
     KEY,
     ModuleCall,
+    Op,
     Record,
+    Site,
+    Slot,
     bound_arguments,
     explained_leaves,
     is_floating,
@@ -37,6 +38,7 @@ from lrpfx.graph import (
     source_line,
     zero_padding,
 )
+from lrpfx.plan.factors import factors_of, find_gates, find_scores
 
 
 @dataclass(frozen=True)

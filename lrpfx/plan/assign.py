@@ -10,13 +10,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from lrpfx import ops
-from lrpfx.call import FAMILIES
 from lrpfx.composites import First, Selector, describe
 from lrpfx.errors import RuleError, SelectorError, some
-from lrpfx.graph import Record
-from lrpfx.resolve import RulesLike, resolve
-from lrpfx.rules import Gradient, Rule, Stop
-from lrpfx.rules.pointwise import ReLURule
+from lrpfx.ops import FAMILIES, Record
+from lrpfx.plan.resolve import RulesLike, resolve
+from lrpfx.rules import Gradient, ReLURule, Rule, Stop
 
 
 @dataclass(frozen=True)
@@ -155,7 +153,7 @@ def _matches(selector: Selector, r: Record, model: nn.Module) -> bool:
         raise SelectorError(
             f"predicate {describe(selector)} fails: {type(error).__name__}: {error}",
             where=[str(r)],
-            fix="a predicate takes a node record; see lrpfx.graph.Record for what it has.",
+            fix="a predicate takes a node record; see lrpfx.ops.Record for what it has.",
         ) from error
 
 

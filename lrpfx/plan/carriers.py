@@ -11,10 +11,9 @@ from collections.abc import Container, Mapping
 
 from torch import fx
 
-from lrpfx.assign import Assignment
-from lrpfx.graph import explained_leaves, nodes_in, record, slot_nodes
-from lrpfx.rules import Pass
-from lrpfx.rules.base import Carry
+from lrpfx.ops import explained_leaves, nodes_in, record, slot_nodes
+from lrpfx.plan.assign import Assignment
+from lrpfx.rules import Carry, Pass
 
 
 def find_carriers(

@@ -9,8 +9,7 @@ from itertools import chain
 import torch
 from torch import fx
 
-from lrpfx.call import Op
-from lrpfx.graph import SHAPED, bound_arguments, reachable
+from lrpfx.ops import SHAPED, Op, bound_arguments, reachable
 
 aten = torch.ops.aten
 

@@ -6,17 +6,10 @@ from collections.abc import Iterator, Mapping
 
 from torch import fx
 
+from lrpfx.canonize import DIVISOR
 from lrpfx.capture import Captured
-from lrpfx.graph import (
-    HELD,
-    final_softmax,
-    module_calls,
-    output_leaves,
-    reachable,
-    used_nodes,
-)
-from lrpfx.hold import DIVISOR
-from lrpfx.starts import unplaced
+from lrpfx.ops import HELD, final_softmax, module_calls, output_leaves, reachable, used_nodes
+from lrpfx.plan.starts import unplaced
 
 
 def notes_of(

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from lrpfx import ops
-from lrpfx.graph import live_names, varying
-from lrpfx.inputs import is_explained
+from lrpfx.capture import is_explained
+from lrpfx.ops import live_names, varying
 
 aten = torch.ops.aten
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lrpfx.report_text import Column, Table, Tabular, number
-
-if TYPE_CHECKING:
-    from lrpfx.report import Report, Row
+from lrpfx.report.rows import Row, Rows
+from lrpfx.report.tables import Column, Table, Tabular, number
 
 _COLUMNS = (
     Column("module", 24),
@@ -73,8 +71,8 @@ class Comparison(Tabular):
         top: How many pairs are shown.
     """
 
-    a: Report
-    b: Report
+    a: Rows
+    b: Rows
     pairs: tuple[Pair, ...]
     threshold: float | None
     top: int
@@ -153,7 +151,7 @@ class Comparison(Tabular):
         return Table(self.summary(), columns if cells else (), cells)
 
 
-def compare(a: Report, b: Report, tolerance: float, top: int) -> Comparison:
+def compare(a: Rows, b: Rows, tolerance: float, top: int) -> Comparison:
     """Align two reports; relevance differs by more than ``tolerance`` times the largest."""
     pairs = tuple(_align(a.rows, b.rows, _KEYS))
     threshold = None
@@ -184,7 +182,7 @@ def _flow(row: Row | None) -> tuple[float, float]:
     return ((row.relevance_in or 0.0), (row.relevance_out or 0.0)) if row else (0.0, 0.0)
 
 
-def _described(report: Report) -> str:
+def _described(report: Rows) -> str:
     if report.started is None or report.reached is None:
         return report.rules
     return (

@@ -5,12 +5,9 @@ from __future__ import annotations
 import colorsys
 import re
 import zlib
-from typing import TYPE_CHECKING
 
-from lrpfx.report_text import number
-
-if TYPE_CHECKING:
-    from lrpfx.report import Report, Row
+from lrpfx.report.rows import Row, Rows
+from lrpfx.report.tables import number
 
 #: What has no rule yet, and what is no row: the places relevance is wanted for.
 _MISSING, _INPUT = "#ff6b6b", "#ffffff"
@@ -25,7 +22,7 @@ def colour(rule: str) -> str:
     return "#" + "".join(f"{round(255 * part):02x}" for part in parts)
 
 
-def to_dot(report: Report) -> str:
+def to_dot(report: Rows) -> str:
     """The graph for Graphviz."""
     nodes, edges = _drawn(report)
     lines = ["digraph lrpfx {", '  node [shape=box, style="rounded,filled"];']
@@ -36,7 +33,7 @@ def to_dot(report: Report) -> str:
     return "\n".join([*lines, "}", ""])
 
 
-def to_mermaid(report: Report) -> str:
+def to_mermaid(report: Rows) -> str:
     """The graph for Mermaid, which draws up to 500 edges unless it is told otherwise."""
     nodes, edges = _drawn(report)
     lines = ["flowchart TD"]
@@ -47,7 +44,7 @@ def to_mermaid(report: Report) -> str:
     return "\n".join([*lines, ""])
 
 
-def _drawn(report: Report) -> tuple[list[tuple[str, list[str], str]], list[tuple[str, str]]]:
+def _drawn(report: Rows) -> tuple[list[tuple[str, list[str], str]], list[tuple[str, str]]]:
     """Nodes as (id, lines, colour), and edges; no name can break an id.
 
     First comes what is read but is no row: where relevance is wanted.

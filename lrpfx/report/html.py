@@ -6,14 +6,12 @@ import html
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from lrpfx.report_graph import colour
-from lrpfx.report_summary import Group, group_by_module, readers
-from lrpfx.report_text import number
-
-if TYPE_CHECKING:
-    from lrpfx.report import Report, Row
+from lrpfx.report.graph import colour
+from lrpfx.report.leaks import find_leaks
+from lrpfx.report.rows import Row, Rows
+from lrpfx.report.summary import Group, group_by_module, readers
+from lrpfx.report.tables import number
 
 _STYLE = """
 body { font: 14px/1.4 system-ui, sans-serif; margin: 2em; color: #222; }
@@ -37,13 +35,13 @@ _LEGEND = (
 )
 
 
-def page(report: Report) -> str:
+def page(report: Rows) -> str:
     """The whole page."""
     sizes = [abs(row.relevance_in or 0.0) for row in report.rows]
     tree = _Tree(readers(report.rows), max(filter(math.isfinite, sizes), default=0.0))
     leaks = legend = ""
     if report.has_ledger:
-        leaks, legend = f"<h2>Leaks</h2>\n{report.leaks().table().html()}\n", f"{_LEGEND}\n"
+        leaks, legend = f"<h2>Leaks</h2>\n{find_leaks(report, 5).table().html()}\n", f"{_LEGEND}\n"
     lines = html.escape("\n".join(report.summary()))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

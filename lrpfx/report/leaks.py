@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from lrpfx.errors import InputError
-from lrpfx.report_text import Column, Table, Tabular, number
-
-if TYPE_CHECKING:
-    from lrpfx.report import Report, Row
+from lrpfx.report.rows import Row, Rows
+from lrpfx.report.tables import Column, Table, Tabular, number
 
 _COLUMNS = (
     Column("module", 24),
@@ -79,7 +76,7 @@ class Leaks(Tabular):
         return Table([f"leaks    {whole}{left}"], _COLUMNS, cells)
 
 
-def find_leaks(report: Report, top: int | None) -> Leaks:
+def find_leaks(report: Rows, top: int | None) -> Leaks:
     """The ``top`` largest leaks, None for all."""
     if top is not None and (not isinstance(top, int) or top < 0):
         raise InputError(f"leaks({top!r}).", fix="give how many are wanted, or None for all.")

@@ -6,13 +6,10 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 from lrpfx.errors import InputError
-from lrpfx.report_text import Column, Table, Tabular, number
-
-if TYPE_CHECKING:
-    from lrpfx.report import Report, Row
+from lrpfx.report.rows import Row, Rows
+from lrpfx.report.tables import Column, Table, Tabular, number
 
 _COLUMNS = (
     Column("module", 32),
@@ -91,7 +88,7 @@ class Summary(Tabular):
         return Table(self.lines, columns, cells)
 
 
-def summarize(report: Report, depth: int) -> Summary:
+def summarize(report: Rows, depth: int) -> Summary:
     """Group the rows by the first ``depth`` parts of their module path."""
     if not isinstance(depth, int) or depth < 0:
         raise InputError(f"summarize({depth!r}).", fix="give how many parts of the path count.")

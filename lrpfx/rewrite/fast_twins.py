@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrpfx.affine import AffineMap
-from lrpfx.call import Call, fill
-from lrpfx.ledger import Ledger
-from lrpfx.rules.base import Carry, finite, share
-from lrpfx.twins import Arrival, Step, Twin
+from lrpfx.ops import AffineMap, Call, fill
+from lrpfx.rewrite.ledger import Ledger
+from lrpfx.rewrite.twins import Arrival, Step, Twin
+from lrpfx.rules import Carry, finite, share
 
 
 def begin(clean: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lrpfx.graph import reachable
+from lrpfx.ops import reachable
 
 
 def freeze(module: fx.GraphModule) -> fx.GraphModule:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from lrpfx.rules.base import Absorbed, Flow, sum_all
+from lrpfx.rules import Absorbed, Flow, sum_all
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import fx
 
-from lrpfx.assign import Assignment
-from lrpfx.freeze import freeze
-from lrpfx.graph import explained_leaves, nodes_in, output_leaves
-from lrpfx.shortcuts import FastStreams
-from lrpfx.twins import Join, Streams
+from lrpfx.ops import explained_leaves, nodes_in, output_leaves
+from lrpfx.plan import Assignment
+from lrpfx.rewrite.freeze import freeze
+from lrpfx.rewrite.shortcuts import FastStreams
+from lrpfx.rewrite.twins import Join, Streams
 
 
 @dataclass(frozen=True)

@@ -21,16 +21,12 @@ from typing import Any
 import torch
 from torch import fx
 
-from lrpfx.affine import AffineMap
-from lrpfx.assign import Assignment
-from lrpfx.attention import Fused, attend, find_fused, is_of_sizes, mask_for_kernel
-from lrpfx.call import Slot, argument_names
-from lrpfx.carriers import find_carriers
-from lrpfx.fast_twins import Derived, Exchange, FastTwin, Recipe, add_to, begin, scaled
-from lrpfx.graph import reachable, slot_nodes
-from lrpfx.rules import Gradient
-from lrpfx.rules.terms import AffineRule
-from lrpfx.twins import Step, Streams
+from lrpfx.ops import AffineMap, Slot, argument_names, reachable, slot_nodes
+from lrpfx.plan import Assignment, find_carriers
+from lrpfx.rewrite.fast_twins import Derived, Exchange, FastTwin, Recipe, add_to, begin, scaled
+from lrpfx.rewrite.fused import Fused, attend, find_fused, is_of_sizes, mask_for_kernel
+from lrpfx.rewrite.twins import Step, Streams
+from lrpfx.rules import AffineRule, Gradient
 
 aten = torch.ops.aten
 #: Elements from which on a weight is computed again in the place of being kept.

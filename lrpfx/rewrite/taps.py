@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from torch import fx
 
 from lrpfx.errors import SelectorError
-from lrpfx.graph import ModuleCall, module_calls, used_nodes
-from lrpfx.rewrite import Tap
+from lrpfx.ops import ModuleCall, module_calls, used_nodes
+from lrpfx.rewrite.modules import Tap
 
 
 def find_taps(

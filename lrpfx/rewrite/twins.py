@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from lrpfx.assign import Assignment
-from lrpfx.call import Call, Site
 from lrpfx.errors import RuleError
-from lrpfx.graph import is_floating, reachable, record, slot_nodes
-from lrpfx.ledger import Ledger
+from lrpfx.ops import Call, Site, is_floating, reachable, record, slot_nodes
+from lrpfx.plan import Assignment
+from lrpfx.rewrite.ledger import Ledger
 from lrpfx.rules import Gradient, Rule
 
 #: Shape, dtype and device of a phantom.

@@ -1,13 +1,35 @@
 """The rules: a class per rule, a file per kind of op."""
 
 from lrpfx.rules.affine import AlphaBeta, Epsilon, Flat, Gamma, Norm, WSquare, ZBox, ZPlus
-from lrpfx.rules.base import Flow, Gradient, Rule, Stabilizer, Stop
+from lrpfx.rules.base import (
+    Absorbed,
+    Carry,
+    Flow,
+    Gradient,
+    Rule,
+    Stabilizer,
+    StabilizerLike,
+    Stop,
+    finite,
+    share,
+    sum_all,
+)
 from lrpfx.rules.bilinear import Bilinear, Taylor, Uniform
-from lrpfx.rules.pointwise import Pass, ReLUBetaSmooth, ReLUDeconvNet, ReLUGuidedBackprop
+from lrpfx.rules.pointwise import (
+    Pass,
+    ReLUBetaSmooth,
+    ReLUDeconvNet,
+    ReLUGuidedBackprop,
+    ReLURule,
+)
+from lrpfx.rules.terms import AffineRule, ZeroParams
 
 __all__ = [
+    "Absorbed",
+    "AffineRule",
     "AlphaBeta",
     "Bilinear",
+    "Carry",
     "Epsilon",
     "Flat",
     "Flow",
@@ -18,12 +40,18 @@ __all__ = [
     "ReLUBetaSmooth",
     "ReLUDeconvNet",
     "ReLUGuidedBackprop",
+    "ReLURule",
     "Rule",
     "Stabilizer",
+    "StabilizerLike",
     "Stop",
     "Taylor",
     "Uniform",
     "WSquare",
     "ZBox",
     "ZPlus",
+    "ZeroParams",
+    "finite",
+    "share",
+    "sum_all",
 ]

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from lrpfx.affine import AffineMap, Signal, negative, positive
-from lrpfx.call import Op
 from lrpfx.errors import RuleError
+from lrpfx.ops import AffineMap, Op, Signal, negative, positive
 from lrpfx.rules.base import StabilizerLike, check_number
 from lrpfx.rules.terms import AffineRule, Input, Term, denominator
 

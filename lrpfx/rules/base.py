@@ -11,9 +11,8 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor  # what is_grads_batched hands on
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
-from lrpfx.affine import HALVES, widened
-from lrpfx.call import Call, Op, Site
 from lrpfx.errors import RuleError
+from lrpfx.ops import HALVES, Call, Op, Site, widened
 
 #: What a rule needs stabilised division by: a number (epsilon) or a callable ``z -> st(z)``, which
 #: gets float16 and bfloat16 as float32.

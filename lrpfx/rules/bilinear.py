@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lrpfx.call import Call, Op, Site
+from lrpfx.ops import Call, Op, Site
 from lrpfx.rules.base import (
     Absorbed,
     Carry,

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lrpfx.call import Call, Op, Site
 from lrpfx.errors import RuleError
+from lrpfx.ops import Call, Op, Site
 from lrpfx.rules.base import Absorbed, Carry, Flow, Rule, sum_all, times
 
 

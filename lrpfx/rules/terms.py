@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrpfx.affine import HALVES, AffineMap, Signal, beside, negative, positive
-from lrpfx.call import Call, Op, Site
 from lrpfx.errors import RuleError
+from lrpfx.ops import HALVES, AffineMap, Call, Op, Signal, Site, beside, negative, positive
 from lrpfx.rules.base import (
     Absorbed,
     Carry,

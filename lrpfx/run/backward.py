@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from lrpfx.errors import LrpError, TargetError
-from lrpfx.targets import Seed
+from lrpfx.run.targets import Seed
 
 #: What the largest activation may take when targets are pulled back together, times the number of
 #: targets; a few tensors of this size exist at once.

@@ -15,13 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lrpfx.backward import Pulled, Run
-from lrpfx.capture import TRACING
+from lrpfx.capture import TRACING, is_finite, rounded, worst_difference
 from lrpfx.errors import CompileError, LrpError
-from lrpfx.explicit import Explicit, ExplicitRun
-from lrpfx.faithful import rounded, worst_difference
-from lrpfx.inputs import is_finite
-from lrpfx.targets import Seed
+from lrpfx.run.backward import Pulled, Run
+from lrpfx.run.explicit import Explicit, ExplicitRun
+from lrpfx.run.targets import Seed
 
 #: Forms of inputs and seeds that one Explainer is compiled for; as many as torch.compile has.
 LIMIT = 8

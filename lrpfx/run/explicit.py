@@ -19,10 +19,10 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from lrpfx.backward import Pulled, Run
-from lrpfx.freeze import freeze, written
-from lrpfx.graph import nodes_in, reachable
-from lrpfx.targets import Seed
+from lrpfx.ops import nodes_in, reachable
+from lrpfx.rewrite import freeze, written
+from lrpfx.run.backward import Pulled, Run
+from lrpfx.run.targets import Seed
 
 aten = torch.ops.aten
 #: Makes of a graph what is called in its place.

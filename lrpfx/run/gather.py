@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from lrpfx.capture import Captured
+from lrpfx.capture import Captured, Inputs
 from lrpfx.explanation import Explanation, LayerCalls, LayerRelevance, stacked
-from lrpfx.graph import final_softmax, output_leaves
-from lrpfx.inputs import Inputs
-from lrpfx.ledger import Ledger
+from lrpfx.ops import final_softmax, output_leaves
+from lrpfx.plan import index_places
 from lrpfx.report import Report, with_ledger
-from lrpfx.starts import index_places
-from lrpfx.targets import Seed
+from lrpfx.rewrite import Ledger
+from lrpfx.run.targets import Seed
 
 
 class Gather:

@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lrpfx.assign import Plan
-from lrpfx.capture import TRACING, Captured, run_model
+from lrpfx.capture import TRACING, Captured, copies, preserved, run_model
 from lrpfx.errors import NonFiniteError, TargetError
-from lrpfx.graph import record
-from lrpfx.inputs import copies
-from lrpfx.ledger import Booking
-from lrpfx.preserve import preserved
-from lrpfx.targets import Seed
+from lrpfx.ops import record
+from lrpfx.plan import Plan
+from lrpfx.rewrite import Booking
+from lrpfx.run.targets import Seed
 
 
 def refuse_if_the_model_does(captured: Captured, leaves: Sequence[Any]) -> None:

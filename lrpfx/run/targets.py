@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lrpfx.capture import is_finite
 from lrpfx.errors import TargetError
-from lrpfx.inputs import is_finite
 
 Target = None | int | Sequence[int] | tuple[Any, ...] | Tensor | Callable[[Any], Tensor]
 

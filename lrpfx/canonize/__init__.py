@@ -1,0 +1,13 @@
+"""Any spelling of a graph -> one form: functional, folded, attention opened, functions whole."""
+
+from lrpfx.canonize.attention import FUSED, SDPA
+from lrpfx.canonize.hold import DIVISOR, release
+from lrpfx.canonize.passes import canonize
+
+__all__ = [
+    "DIVISOR",
+    "FUSED",
+    "SDPA",
+    "canonize",
+    "release",
+]

@@ -1,0 +1,41 @@
+"""A model and inputs -> a graph of ATen ops that computes what the model computes."""
+
+from lrpfx.capture.export import TRACING, Captured, capture, first_line, run_model, tracing
+from lrpfx.capture.faithful import check_faithful, rounded, worst_difference
+from lrpfx.capture.inputs import (
+    Inputs,
+    check_inputs,
+    copies,
+    flatten_inputs,
+    is_explained,
+    is_finite,
+    varying_sizes,
+)
+from lrpfx.capture.outputs import tensors_in
+from lrpfx.capture.preserve import preserved
+from lrpfx.capture.state import State, Versions, state_of, versions
+
+__all__ = [
+    "Captured",
+    "Inputs",
+    "State",
+    "TRACING",
+    "Versions",
+    "capture",
+    "check_faithful",
+    "check_inputs",
+    "copies",
+    "first_line",
+    "flatten_inputs",
+    "is_explained",
+    "is_finite",
+    "preserved",
+    "rounded",
+    "run_model",
+    "state_of",
+    "tensors_in",
+    "tracing",
+    "varying_sizes",
+    "versions",
+    "worst_difference",
+]

@@ -1,0 +1,23 @@
+"""A canonical graph and rules -> the rule of each node that carries relevance, and why."""
+
+from lrpfx.plan.annotate import REGISTER, Unknown, annotate, annotate_known
+from lrpfx.plan.assign import Assignment, Plan, assign
+from lrpfx.plan.carriers import find_carriers
+from lrpfx.plan.notes import notes_of
+from lrpfx.plan.resolve import RulesLike
+from lrpfx.plan.starts import find_starts, index_places
+
+__all__ = [
+    "Assignment",
+    "Plan",
+    "REGISTER",
+    "RulesLike",
+    "Unknown",
+    "annotate",
+    "annotate_known",
+    "assign",
+    "find_carriers",
+    "find_starts",
+    "index_places",
+    "notes_of",
+]

@@ -1,0 +1,16 @@
+"""A graph and its plan -> a `GraphModule` whose backward pass is relevance."""
+
+from lrpfx.rewrite.freeze import freeze, written
+from lrpfx.rewrite.ledger import Booking, Ledger
+from lrpfx.rewrite.modules import instrument, rewrite
+from lrpfx.rewrite.taps import find_taps
+
+__all__ = [
+    "Booking",
+    "Ledger",
+    "find_taps",
+    "freeze",
+    "instrument",
+    "rewrite",
+    "written",
+]

@@ -1,0 +1,25 @@
+"""A rewritten graph, inputs and a target -> relevance, and from it an explanation."""
+
+from lrpfx.run.backward import Largest, Run, at_a_time
+from lrpfx.run.compiled import Compiled, CompiledRun
+from lrpfx.run.gather import Gather, by_layer, reported
+from lrpfx.run.refuse import refuse_if_the_model_does, refuse_relevance, refuse_seed
+from lrpfx.run.targets import Target, each_target, is_several, make_seed
+
+__all__ = [
+    "Compiled",
+    "CompiledRun",
+    "Gather",
+    "Largest",
+    "Run",
+    "Target",
+    "at_a_time",
+    "by_layer",
+    "each_target",
+    "is_several",
+    "make_seed",
+    "refuse_if_the_model_does",
+    "refuse_relevance",
+    "refuse_seed",
+    "reported",
+]
