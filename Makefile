@@ -1,6 +1,6 @@
 # make demo      train a small network, explain it, write a picture
 # make examples  a vision transformer, a language model, a sentence encoder with its real weights
-# make test      what CI runs: lint, format, types, tests
+# make test      what CI runs: lint, format, types, layers, tests
 # make nightly   tests with more and new examples, then the models of three libraries (hours)
 # make bench     what explanations cost: refreshes docs/performance.md (a quarter of an hour)
 # make compiled  what they cost compiled: its section of docs/performance.md (as long again)

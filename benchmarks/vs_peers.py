@@ -62,7 +62,8 @@ def table(
             )
     made.notes.append(
         "The difference is the largest relative one of a sample, in float32, from lrpfx with its "
-        "ledger kept; that the two agree to 1e-9 in float64 is in `tests/test_parity_zennit.py`."
+        "ledger kept; that the two agree to 1e-9 in float64 is in "
+        "`tests/rules/test_parity_zennit.py`."
     )
     return made
 

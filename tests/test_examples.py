@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import lrpfx
 from lrpfx.composites import AttnLRP
-from tests import zoo  # noqa: F401  (before transformers, see there)
-from tests.families import draw, error
-from tests.test_transformers import Secant, attention, half, layer_norm
+from tests.capture.test_transformers import Secant, attention, half, layer_norm
+from tests.oracle import zoo  # noqa: F401  (before transformers, see there)
+from tests.oracle.families import draw, error
 
 # isort: split
 import transformers as tf

@@ -25,7 +25,7 @@ from lrpfx.ops.graph import live_names, record
 
 aten = torch.ops.aten
 
-#: What is fast, and different from the others and from those of tests/families.py.
+#: What is fast, and different from the others and from those of tests/oracle/families.py.
 TRANSFORMERS = "deberta-v2 convnextv2".split()
 TORCHVISION = ["squeezenet1_1"]
 #: Some more of each make.

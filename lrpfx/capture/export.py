@@ -387,6 +387,6 @@ def _user_frames(error: BaseException) -> list[str]:
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((_TORCH, str(Path(__file__).parent), "<"))
+        if not frame.filename.startswith((_TORCH, str(Path(__file__).parents[1]), "<"))
     ]
     return [f"{frames[-1].filename}:{frames[-1].lineno}   {frames[-1].line}"] if frames else []

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lrpfx
-from tests.families import (
+from tests.oracle.families import (
     RULES,
     assert_closes,
     error,

@@ -20,9 +20,9 @@ from lrpfx.rewrite import fused, shortcuts
 from lrpfx.rules.base import Carry
 from lrpfx.rules.terms import AffineRule
 from lrpfx.run import backward
-from tests import laws, zoo
 from tests.conftest import Apply, traced_once
-from tests.test_laws import cases
+from tests.oracle import laws, zoo
+from tests.rules.test_laws import cases
 
 pytestmark = pytest.mark.usefixtures("any_box")
 

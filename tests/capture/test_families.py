@@ -1,4 +1,4 @@
-"""Every family of tests/families.py: capture, forward, ledger, conservation, lengths, dtypes.
+"""Every family of transformers: capture, forward, ledger, conservation, lengths, dtypes.
 
 Tolerances stand beside the numbers measured; relevance is compared as whole maps, in the Euclidean
 norm, because single entries cancel to almost nothing.
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import lrpfx
 from tests.conftest import assert_untouched
-from tests.families import (
+from tests.oracle.families import (
     CAUSAL,
     FAMILIES,
     OF_ANY_LENGTH,

@@ -2,7 +2,7 @@
 
 The golden files beside this one are written anew by
 
-    LRPFX_GOLDEN=write pytest tests/test_report.py -k golden
+    LRPFX_GOLDEN=write pytest tests/report/test_report.py -k golden
 
 and are then to be read before they are committed.
 """
@@ -26,10 +26,10 @@ import lrpfx
 from lrpfx import Explanation, errors
 from lrpfx.report.report import Report, Row
 from tests.conftest import Apply, assert_untouched
-from tests.golden.model import Gap, Net, fill, samples
+from tests.oracle.zoo import images, torchvision_model
+from tests.report.golden.model import Gap, Net, fill, samples
 from tests.test_errors import check_form
 from tests.test_explanation import REPORTS, SCRIPT, TAG, hostile
-from tests.zoo import images, torchvision_model
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -338,9 +338,9 @@ ELSEWHERE = {
     "topk",  # test_recurrent.py
     "sort",
     "reciprocal",
-    "batch_norm",  # test_canonize.py
+    "batch_norm",  # test_passes.py
     "scatter",  # below: reached by functionalised writes
-    "constant",  # test_canonize.py: relevance ends
+    "constant",  # test_passes.py: relevance ends
 }
 
 

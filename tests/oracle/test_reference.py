@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
 
-from tests import reference
-from tests.reference import Array, Node, Params, Rule
-from tests.strategies import (
+from tests.oracle import reference
+from tests.oracle.reference import Array, Node, Params, Rule
+from tests.oracle.strategies import (
     BLOCKS,
     RULES,
     SPELLINGS,

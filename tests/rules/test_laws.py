@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 import lrpfx
 from lrpfx.rules.base import Flow
 from lrpfx.rules.terms import AffineRule, Term
-from tests import laws, reference
-from tests.laws import Case
-from tests.reference import Node
-from tests.strategies import SPELLINGS, Network, networks, rules_for
+from tests.oracle import laws, reference
+from tests.oracle.laws import Case
+from tests.oracle.reference import Node
+from tests.oracle.strategies import SPELLINGS, Network, networks, rules_for
 
 pytestmark = pytest.mark.usefixtures("any_box")
 

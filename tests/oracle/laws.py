@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import lrpfx
-from tests.reference import Array, Node
-from tests.strategies import Network, to_torch
+from tests.oracle.reference import Array, Node
+from tests.oracle.strategies import Network, to_torch
 
 AFFINE_LAYERS = ("conv", "conv_transpose", "linear")
 

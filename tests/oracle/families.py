@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import lrpfx
 from lrpfx.composites import CPLRP, AttnLRP, Composite, MambaLRP
-from tests import zoo
+from tests.oracle import zoo
 
 # isort: split
 # transformers imports torchvision, which cannot be imported everywhere before zoo has been.

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from tests import reference
-from tests.reference import Array, Node, Params, Rule, Shape
+from tests.oracle import reference
+from tests.oracle.reference import Array, Node, Params, Rule, Shape
 
 STEP = 0.125
 MAX_CHANNELS = 4

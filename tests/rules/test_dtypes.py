@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import lrpfx
 from lrpfx import composites
 from lrpfx.rules.base import divide, share
-from tests import families, zoo
 from tests.conftest import Apply, assert_untouched
-from tests.families import tf
+from tests.oracle import families, zoo
+from tests.oracle.families import tf
 
 BF16, FP16 = torch.bfloat16, torch.float16
 HALVES = [BF16, FP16]

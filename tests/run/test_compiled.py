@@ -19,8 +19,8 @@ from lrpfx import composites
 from lrpfx.errors import CaptureError, CompileError, InputError, NonFiniteError
 from lrpfx.rewrite.freeze import freeze
 from lrpfx.run import compiled
-from tests import laws, zoo
 from tests.conftest import Apply, assert_untouched
+from tests.oracle import laws, zoo
 
 TOLERANCE = 1e-10
 

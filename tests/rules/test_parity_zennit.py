@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import lrpfx
 from lrpfx.rules import Rule
-from tests import zoo
 from tests.conftest import traced_once
+from tests.oracle import zoo
 
 # isort: split
 # zennit imports torchvision, which cannot be imported everywhere before zoo has been.
