@@ -8,18 +8,22 @@
 """
 
 from lrpfx import composites, errors, heatmap, text
+from lrpfx.composites import First
 from lrpfx.coverage import coverage
 from lrpfx.explain import Explainer, explain
 from lrpfx.explanation import Explanation
-from lrpfx.ops import AffineMap, register_op
+from lrpfx.ops import AffineMap, Call, Op, register_op
 from lrpfx.report import Report
 from lrpfx.rules import (
+    AffineRule,
     AlphaBeta,
     Bilinear,
     Epsilon,
     Flat,
+    Flow,
     Gamma,
     Gradient,
+    Input,
     Norm,
     Pass,
     ReLUBetaSmooth,
@@ -29,6 +33,7 @@ from lrpfx.rules import (
     Stabilizer,
     Stop,
     Taylor,
+    Term,
     Uniform,
     WSquare,
     ZBox,
@@ -39,15 +44,21 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AffineMap",
+    "AffineRule",
     "AlphaBeta",
     "Bilinear",
+    "Call",
     "Epsilon",
     "Explainer",
     "Explanation",
+    "First",
     "Flat",
+    "Flow",
     "Gamma",
     "Gradient",
+    "Input",
     "Norm",
+    "Op",
     "Pass",
     "ReLUBetaSmooth",
     "ReLUDeconvNet",
@@ -57,6 +68,7 @@ __all__ = [
     "Stabilizer",
     "Stop",
     "Taylor",
+    "Term",
     "Uniform",
     "WSquare",
     "ZBox",

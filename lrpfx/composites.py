@@ -5,12 +5,14 @@ The first entry whose selector matches a node and whose rule fits it wins.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import difflib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from lrpfx import rules
 from lrpfx.errors import RuleError
 from lrpfx.ops import Record
 from lrpfx.rules import (
@@ -35,9 +37,12 @@ from lrpfx.rules import (
     ZPlus,
 )
 
-#: An op kind, a module class, a module-path glob, "*", or a predicate on the node's record.
-Selector = str | type[nn.Module] | Callable[[Record], bool]
+#: An op kind, a module class, a module-path glob, "*", or a predicate on the node's record; or
+#: several of these, of which any may match.
+Selector = str | type[nn.Module] | Callable[[Record], bool] | tuple[Any, ...]
 Entry = tuple[Selector, Rule]
+#: What stands for entries: pairs, a single one, a dict, or a rule for every op that it fits.
+Entries = Iterable["Entry | Rule"] | Mapping[Any, Rule] | Entry | Rule
 
 
 @dataclass(frozen=True)
@@ -46,9 +51,17 @@ class First:
 
     First are the nodes that the explained input reaches through no other conv or linear; a model
     with several inputs or parallel stems has several.
+
+    Args:
+        kinds: Op kinds; one may be given by itself.
     """
 
-    kinds: tuple[str, ...]
+    kinds: tuple[str, ...] = ("conv", "linear")
+
+    def __post_init__(self) -> None:
+        """Take one kind for a tuple of it."""
+        if isinstance(self.kinds, str):
+            object.__setattr__(self, "kinds", (self.kinds,))
 
     def __call__(self, node: Record) -> bool:
         """Whether the node is a first layer of one of the kinds."""
@@ -64,25 +77,24 @@ def gates(node: Record) -> bool:
 
 
 class Composite:
-    """An ordered list of (selector, rule).
+    """An ordered list of (selector, rule), which may be laid over another one.
 
-    Given to ``rules=`` as it is, the entries are laid over the default composite; the named
-    composites below are complete.
+    ``EpsilonPlusFlat() + [("layer4.*", Gamma())]`` are the entries of one's own, which come first,
+    over those of the composite.
 
     Args:
-        entries: Pairs of selector and rule; the first match wins.
+        entries: Pairs of selector and rule; the first match wins. A dict, a single pair, or a rule
+            for every op that it fits, stand for such a list.
+        over: What the entries are laid over; None for the default. The named composites below are
+            complete, and laid over nothing.
 
     Raises:
         RuleError: An entry is no pair of a selector and a rule.
     """
 
-    #: Whether every entry must match something; named composites are made for any model.
-    strict = True
-
-    def __init__(self, entries: Iterable[Entry]) -> None:
-        self.entries = tuple(entries)
-        for entry in self.entries:
-            _check_entry(entry)
+    def __init__(self, entries: Entries, over: Composite | None = None) -> None:
+        self.entries = tuple(map(_entry, _listed(entries)))
+        self.over = over
 
     @property
     def name(self) -> str:
@@ -90,14 +102,28 @@ class Composite:
         names = (name for name, cls in NAMED.items() if cls is type(self))
         return next(names, "rules")
 
+    def __add__(self, entries: Entries) -> Composite:
+        """The composite with entries of one's own, which come first."""
+        return Composite([*_listed(entries), *self.entries], over=self.over)
+
+    def __radd__(self, entries: Entries) -> Composite:
+        """The same: entries of one's own come first, on whichever side they are written."""
+        return self + entries
+
     def __repr__(self) -> str:
         lines = [f"{type(self).__name__}(["]
         lines += [f"    ({describe(selector)}, {rule})," for selector, rule in self.entries]
-        return "\n".join([*lines, "])"])
+        return "\n".join([*lines, "])" if self.over is None else f"], over={self.over.name})"])
+
+
+class Offered(tuple[Selector, Rule]):
+    """An entry of a named composite: these are made for any model, and need not match anything."""
 
 
 def describe(selector: Selector) -> str:
     """How reports and errors name a selector."""
+    if isinstance(selector, tuple):
+        return " or ".join(map(describe, selector))
     if isinstance(selector, str):
         return repr(selector)
     if isinstance(selector, First):
@@ -105,15 +131,63 @@ def describe(selector: Selector) -> str:
     return getattr(selector, "__name__", repr(selector))
 
 
-def _check_entry(entry: Any) -> None:
-    fix = 'give pairs such as ("conv", lrpfx.ZPlus()) or ("layer4.*", lrpfx.Epsilon()).'
-    if not isinstance(entry, tuple) or len(entry) != 2:
-        raise RuleError(f"{entry!r} is no (selector, rule) pair.", fix=fix)
-    selector, rule = entry
+def _listed(given: Any) -> list[Any]:
+    """What stands for a list of entries, as one."""
+    if isinstance(given, Composite):
+        if isinstance(given, Named):
+            name = type(given).__name__
+            raise RuleError(
+                f"{name} is complete, and cannot be laid over another composite.",
+                fix=f"lay entries of your own over it: {name}() + [(selector, rule), ...].",
+            )
+        return list(given.entries)
+    if isinstance(given, Mapping):
+        return list(given.items())
+    single = isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], Rule)
+    if isinstance(given, Rule) or (single and not isinstance(given[0], Rule)):
+        return [given]
+    if not isinstance(given, Iterable) or isinstance(given, str):
+        raise RuleError(f"{given!r} are no entries.", fix=_PAIRS)
+    return list(given)
+
+
+_PAIRS = 'give pairs such as ("conv", lrpfx.ZPlus()) or ("layer4.*", lrpfx.Epsilon()).'
+
+
+def _entry(given: Any) -> Entry:
+    """An entry, if it is one; a rule by itself is laid on every op that it fits."""
+    if isinstance(given, Rule):
+        return "*", given
+    if isinstance(given, Composite):
+        raise RuleError(
+            f"{type(given).__name__} stands among entries.",
+            fix="put last what entries are laid over, or add them to it: composite + [...].",
+        )
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        raise RuleError(f"{given!r} is no (selector, rule) pair.", fix=_PAIRS)
+    selector, rule = given
+    several = isinstance(selector, (tuple, list))
+    for one in selector if several else [selector]:
+        if not isinstance(one, str) and not callable(one):
+            raise RuleError(f"{one!r} is no selector.", fix=_PAIRS)
+    if several and not selector:
+        raise RuleError(f"no selector is given for {rule}.", fix=_PAIRS)
     if not isinstance(rule, Rule):
-        raise RuleError(f"{rule!r} is no rule (an instance is needed, not the class).", fix=fix)
-    if not isinstance(selector, str) and not callable(selector):
-        raise RuleError(f"{selector!r} is no selector.", fix=fix)
+        raise RuleError(f"{rule!r} is no rule.", fix=_instead(selector, rule))
+    if isinstance(given, Offered):
+        return given
+    return tuple(selector) if several else selector, rule
+
+
+def _instead(selector: Selector, rule: Any) -> str:
+    """How an entry is written that has a class, or a name, in the place of its rule."""
+    name = rule.__name__ if isinstance(rule, type) and issubclass(rule, Rule) else str(rule)
+    known = {n.lower(): n for n in rules.__all__ if isinstance(getattr(rules, n), type)}
+    near = difflib.get_close_matches(name.lower().replace("_", ""), known, n=1, cutoff=0.8)
+    if isinstance(rule, type) and issubclass(rule, Rule) or isinstance(rule, str) and near:
+        shown = f"lrpfx.{known[near[0]]}" if near else name
+        return f"an instance is needed: ({describe(selector)}, {shown}(...))."
+    return _PAIRS
 
 
 def base_map(stabilizer: StabilizerLike, affine: Rule) -> list[Entry]:
@@ -144,7 +218,12 @@ def base_map(stabilizer: StabilizerLike, affine: Rule) -> list[Entry]:
 class Named(Composite):
     """A complete rule set: it is laid over no other, and on any model."""
 
-    strict = False
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        super().__init__(map(Offered, entries))
+
+    def __add__(self, entries: Entries) -> Composite:
+        """Entries of one's own, laid over the composite."""
+        return Composite(entries, over=self)
 
 
 class EpsilonAll(Named):

@@ -76,10 +76,14 @@ def explain(
             array (N, K), or "all" for every class of an output (N, C), share one forward pass:
             every tensor of the explanation but ``output`` then has a leading dimension K, and no
             ledger is kept.
-        rules: A composite, its snake_case name, or a list of (selector, rule) laid over the
-            default. A selector is an op kind ("conv"), a module class, a module-path glob
-            ("layer4.*"), "*", or a predicate on the node's record. None picks by what the graph
-            holds.
+        rules: A composite or its name; entries of your own, laid over one:
+            ``EpsilonPlusFlat() + [("layer4.*", Gamma())]``, or the same as a list that ends with
+            what it is laid over, ``[("layer4.*", Gamma()), "epsilon_plus_flat"]``. Your own
+            entries come first, and the first match wins. A list without an end is laid over the
+            default, which None is by itself. An entry is a pair of selector and rule. A selector is
+            an op kind ("conv"), a module class, a module-path glob ("layer4.*"), "*", a predicate
+            on the node's record such as ``First()``, or a tuple of these, any of which may match. A
+            dict of entries, and a rule alone (for every op that it fits), are taken as well.
         layers: Module paths (globs allowed) whose relevance and activation are returned, too.
         create_graph: Keep the graph of the relevance, so that it can be differentiated with
             respect to inputs and parameters.

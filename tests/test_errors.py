@@ -524,22 +524,12 @@ MISFITS = [
 
 RULES = [
     *MISFITS,
-    Case("a rule alone", errors.RuleError, mlp, x, ("Epsilon",), options={"rules": Epsilon()}),
-    Case(
-        "a dict", errors.RuleError, mlp, x, ("Epsilon",), options={"rules": {"linear": Epsilon()}}
-    ),
+    Case("a number", errors.RuleError, mlp, x, ("no composite",), options={"rules": 3}),
     Case("no pair", errors.RuleError, mlp, x, ("pair",), options=rules("linear")),
     Case("no rule", errors.RuleError, mlp, x, ("'gamma'",), options=rules(("linear", "gamma"))),
     Case("a class", errors.RuleError, mlp, x, ("instance",), options=rules(("linear", Gamma))),
     Case("no selector", errors.RuleError, mlp, x, (r"\b3\b",), options=rules((3, Gamma()))),
-    Case(
-        "a composite's class",
-        errors.RuleError,
-        mlp,
-        x,
-        ("EpsilonPlus",),
-        options={"rules": composites.EpsilonPlus},
-    ),
+    Case("a rule's class", errors.RuleError, mlp, x, (r"Gamma\(",), options={"rules": Gamma}),
     Case(
         "a box that is no box for the input",
         errors.RuleError,
@@ -604,7 +594,6 @@ SELECTORS = [
     Case(name, errors.SelectorError, ConvNet, image, tuple(says), options=options)
     for name, options, says in [
         ("composite misspelt", {"rules": "epsilon_pluss"}, ["'epsilon_pluss'", "'epsilon_plus'"]),
-        ("composite in CamelCase", {"rules": "EpsilonPlus"}, ["'epsilon_plus'"]),
         ("composite unlike any", {"rules": "zzz"}, ["epsilon_plus, ", "guided_backprop"]),
         (
             "composite needs values",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lrpfx import ops
-from lrpfx.composites import First, Selector, describe
+from lrpfx.composites import First, Offered, Selector, describe
 from lrpfx.errors import RuleError, SelectorError, some
 from lrpfx.ops import FAMILIES, Record
 from lrpfx.plan.resolve import RulesLike, resolve
@@ -70,13 +70,15 @@ def assign(
     chosen: dict[str, Assignment] = {}
     notes: list[str] = []
     for composite in layers:
-        for selector, rule in composite.entries:
+        for entry in composite.entries:
+            selector, rule = entry
             if isinstance(rule, Stop) and not stop:
                 continue
             matched = [r for r in records if _matches(selector, r, model)]
             reasons = {r.name: rule.fits(r.op) for r in matched}
-            if composite.strict and kinds is None:
-                _check(selector, rule, matched, reasons, records, model)
+            own = not isinstance(entry, Offered) and kinds is None
+            if own:
+                notes += _check(selector, rule, matched, reasons, records, model)
             elif not matched and kinds is None and _is_path(selector):
                 notes.append(
                     f"{composite.name} lays {rule} on modules {selector!r}, and here are none"
@@ -84,9 +86,10 @@ def assign(
             decided = [r for r in matched if not reasons[r.name] and r.name not in chosen]
             for r in decided:
                 chosen[r.name] = Assignment(r, rule, f"{composite.name}: {_why(selector)}")
-            if composite.strict and kinds is None and not decided:
-                entry = f"({describe(selector)}, {rule})"
-                notes.append(f"{entry} decides nothing: entries before it match first")
+            if own and not decided:
+                notes.append(
+                    f"({describe(selector)}, {rule}) decides nothing: entries before it match first"
+                )
     missing = [r for r in records if r.name not in chosen]
     if missing:
         raise RuleError(
@@ -117,6 +120,8 @@ def assign(
 
 
 def _why(selector: Selector) -> str:
+    if isinstance(selector, tuple):
+        return " or ".join(map(_why, selector))
     if selector == "*":
         return "every op it fits"
     if isinstance(selector, str):
@@ -131,6 +136,8 @@ def _why(selector: Selector) -> str:
 
 
 def _matches(selector: Selector, r: Record, model: nn.Module) -> bool:
+    if isinstance(selector, tuple):
+        return any(_matches(one, r, model) for one in selector)
     if isinstance(selector, str):
         if selector == "*":
             return True
@@ -175,20 +182,31 @@ def _check(
     reasons: dict[str, str],
     records: Sequence[Record],
     model: nn.Module,
-) -> None:
-    """Raise for an entry of the user's own that matches nothing or names what it does not fit."""
+) -> list[str]:
+    """Raise for an entry of the user's own that matches nothing or names what it does not fit.
+
+    Returns:
+        A note for each of several selectors that matches nothing.
+    """
+    several = selector if isinstance(selector, tuple) else (selector,)
     if not matched:
         raise SelectorError(
             f"selector {describe(selector)} matches nothing in this model.",
-            fix=_near_misses(selector, records, model),
+            fix=_near_misses(several[0], records, model),
         )
-    misfits = [r for r in matched if reasons[r.name]]
-    if misfits and (_names_outright(selector) or len(misfits) == len(matched)):
-        raise RuleError(
-            f"{rule} does not fit what {describe(selector)} names.",
-            where=some([f"{r}: {reasons[r.name]}" for r in misfits]),
-            fix="choose another rule for these ops, or a selector that leaves them out.",
-        )
+    notes = []
+    for one in several:
+        named = [r for r in matched if _matches(one, r, model)]
+        misfits = [r for r in named if reasons[r.name]]
+        if misfits and (_names_outright(one) or len(misfits) == len(named)):
+            raise RuleError(
+                f"{rule} does not fit what {describe(one)} names.",
+                where=some([f"{r}: {reasons[r.name]}" for r in misfits]),
+                fix="choose another rule for these ops, or a selector that leaves them out.",
+            )
+        if not named:
+            notes.append(f"selector {describe(one)} of {describe(selector)} matches nothing")
+    return notes
 
 
 def _near_misses(selector: Selector, records: Sequence[Record], model: nn.Module) -> str:

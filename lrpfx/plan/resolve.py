@@ -5,21 +5,30 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
-from lrpfx.composites import NAMED, AttnLRP, Composite, Entry, EpsilonAll, EpsilonPlus, Named
+from lrpfx.composites import NAMED, AttnLRP, Composite, Entries, EpsilonAll, EpsilonPlus, Named
 from lrpfx.errors import RuleError, SelectorError
+from lrpfx.rules import Rule
 
-RulesLike = Composite | str | Sequence[Entry] | None
+#: A composite, its class or its name; entries, the last of which may be what they are laid over.
+RulesLike = Composite | type[Composite] | str | Entries | Sequence[Any] | None
+
+_CLASSES = {cls.__name__: name for name, cls in NAMED.items()}
 
 
 def by_name(name: str) -> Composite:
-    """The composite of a snake_case name, with its default parameters.
+    """The composite of a name, with its default parameters.
+
+    Args:
+        name: As it is written in ``NAMED``, or as its class is.
 
     Raises:
         SelectorError: No composite has that name, or it has no defaults.
     """
+    name = _CLASSES.get(name, name)
     if name not in NAMED:
-        near = difflib.get_close_matches(name, NAMED, n=3)
+        near = _near(name)
         raise SelectorError(
             f"there is no composite {name!r}.",
             fix=f"did you mean {' or '.join(map(repr, near))}?"
@@ -38,6 +47,43 @@ def by_name(name: str) -> Composite:
             fix=f"give lrpfx.composites.{cls}({', '.join(p + '=...' for p in required)}).",
         )
     return NAMED[name]()  # type: ignore[call-arg]  # those without required parameters
+
+
+def _near(name: str) -> list[str]:
+    return difflib.get_close_matches(name, NAMED, n=3)
+
+
+def read(rules: Any) -> Composite:
+    """The composite that ``rules`` stands for; None is not read here.
+
+    Raises:
+        SelectorError: Unknown name.
+        RuleError: ``rules`` is nothing that can be read as rules.
+    """
+    if isinstance(rules, Composite):
+        return rules
+    if isinstance(rules, str):
+        return by_name(rules)
+    if isinstance(rules, type) and issubclass(rules, Named):
+        return by_name(_CLASSES.get(rules.__name__, rules.__name__))
+    if isinstance(rules, (list, tuple)) and rules and _is_base(rules[-1]):
+        *own, last = rules
+        return read(last) + own if own else read(last)
+    if isinstance(rules, type) or not hasattr(rules, "__iter__") and not isinstance(rules, Rule):
+        shown = f"{rules.__name__}(...)" if isinstance(rules, type) else "lrpfx.ZPlus()"
+        raise RuleError(
+            f"rules={rules!r} is no composite, name, rule or list of (selector, rule).",
+            fix="give a name such as 'epsilon_plus', a composite such as "
+            f"lrpfx.composites.EpsilonPlus(), or [('conv', {shown})].",
+        )
+    return Composite(rules)
+
+
+def _is_base(last: Any) -> bool:
+    """Whether the last item of a list is what the others are laid over."""
+    if isinstance(last, str):
+        return last in NAMED or last in _CLASSES or bool(_near(last))
+    return isinstance(last, Composite) or (isinstance(last, type) and issubclass(last, Composite))
 
 
 def resolve(rules: RulesLike, kinds: set[str]) -> tuple[tuple[Composite, ...], str]:
@@ -60,17 +106,10 @@ def resolve(rules: RulesLike, kinds: set[str]) -> tuple[tuple[Composite, ...], s
         default, reason = EpsilonAll(), "the graph has no convolutions"
     if rules is None:
         return (default,), f"{default.name} (default: {reason})"
-    if isinstance(rules, str):
-        return (by_name(rules),), rules
-    if isinstance(rules, Named):
-        return (rules,), rules.name
-    if isinstance(rules, Composite):
-        own = rules
-    elif isinstance(rules, (list, tuple)):
-        own = Composite(rules)
-    else:
-        raise RuleError(
-            f"rules={rules!r} is no composite, name or list of (selector, rule).",
-            fix="give a name such as 'epsilon_plus', a composite, or [('conv', lrpfx.ZPlus())].",
-        )
-    return (own, default), f"{len(own.entries)} entries over {default.name} (default: {reason})"
+    composite = read(rules)
+    if isinstance(composite, Named):
+        return (composite,), composite.name
+    reading = f"{len(composite.entries)} entries over"
+    if composite.over is not None:
+        return (composite, composite.over), f"{reading} {composite.over.name}"
+    return (composite, default), f"{reading} {default.name} (default: {reason})"

@@ -22,7 +22,7 @@ from lrpfx.rules.pointwise import (
     ReLUGuidedBackprop,
     ReLURule,
 )
-from lrpfx.rules.terms import AffineRule, ZeroParams
+from lrpfx.rules.terms import AffineRule, Input, Term, ZeroParams
 
 __all__ = [
     "Absorbed",
@@ -35,6 +35,7 @@ __all__ = [
     "Flow",
     "Gamma",
     "Gradient",
+    "Input",
     "Norm",
     "Pass",
     "ReLUBetaSmooth",
@@ -46,6 +47,7 @@ __all__ = [
     "StabilizerLike",
     "Stop",
     "Taylor",
+    "Term",
     "Uniform",
     "WSquare",
     "ZBox",
