@@ -2,6 +2,7 @@
 # make examples  a vision transformer, a language model, a sentence encoder with its real weights
 # make test      what CI runs: lint, format, types, layers, tests
 # make nightly   tests with more and new examples, then the models of three libraries (hours)
+# make processors  the tests with the kernels of older processors, on two threads each
 # make bench     what explanations cost: refreshes docs/performance.md (a quarter of an hour)
 # make compiled  what they cost compiled: its section of docs/performance.md (as long again)
 # make clean     remove the environment and everything generated
@@ -17,7 +18,7 @@ JOBS   ?= 2
 BIN     := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -c constraints.txt
 
-.PHONY: demo examples test check nightly bench compiled clean
+.PHONY: demo examples test check nightly processors bench compiled clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/quickstart.py examples/out/quickstart.png
@@ -41,11 +42,18 @@ test: $(VENV)/.installed-test
 check: test
 
 # The coverage of every library is measured, also if that of another falls short.
-nightly: $(VENV)/.installed-test $(VENV)/.installed-nightly
+nightly: processors $(VENV)/.installed-test $(VENV)/.installed-nightly
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal -m "" --hypothesis-profile nightly
 	failed=; for zoo in torchvision timm transformers; do \
 		$(BIN)/python -m benchmarks.coverage $$zoo || failed="$$failed $$zoo"; \
 	done; test -z "$$failed"
+
+# What passes here passes on other processors: kernels differ in the order of their sums.
+processors: $(VENV)/.installed-test
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=2 \
+		$(BIN)/pytest -n $(JOBS) --dist worksteal
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=2 \
+		$(BIN)/pytest -n $(JOBS) --dist worksteal
 
 # One thread, whose CPU time is measured: on a busy machine several wait for each other, and ratios
 # would be of the waiting. All are run in any case; a map that is wrong makes the target fail.

@@ -1,6 +1,7 @@
 """Hypothesis profiles, and what several test files need: `Apply` and `assert_untouched`."""
 
 import math
+import os
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -25,8 +26,25 @@ settings.register_profile("ci", derandomize=True, deadline=None, max_examples=30
 settings.register_profile("nightly", derandomize=False, deadline=None, max_examples=500)
 settings.load_profile("ci")
 
-# The models here are tiny, and pytest-xdist fills the cores already.
-torch.set_num_threads(1)
+# The models here are tiny, and pytest-xdist fills the cores already. OMP_NUM_THREADS=2 shows what
+# hangs on the number of threads.
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+def seed() -> None:
+    """Seed what models are drawn with: else torch begins every process somewhere else."""
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+
+
+def pytest_collectstart() -> None:
+    seed()
+
+
+@pytest.hookimpl(tryfirst=True)  # before the fixtures, also those of a module
+def pytest_runtest_setup() -> None:
+    seed()
 
 
 class Apply(nn.Module):
