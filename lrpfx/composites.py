@@ -352,6 +352,7 @@ class EpsilonGammaBox(Named):
         gamma: Of Gamma.
         stabilizer: Of every rule but Epsilon.
         zero_params: See AffineRule.
+        strict: See ZBox.
 
     Source: Montavon et al. 2019, sect. 10.3 (LRP-gamma, epsilon, z^B by depth).
     """
@@ -364,8 +365,9 @@ class EpsilonGammaBox(Named):
         gamma: float = 0.25,
         stabilizer: StabilizerLike = 1e-6,
         zero_params: ZeroParams = None,
+        strict: bool = False,
     ) -> None:
-        box = ZBox(low, high, stabilizer, zero_params=zero_params)
+        box = ZBox(low, high, stabilizer, zero_params=zero_params, strict=strict)
         conv = Gamma(gamma, stabilizer, zero_params=zero_params)
         rest = _conv_and_linear(conv, epsilon, stabilizer, zero_params)
         super().__init__([(First(("conv",)), box), *rest])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import warnings
 from collections.abc import Sequence
 
 __all__ = [
@@ -42,6 +45,14 @@ def some(places: Sequence[str], most: int = 5) -> list[str]:
     """The first of many places, and how many more there are."""
     more = len(places) - most
     return [*places[:most], *([f"and {more} more"] if more > 0 else [])]
+
+
+def warn(text: str) -> None:
+    """Warn at the line that called the library."""
+    own, frame, level = os.path.dirname(__file__) + os.sep, sys._getframe(), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(own):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(f"lrpfx: {text}", stacklevel=level)
 
 
 class CaptureError(LrpError):

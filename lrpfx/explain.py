@@ -29,6 +29,7 @@ from lrpfx.prepare import prepare
 from lrpfx.report import Report
 from lrpfx.rewrite import Ledger, find_taps, instrument, rewrite
 from lrpfx.run import (
+    Assumptions,
     Compiled,
     CompiledRun,
     Gather,
@@ -158,6 +159,7 @@ class Explainer:
         prepared = prepare(model, example_inputs, rules, dynamic)
         self._captured, self._module, self._starts, self._live, self._plan, self._report = prepared
         self._gather = Gather(self._captured, self._module, self._starts)
+        self._assumptions = Assumptions(self._module, self._plan.assignments)
         self._state = State(model, fixed)
         self._pointed: tuple[dict[str, Tensor], int] = {}, 0
         self._compiled: Compiled | None = None
@@ -264,6 +266,7 @@ class Explainer:
             except (IndexError, ValueError, RuntimeError):  # token ids out of range, for instance
                 refuse_if_the_model_does(self._captured, leaves)
                 raise
+            report = self._report.noting(self._assumptions.check(kept))
             targets = each_target(run.explained, target) if several else [target]
             seeds = [make_seed(run.explained, one, self._gather.finish) for one in targets]
             for seed in seeds:
@@ -279,7 +282,7 @@ class Explainer:
                     refuse_relevance(self._plan, book.bookings() if book is not None else {})
                 at = by_layer(calls, run.activations, pulled.taps)
                 part = self._gather.explanation(
-                    inputs, leaves, run.clean, seed, pulled.starts, at, self._report
+                    inputs, leaves, run.clean, seed, pulled.starts, at, report
                 )
                 parts.append(part)
         return reported(parts if several else parts[0], book, seeds[0].description)
@@ -312,7 +315,7 @@ class Explainer:
         """Point every graph at the parameters that the model holds now."""
         state, prefix = self._state.current(), self._captured.prefix
         graphs = [self._module, *(m for m, _ in self._instrumented.values())]
-        graphs += [] if self._public is None else [self._public]
+        graphs += [m for m in (self._public, self._assumptions.module) if m is not None]
         explicit = [] if self._compiled is None else self._compiled.explicit
         graphs += [one.module for one in explicit]
         if self._pointed[0] is state and self._pointed[1] == len(graphs):

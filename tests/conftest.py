@@ -1,6 +1,5 @@
 """Hypothesis profiles, and what several test files need: `Apply` and `assert_untouched`."""
 
-import math
 import os
 import random
 from collections import deque
@@ -88,13 +87,6 @@ def traced_once(known: Traces | None = None) -> Iterator[None]:
         return traces[id(model)][1]
 
     with mock.patch("lrpfx.prepare.capture", once):
-        yield
-
-
-@pytest.fixture(scope="module")
-def any_box() -> Iterator[None]:
-    """The formula of ZBox holds for inputs outside of the box, too, which are refused else."""
-    with mock.patch("lrpfx.rules.affine._ROUNDED", math.inf):
         yield
 
 

@@ -538,7 +538,7 @@ RULES = [
             ConvNet,
             image,
             ("of 32 inputs lie outside", r"between -\d", "conv: conv2d", "normalisation"),
-            options=rules(("conv", ZBox(0.0, 1.0)), ledger=ledger),
+            options=rules(("conv", ZBox(0.0, 1.0, strict=True)), ledger=ledger),
         )
         for ledger in (True, False)
     ),

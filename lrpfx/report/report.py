@@ -47,6 +47,10 @@ class Report(Rows, Tabular):
         reached: Relevance that reached the inputs.
     """
 
+    def noting(self, notes: Sequence[str]) -> Report:
+        """The report with further notes."""
+        return replace(self, notes=(*self.notes, *notes)) if notes else self
+
     def table(self) -> Table:
         """One line per row, 120 characters wide; numbers where they are known."""
         if self.has_ledger:

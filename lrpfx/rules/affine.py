@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from lrpfx.errors import RuleError
-from lrpfx.ops import AffineMap, Op, Signal, negative, positive
+from lrpfx.ops import AffineMap, Call, Op, Signal, negative, positive
 from lrpfx.rules.base import StabilizerLike, check_number
 from lrpfx.rules.terms import AffineRule, Input, Term, denominator
 
@@ -205,22 +204,26 @@ class Gamma(AffineRule):
         return [over, under]
 
 
-@dataclass(frozen=True, eq=False)  # fields may be tensors, which do not compare to a bool
+@dataclass(frozen=True, eq=False)
 class ZBox(AffineRule):
     """z-box, for first layers whose input lies in a box [low, high].
 
     s = R / st(z - (Wp l + bp) - (Wn h + bn));  R_x = x * (W's) - l * (Wp's) - h * (Wn's)
 
-    The bias cancels. Zero padding of a convolution stays zero: l and h are padded like x.
+    The bias cancels. Zero padding of a convolution stays zero: l and h are padded like x. Outside
+    of the box contributions change their sign; the formula is computed all the same, with a
+    warning and a note in the report.
 
     Args:
-        low: Lowest possible input, a number or a tensor that broadcasts to the input.
+        low: Lowest possible input, a number or a tensor that broadcasts to the input; of bounds for
+            a larger batch the first ones count.
         high: Highest possible input, likewise.
         stabilizer: Number or callable.
         zero_params: See AffineRule.
+        strict: Refuse inputs that lie outside of the box.
 
     Raises:
-        RuleError: Of an explanation, where an input is not in the box.
+        RuleError: Of an explanation, under ``strict``, where an input is not in the box.
 
     Source: Montavon et al. 2017, eq. 13 (z^B rule).
     """
@@ -228,6 +231,11 @@ class ZBox(AffineRule):
     low: float | Tensor
     high: float | Tensor
     stabilizer: StabilizerLike = 1e-6
+    strict: bool = field(default=False, kw_only=True)
+
+    # Fields may be tensors, which do not compare to a bool.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
     def __post_init__(self) -> None:
         """Check low <= high."""
@@ -245,29 +253,32 @@ class ZBox(AffineRule):
 
     def terms(self, x: Input, f: AffineMap, z: Tensor) -> Sequence[Term]:
         """The box's corners are subtracted from the input's contributions."""
-        low, high = _box(self.low, x), _box(self.high, x)
-        if get_proxy_mode() is None and not torch.compiler.is_compiling():  # the values are known
-            self._refuse_outside(x)
+        low, high = (
+            tuple(x.padded(-_bound(b, t)) for t in x.inside) for b in (self.low, self.high)
+        )
         return [Term([(x.all, f), (low, f.pos), (high, f.neg)])]
 
-    def _refuse_outside(self, x: Input) -> None:
-        """Raise RuleError if an input leaves the box: the contributions would change their sign."""
-        for t in x.inside:
-            t = t.detach()
-            low, high = (
-                torch.as_tensor(b, dtype=t.dtype, device=t.device) for b in (self.low, self.high)
-            )
+    def unmet(self, call: Call, x: Sequence[Tensor]) -> str:
+        """That the inputs lie in the box."""
+        for t in Input(tuple(x), padding=call.padding).inside:
+            low, high = _bound(self.low, t), _bound(self.high, t)
             beyond = torch.maximum(low - t, t - high)
             size = torch.maximum(low.abs().max(), high.abs().max())
             if bool(beyond.max() > max(_ROUNDED, 4 * torch.finfo(t.dtype).eps) * size):
                 outside = int((beyond > 0).sum())
                 least, most = (bound.item() for bound in torch.aminmax(t))
-                raise RuleError(
+                found = (
                     f"{self}: {outside} of {t.numel()} inputs lie outside of the box; they are "
-                    f"between {least:g} and {most:g}.",
-                    fix="give the least and the largest value that this layer's input can have, "
-                    "after what the model does to it before, such as normalisation.",
+                    f"between {least:g} and {most:g}"
                 )
+                if self.strict:
+                    raise RuleError(
+                        f"{found}.",
+                        fix="give the least and the largest value that this layer's input can "
+                        "have, after what the model does to it before, such as normalisation.",
+                    )
+                return found
+        return ""
 
 
 @dataclass(frozen=True)
@@ -317,7 +328,7 @@ class Flat(AffineRule):
         return [Term([(x.one, f.ones)])]
 
 
-#: Part of a box by which an input may leave it: rounding of bounds and inputs.
+#: Part of a box by which an input may leave it without a word: rounding of bounds and inputs.
 _ROUNDED = 1e-4
 
 
@@ -331,17 +342,16 @@ def _opposing(x: Input, f: AffineMap) -> list[tuple[Signal | None, AffineMap]]:
     return [(x.pos, f.neg), (x.neg, f.pos)]
 
 
-def _box(bound: float | Tensor, x: Input) -> Signal:
-    """``-bound`` in the shape of each input: the box enters the denominator with a minus."""
-    spread = []
-    for t in x.inside:
-        value = -torch.as_tensor(bound, dtype=t.dtype, device=t.device)
-        try:
-            spread.append(x.padded(value.expand(t.shape)))
-        except RuntimeError as error:
-            raise RuleError(
-                f"ZBox: a bound of shape {tuple(value.shape)} does not broadcast to the input "
-                f"{tuple(t.shape)}.",
-                fix="give a number, or a tensor such as (1, C, 1, 1).",
-            ) from error
-    return tuple(spread)
+def _bound(bound: float | Tensor, t: Tensor) -> Tensor:
+    """A bound of the box in the shape of the input."""
+    value = torch.as_tensor(bound, dtype=t.dtype, device=t.device)
+    if value.ndim == t.ndim > 1 and len(value) > len(t):  # the last batch of a loader is smaller
+        value = value[: len(t)]
+    try:
+        return value.expand(t.shape)
+    except RuntimeError as error:
+        raise RuleError(
+            f"ZBox: a bound of shape {tuple(value.shape)} does not broadcast to the input "
+            f"{tuple(t.shape)}.",
+            fix="give a number, or a tensor such as (1, C, 1, 1).",
+        ) from error

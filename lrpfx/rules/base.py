@@ -251,6 +251,20 @@ class Rule:
         """
         raise NotImplementedError
 
+    def unmet(self, call: Call, x: Sequence[Tensor]) -> str:
+        """What the rule takes for granted of its inputs, and is not so; "" if all is well.
+
+        The formula is computed all the same; this is a warning, and a note in the report.
+
+        Args:
+            call: The op at run time.
+            x: Clean live inputs.
+
+        Raises:
+            RuleError: A rule that is strict about it.
+        """
+        return ""
+
     @property
     def by_sample(self) -> bool:
         """Whether a stabilizer takes the first dimension for that of the samples."""

@@ -1,5 +1,6 @@
 """A rewritten graph, inputs and a target -> relevance, and from it an explanation."""
 
+from lrpfx.run.assumptions import Assumptions
 from lrpfx.run.backward import Largest, Run, at_a_time
 from lrpfx.run.compiled import Compiled, CompiledRun
 from lrpfx.run.gather import Gather, by_layer, reported
@@ -7,6 +8,7 @@ from lrpfx.run.refuse import refuse_if_the_model_does, refuse_relevance, refuse_
 from lrpfx.run.targets import Target, each_target, is_several, make_seed
 
 __all__ = [
+    "Assumptions",
     "Compiled",
     "CompiledRun",
     "Gather",

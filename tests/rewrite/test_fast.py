@@ -24,8 +24,6 @@ from tests.conftest import Apply, traced_once
 from tests.oracle import laws, zoo
 from tests.rules.test_laws import cases
 
-pytestmark = pytest.mark.usefixtures("any_box")
-
 TOLERANCE = 1e-10
 
 

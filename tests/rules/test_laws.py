@@ -16,8 +16,6 @@ from tests.oracle.laws import Case
 from tests.oracle.reference import Node
 from tests.oracle.strategies import SPELLINGS, Network, networks, rules_for
 
-pytestmark = pytest.mark.usefixtures("any_box")
-
 
 @st.composite
 def cases(draw: st.DrawFn, **options: Any) -> Case:
