@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from lrpfx.capture import first_line, tracing
 from lrpfx.errors import CaptureError
-from lrpfx.ops import nodes_in, source_line
+from lrpfx.ops import argument_names, bound_arguments, nodes_in, source_line
 
 aten = torch.ops.aten
 
@@ -99,11 +99,26 @@ def writes(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-def _functional(node: fx.Node) -> Any:
-    """``relu_.default`` -> ``relu.default``; None if there is no such op."""
-    namespace, name = node.target._schema.name.split("::")  # type: ignore[union-attr]
+def functional(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
+    """``relu_.default`` -> ``relu.default``, which takes the same arguments; None without such.
+
+    The overload's name tells nothing: ``pow_.Scalar`` is ``pow.Tensor_Scalar``.
+    """
+    namespace, name = target._schema.name.split("::")
     packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
-    return getattr(packet, node.target._overloadname, None)  # type: ignore[union-attr]
+    given = _arguments(target._schema)
+    for overload in packet.overloads() if packet is not None and given else ():
+        other = getattr(packet, overload)
+        if _arguments(other._schema) == given and not other._schema.is_mutable:
+            found: torch._ops.OpOverload = other
+            return found
+    return None
+
+
+def _arguments(schema: Any) -> dict[str, str]:
+    """Type of each, in any order; what is written is ``self`` or ``input``. Empty for lists."""
+    named = {"self" if a.name == "input" else a.name: str(a.type) for a in schema.arguments}
+    return named if "Tensor" in map(str, (r.type for r in schema.returns)) else {}
 
 
 def _is_private(node: fx.Node) -> bool:
@@ -113,7 +128,7 @@ def _is_private(node: fx.Node) -> bool:
     """
     written = nodes_in(node.args)[0]
     storage = _storage(written)
-    if storage is None or _functional(node) is None:
+    if storage is None or functional(node.target) is None:  # type: ignore[arg-type]
         return False
     before = True
     for other in node.graph.nodes:
@@ -132,8 +147,15 @@ def _storage(node: fx.Node) -> int | None:
 
 def _rename(node: fx.Node) -> None:
     value: Tensor = node.meta["val"]
+    op = functional(node.target)  # type: ignore[arg-type]
+    assert op is not None
+    names = argument_names(op)
+    if names == argument_names(node.target) or names[0] == "input":
+        args, kwargs = node.args, node.kwargs
+    else:  # polygamma has its tensor last
+        args, kwargs = (), bound_arguments(node)
     with node.graph.inserting_before(node):
-        new = insert(node, _functional(node), node.args, node.kwargs)
+        new = insert(node, op, args, kwargs)
         if new.meta["val"].dtype != value.dtype:  # in-place ops keep their dtype
             new = insert(node, aten.to.dtype, (new, value.dtype))
     node.replace_all_uses_with(new)
