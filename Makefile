@@ -1,5 +1,5 @@
 # make demo      train a small network, explain it, write a picture
-# make examples  a vision transformer, a language model, a sentence encoder with its real weights
+# make examples  a vision transformer, a language model, a sentence encoder with its real weights, concepts
 # make test      what CI runs: lint, format, types, layers, tests
 # make nightly   tests with more and new examples, then the models of three libraries (hours)
 # make processors  the tests with the kernels of older processors, on two threads each
@@ -29,6 +29,7 @@ examples: $(VENV)/.installed-examples
 	OMP_NUM_THREADS=1 $(BIN)/python examples/vit.py examples/out/vit.png
 	OMP_NUM_THREADS=1 $(BIN)/python examples/llm.py
 	$(BIN)/python examples/sentences.py
+	$(BIN)/python examples/concepts.py examples/out
 
 # One thread per worker: pytest-xdist already fills the cores. A file's tests stay together as far
 # as that leaves no worker idle, as they share traces.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,22 +22,26 @@ from lrpfx.capture import (
     varying_sizes,
     versions,
 )
+from lrpfx.conditions import Condition, Conditions, Places, channels_of, read_conditions
 from lrpfx.errors import CaptureError, InputError, SelectorError
 from lrpfx.explanation import Explanation
 from lrpfx.plan import RulesLike
 from lrpfx.prepare import prepare
 from lrpfx.report import Report
-from lrpfx.rewrite import Ledger, find_taps, instrument, rewrite
+from lrpfx.rewrite import UNCHANGED, Ledger, Tap, find_taps, instrument, rewrite
 from lrpfx.run import (
     Assumptions,
+    Calls,
     Compiled,
     CompiledRun,
     Gather,
+    Init,
     Largest,
     Run,
     Target,
     at_a_time,
     by_layer,
+    condition_seeds,
     each_target,
     is_several,
     make_seed,
@@ -85,7 +89,8 @@ def explain(
             an op kind ("conv"), a module class, a module-path glob ("layer4.*"), "*", a predicate
             on the node's record such as ``First()``, or a tuple of these, any of which may match. A
             dict of entries, and a rule alone (for every op that it fits), are taken as well.
-        layers: Module paths (globs allowed) whose relevance and activation are returned, too.
+        layers: Module paths (globs allowed), or names of nodes in the report, whose relevance and
+            activation are returned, too.
         create_graph: Keep the graph of the relevance, so that it can be differentiated with
             respect to inputs and parameters.
         ledger: Keep the sums of relevance at each node for the report. Without them (and without
@@ -105,6 +110,21 @@ def explain(
     """
     explainer = Explainer(model, inputs, rules)
     return explainer(inputs, target, layers=layers, create_graph=create_graph, ledger=ledger)
+
+
+#: How many graphs with conditions are kept at most.
+_CONDITIONED = 16
+_ONE_HOT = "one-hot times output"
+
+
+class _Asked(NamedTuple):
+    """What is asked for beside an explanation; see ``Explainer.__call__``."""
+
+    conditions: Sequence[Condition] | None
+    pairing: str
+    through: str
+    start: str | None
+    init: Init
 
 
 class Explainer:
@@ -158,6 +178,7 @@ class Explainer:
     ) -> None:
         prepared = prepare(model, example_inputs, rules, dynamic)
         self._captured, self._module, self._starts, self._live, self._plan, self._report = prepared
+        self._places = Places(self._module.graph, self._live, self._captured.prefix)
         self._gather = Gather(self._captured, self._module, self._starts)
         self._assumptions = Assumptions(self._module, self._plan.assignments)
         self._state = State(model, fixed)
@@ -167,9 +188,7 @@ class Explainer:
         self._met = {self._sizes(leaves)}
         self._largest = Largest(self._live, leaves)
         self._public: fx.GraphModule | None = None  # as the others: made when it is asked for
-        self._instrumented: dict[
-            tuple[tuple[str, ...], bool], tuple[fx.GraphModule, dict[str, int]]
-        ] = {}
+        self._instrumented: dict[tuple[Any, ...], tuple[fx.GraphModule, dict[str, Calls]]] = {}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse: graphs and their rules can be neither pickled nor copied."""
@@ -199,10 +218,12 @@ class Explainer:
     def compile(self, **options: Any) -> Explainer:
         """Explain by compiled graphs from now on, where neither ledger nor derivatives are wanted.
 
+        Conditions, inner starts and several targets of each sample are explained as before.
+
         Compiled are the forward pass and the backward pass of relevance, rules included, when
         inputs of a form (shapes, strides, dtypes) are first met; that takes up to minutes, and
         what comes out is compared with the relevance of the plain graph. At most 8 forms are
-        compiled, the rest run as before, and so do several targets of each sample.
+        compiled, the rest run as before.
 
         Args:
             **options: Of ``torch.compile``, such as ``mode="max-autotune"`` or
@@ -228,11 +249,44 @@ class Explainer:
         layers: Sequence[str] = (),
         create_graph: bool = False,
         ledger: bool = True,
+        conditions: Sequence[Condition] | None = None,
+        pairing: Literal["each", "zip"] = "each",
+        through: Literal["only", "all"] = "only",
+        start: str | None = None,
+        init: Init = "activation",
     ) -> Explanation:
-        """Explain the model's output for ``inputs``; arguments and errors as in ``explain``."""
+        """Explain the model's output for ``inputs``; arguments and errors as in ``explain``.
+
+        Conditional relevance: which of the model's own features carried the relevance.
+
+        Args:
+            inputs: See ``explain``; so are ``target``, ``layers``, ``create_graph`` and ``ledger``.
+            target: With conditions also one per condition, as N lists of K classes.
+            layers: The conditioned places are among them.
+            create_graph: See ``explain``.
+            ledger: See ``explain``; several conditions of each sample keep no ledger.
+            conditions: K dicts from places to the channels that are kept there (all places of a
+                condition hold together), or to a kind of concept and the concepts kept, such as
+                ``{"attn": (lrpfx.concepts.Head(4), [0])}``. A place is a module path, "path@k" for
+                its k-th further call, or the name of a node in the report. The explanation then
+                has a leading dimension K, as with several targets.
+            pairing: "zip": the k-th condition is for the k-th sample, and there is no leading
+                dimension.
+            through: "only": relevance goes through the conditioned places, and enters no branch
+                that is parallel to them. "all": masks act where they stand.
+            start: A place to begin at, in the place of the output.
+            init: What relevance begins with there: "activation", "relevance" (what arrives there
+                of ``target``), a tensor, or a function of the activation.
+
+        Raises:
+            SelectorError: Places, concepts or conditions that are not there or of a wrong form.
+
+        Source: Achtibat et al. 2023 (CRP), https://doi.org/10.1038/s42256-023-00711-8, eq. 4 and 5.
+        """
+        asked = _Asked(conditions, pairing, through, start, init)
         # Autograd is off for good in what inference mode creates, so the work happens outside.
         with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
-            return self._explain(inputs, target, layers, create_graph, ledger)
+            return self._explain(inputs, target, layers, create_graph, ledger, asked)
 
     def _explain(
         self,
@@ -241,16 +295,20 @@ class Explainer:
         layers: Sequence[str],
         create_graph: bool,
         ledger: bool,
+        asked: _Asked,
     ) -> Explanation:
         leaves = check_inputs(self._captured.signature, inputs)
         paths = _paths(layers)
-        several = is_several(target)
-        ledger = ledger and not several
+        with TRACING:
+            conditions = self._read(asked)
+        several = is_several(target) or (conditions is not None and conditions.several)
+        passes = 1 if conditions is None else conditions.passes
+        ledger = ledger and passes == 1 and not is_several(target)
         fast = not ledger and not create_graph
         with TRACING:
             self._refresh()
             self._check_sizes(inputs, leaves)
-            module, calls = self._instrument(paths, fast=fast)
+            module, calls = self._instrument(paths, conditions, fast=fast)
         kept = [_kept(v, create_graph) for v in leaves]
         book = Ledger() if ledger else None
 
@@ -259,7 +317,7 @@ class Explainer:
 
         with torch.set_grad_enabled(create_graph):
             try:
-                if self._compiled is not None and fast and not several:
+                if self._compiled is not None and fast and not several and conditions is None:
                     run: Run | CompiledRun = self._compiled.run(paths, kept, plain)
                 else:
                     run = plain(kept)
@@ -267,8 +325,13 @@ class Explainer:
                 refuse_if_the_model_does(self._captured, leaves)
                 raise
             report = self._report.noting(self._assumptions.check(kept))
-            targets = each_target(run.explained, target) if several else [target]
+            targets = each_target(run.explained, target) if is_several(target) else [target]
             seeds = [make_seed(run.explained, one, self._gather.finish) for one in targets]
+            if conditions is not None:
+                assert isinstance(run, Run)
+                names = [name for name, each in calls.items() for _ in range(each.number)]
+                seeds = condition_seeds(conditions, run, names, seeds, asked.init)
+                targets = [*targets] * (len(seeds) if len(targets) == 1 else 1)
             for seed in seeds:
                 if not all(is_finite(s) for s in seed.seeds if s is not None):
                     refuse_seed(self._module, seed, run.explained, kept)
@@ -277,35 +340,83 @@ class Explainer:
             parts = []
             for one, seed, pulled in zip(targets, seeds, found, strict=True):
                 if not all(is_finite(r) for r in pulled.starts if r is not None):
-                    if book is None:  # the plain form can name the place
-                        self._explain(inputs, one, layers, create_graph, ledger=True)
+                    if book is None and conditions is None:  # the plain form can name the place
+                        self._explain(inputs, one, layers, create_graph, True, asked)
                     refuse_relevance(self._plan, book.bookings() if book is not None else {})
-                at = by_layer(calls, run.activations, pulled.taps)
+                at = by_layer(calls, run.activations, pulled)
                 part = self._gather.explanation(
                     inputs, leaves, run.clean, seed, pulled.starts, at, report
                 )
                 parts.append(part)
-        return reported(parts if several else parts[0], book, seeds[0].description)
+        told, notes = seeds[0].description, conditions.notes() if conditions is not None else []
+        if several:
+            what = "targets" if conditions is None else "conditions"
+            told = f"{len(parts)} {what} of each sample, {told if conditions else _ONE_HOT}"
+        return reported(parts if several else parts[0], book, told, notes)
 
     # -- set-up -----------------------------------------------------------------------------------
 
+    def _read(self, asked: _Asked) -> Conditions | None:
+        """The conditions of a call as they are laid on the graph, None if there are none."""
+        if asked.conditions is None and asked.start is None:
+            return None
+        return read_conditions(
+            asked.conditions,
+            pairing=asked.pairing,
+            through=asked.through,
+            start=asked.start,
+            places=self._places,
+            starts=self._starts,
+        )
+
     def _instrument(
-        self, paths: tuple[str, ...], fast: bool = False
-    ) -> tuple[fx.GraphModule, dict[str, int]]:
+        self,
+        paths: tuple[str, ...],
+        conditions: Conditions | None = None,
+        fast: bool = False,
+    ) -> tuple[fx.GraphModule, dict[str, Calls]]:
         """The graph that also returns what is asked for of ``layers``; calls per module path."""
-        if (paths, fast) not in self._instrumented:
+        edits = UNCHANGED if conditions is None else conditions.edits
+        places = () if conditions is None else tuple(conditions.places)
+        key = paths, fast, places, edits.key
+        if key not in self._instrumented:
             frozen = self._state.fixed is not None
-            self._instrumented[paths, fast] = self._new(paths, fast, frozen)
-        return self._instrumented[paths, fast]
+            self._instrumented[key] = self._new(paths, fast, frozen, conditions)
+            conditioned = [k for k in self._instrumented if k[2]]
+            if len(conditioned) > _CONDITIONED:
+                del self._instrumented[conditioned[0]]
+        return self._instrumented[key]
 
     def _new(
-        self, paths: tuple[str, ...], fast: bool, frozen: bool
-    ) -> tuple[fx.GraphModule, dict[str, int]]:
-        found = find_taps(self._module.graph, self._live, paths, self._captured.prefix)
+        self,
+        paths: tuple[str, ...],
+        fast: bool,
+        frozen: bool,
+        conditions: Conditions | None = None,
+    ) -> tuple[fx.GraphModule, dict[str, Calls]]:
+        found: dict[str, list[Tap]] = {}
+        for path in paths:
+            try:
+                found |= find_taps(self._module.graph, self._live, [path], self._captured.prefix)
+            except SelectorError:
+                place = self._places.known(path)
+                if place is None:
+                    raise
+                found[path] = [place.tap]
+        edits = UNCHANGED
+        if conditions is not None:
+            edits = conditions.edits
+            found |= {name: [place.tap] for name, place in conditions.places.items()}
         taps = [tap for calls in found.values() for tap in calls]
         plan, starts = self._plan.assignments, list(self._starts)
-        module = instrument(self._module, plan, self._live, starts, taps, fast=fast, frozen=frozen)
-        return module, {path: len(calls) for path, calls in found.items()}
+        module = instrument(
+            self._module, plan, self._live, starts, taps, edits=edits, fast=fast, frozen=frozen
+        )
+        calls = {
+            path: Calls(len(calls), channels_of(calls[0].relevance, self._live))
+            for path, calls in found.items()
+        }
+        return module, calls
 
     def _for_compiler(self, paths: tuple[str, ...]) -> fx.GraphModule:
         """A graph of its own; what is constant in it is seen once its ops are written down."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lrpfx.capture import tensors_in
+from lrpfx.conditions import Channel, Concept
 from lrpfx.errors import InputError, SelectorError
 from lrpfx.report import Report, Row
 from lrpfx.text import Tokenizer, TokenText, token_text
@@ -23,20 +24,53 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class LayerRelevance(NamedTuple):
-    """Relevance and activation at the output of one call of a module, shaped alike."""
-
+class _Both(NamedTuple):
     relevance: Tensor
     activation: Tensor
+
+
+class LayerRelevance(_Both):
+    """Relevance and activation at the output of one call of a module, shaped alike.
+
+    Args:
+        relevance: What arrived.
+        activation: The output.
+        passed: What the masks of conditions let through; None if there were none.
+    """
+
+    passed: Tensor
+
+    def __new__(
+        cls, relevance: Tensor, activation: Tensor, passed: Tensor | None = None
+    ) -> LayerRelevance:
+        """A pair, and what passed."""
+        both = super().__new__(cls, relevance, activation)
+        both.passed = relevance if passed is None else passed
+        return both
 
 
 class LayerCalls(tuple[LayerRelevance, ...]):
     """One ``LayerRelevance`` per call of a module; a module called once can be read directly."""
 
+    #: The dimension of the channels of one output, None where it is not clear.
+    channels: int | None = None
+
+    @classmethod
+    def of(cls, calls: Iterable[LayerRelevance], channels: int | None) -> LayerCalls:
+        """The calls of a module whose channels are in a known dimension."""
+        made = cls(calls)
+        made.channels = channels
+        return made
+
     @property
     def relevance(self) -> Tensor:
-        """Relevance at the output of the only call."""
+        """Relevance at the output of the only call: what arrived, before any mask."""
         return self._only().relevance
+
+    @property
+    def passed(self) -> Tensor:
+        """Relevance that the masks of conditions let through, at the only call."""
+        return self._only().passed
 
     @property
     def activation(self) -> Tensor:
@@ -145,6 +179,35 @@ class Explanation:
             )
         return token_text(ids, relevance, tokenizer)
 
+    def concepts(self, layer: str, kind: Concept | None = None) -> Tensor:
+        """Relevance of each concept at a layer, summed over positions.
+
+        Args:
+            layer: One of ``layers=``, or a conditioned place.
+            kind: The kind of concept; channels by default.
+
+        Returns:
+            Shape (N, C), with a dimension of targets or conditions before it if there are several.
+            It sums over concepts to the layer's relevance.
+
+        Raises:
+            SelectorError: The layer was not asked for, or has no such concepts.
+        """
+        if layer not in self.layers:
+            raise SelectorError(
+                f"this explanation has no layer {layer!r}.",
+                fix=f"ask for it: layers=[{layer!r}]; there are {sorted(self.layers)}.",
+            )
+        calls = self.layers[layer]
+        relevance, activation = calls.relevance, calls.activation
+        try:
+            placed = (Channel() if kind is None else kind).at(activation.shape, calls.channels)
+        except ValueError as error:
+            raise SelectorError(f"{layer}: {error}.", fix="give another kind=.") from error
+        if relevance.ndim == activation.ndim:
+            return placed.encode(relevance, activation)
+        return torch.stack([placed.encode(r, activation) for r in relevance])
+
     def _titles(self, n: int) -> list[str] | None:
         seeds = [seed.detach() for seed in pytree.tree_leaves(self.seed)]
         if any(seed.ndim == 0 or len(seed) != n for seed in seeds):
@@ -180,7 +243,9 @@ class Explanation:
 
         names = ("relevance", "output", "target", "seed", "absorbed", "embeddings", "inputs")
         tree = {name: store(name, getattr(self, name)) for name in names}
-        tree["layers"] = store("layers", {p: [list(c) for c in v] for p, v in self.layers.items()})
+        layers = {p: [[*c, c.passed] for c in v] for p, v in self.layers.items()}
+        tree["layers"] = store("layers", layers)
+        tree["channels"] = store("channels", {p: v.channels for p, v in self.layers.items()})
         arrays["__tree__"] = np.array(json.dumps({"tree": tree, "report": self.report.to_dict()}))
         with open(path, "wb") as file:
             np.savez_compressed(file, **arrays)
@@ -227,9 +292,16 @@ def stacked(parts: Sequence[Explanation]) -> Explanation:
 
     first = parts[0]
     layers = {
-        path: LayerCalls(
-            LayerRelevance(torch.stack([p.layers[path][i].relevance for p in parts]), c.activation)
-            for i, c in enumerate(calls)
+        path: LayerCalls.of(
+            (
+                LayerRelevance(
+                    torch.stack([p.layers[path][i].relevance for p in parts]),
+                    c.activation,
+                    torch.stack([p.layers[path][i].passed for p in parts]),
+                )
+                for i, c in enumerate(calls)
+            ),
+            calls.channels,
         )
         for path, calls in first.layers.items()
     }
@@ -260,10 +332,13 @@ def _restored(file: BinaryIO) -> Explanation:
         raise KeyError(kind)
 
     values = {name: restore(node) for name, node in written["tree"].items()}
-    layers = values.pop("layers")
+    layers, channels = values.pop("layers"), values.pop("channels", {})
     return Explanation(
         **values,
-        layers={p: LayerCalls(LayerRelevance(*c) for c in calls) for p, calls in layers.items()},
+        layers={
+            path: LayerCalls.of((LayerRelevance(*c) for c in calls), channels.get(path))
+            for path, calls in layers.items()
+        },
         report=_report_from(written["report"]),
     )
 

@@ -2,10 +2,15 @@
 
 from lrpfx.rewrite.freeze import freeze, written
 from lrpfx.rewrite.ledger import Booking, Ledger
-from lrpfx.rewrite.modules import instrument, rewrite
+from lrpfx.rewrite.masks import UNCHANGED, Edge, Edits
+from lrpfx.rewrite.modules import Tap, instrument, rewrite
 from lrpfx.rewrite.taps import find_taps
 
 __all__ = [
+    "UNCHANGED",
+    "Edge",
+    "Edits",
+    "Tap",
     "Booking",
     "Ledger",
     "find_taps",

@@ -38,19 +38,34 @@ class Ledger:
     """
 
     _sums: dict[str, tuple[Tensor, Tensor, Absorbed]] = field(default_factory=dict)
+    _kept_back: dict[str, list[tuple[Tensor, bool]]] = field(default_factory=dict)
 
     def book(self, name: str, received: tuple[Tensor, ...], flow: Flow) -> None:
         """Record what the node ``name`` made of the relevance it received."""
         absorbed = {cause: value.detach() for cause, value in flow.absorbed().items()}
         self._sums[name] = (sum_all(received), sum_all(flow.relevance), absorbed)
 
+    def keep_back(self, name: str, came: Tensor, kept: Tensor, *, arriving: bool) -> None:
+        """Record what a condition kept back of the relevance that a node received or handed on.
+
+        Args:
+            name: The node.
+            came: The relevance before the mask or gate.
+            kept: What is left of it.
+            arriving: Whether this is before the node's own rule, and not after it.
+        """
+        gone = sum_all((came,)) - sum_all((kept,))
+        self._kept_back.setdefault(name, []).append((gone, arriving))
+
     def bookings(self) -> dict[str, Booking]:
         """Per node name, in the order of the backward pass."""
-        return {
-            name: Booking(
-                received.item(),
-                passed.item(),
-                {cause: value.item() for cause, value in absorbed.items()},
-            )
-            for name, (received, passed, absorbed) in self._sums.items()
-        }
+        return {name: self._booking(name) for name in self._sums}
+
+    def _booking(self, name: str) -> Booking:
+        received, passed, absorbed = self._sums[name]
+        causes = {cause: value.item() for cause, value in absorbed.items()}
+        came, went = received.item(), passed.item()
+        for gone, arriving in self._kept_back.get(name, ()):
+            causes["condition"] = causes.get("condition", 0.0) + gone.item()
+            came, went = (came + gone.item(), went) if arriving else (came, went - gone.item())
+        return Booking(came, went, causes)

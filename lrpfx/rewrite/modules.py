@@ -12,8 +12,10 @@ from torch import fx
 from lrpfx.ops import explained_leaves, nodes_in, output_leaves
 from lrpfx.plan import Assignment
 from lrpfx.rewrite.freeze import freeze
+from lrpfx.rewrite.masks import UNCHANGED, Edits
 from lrpfx.rewrite.shortcuts import FastStreams
-from lrpfx.rewrite.twins import Join, Streams
+from lrpfx.rewrite.streams import Streams
+from lrpfx.rewrite.twins import Join
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ def instrument(
     starts: Sequence[fx.Node],
     taps: Sequence[Tap] = (),
     *,
+    edits: Edits = UNCHANGED,
     fast: bool = False,
     frozen: bool = False,
 ) -> fx.GraphModule:
@@ -80,16 +83,18 @@ def instrument(
         live: Nodes that carry relevance.
         starts: Nodes whose relevance is wanted.
         taps: Further places whose relevance and activation are wanted.
+        edits: What conditions change.
         fast: Let edges carry multipliers where they can. Then no ledger is kept, and the relevance
             has no derivatives; its values are the same up to round-off.
         frozen: With ``fast``: the parameters stay as they are, and what depends on them only is
             computed once.
 
     Returns:
-        A GraphModule that takes the flat inputs and a ledger (or None), and returns five lists:
-        clean output leaves, the clean leaves that are explained (logits for probabilities), their
+        A GraphModule that takes the flat inputs and a ledger (or None), and returns lists: clean
+        output leaves, the clean leaves that are explained (logits for probabilities), their
         phantoms (None where no relevance can start), the phantoms of the starts (None where no
-        output depends on it), and (activation, phantom) per tap.
+        output depends on it), (activation, phantom, phantom behind the masks) per tap, the weights
+        of the masks and of the gates, and (activation, phantom) of where the edits begin.
     """
     graph = fx.Graph()
     inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
@@ -102,18 +107,31 @@ def instrument(
     streams: Streams
     if fast:
         tapped = {node for tap in taps for node in (tap.relevance, tap.activation)}
-        streams = FastStreams(module.graph, graph, plan, live, copied, starts, tapped, frozen)
+        tapped |= edits.touched
+        streams = FastStreams(
+            module.graph, graph, plan, live, copied, starts, tapped, frozen, edits
+        )
     else:
-        streams = Streams(graph, plan, live, copied, ledger=ledger)
+        streams = Streams(graph, plan, live, copied, ledger=ledger, edits=edits)
     streams.run(module.graph, [*nodes_in(leaves), *(tap.activation for tap in taps)])
     clean, phantoms = streams.result, streams.phantoms
+    ends = [
+        streams.seeded.get(n, phantoms.get(n)) if isinstance(n, fx.Node) else None
+        for n in explained
+    ]
+    begin = [] if edits.begin is None else [(clean(edits.begin), phantoms[edits.begin])]
     graph.output(
         (
             [clean(n) if isinstance(n, fx.Node) else n for n in leaves],
             [clean(n) if isinstance(n, fx.Node) else n for n in explained],
-            [phantoms.get(n) if isinstance(n, fx.Node) else None for n in explained],
-            [phantoms.get(n) for n in starts],
-            [(clean(tap.activation), phantoms[tap.relevance]) for tap in taps],
+            ends,
+            [streams.own_phantom(n) for n in starts],
+            [
+                (clean(t.activation), phantoms[t.relevance], streams.own_phantom(t.relevance))
+                for t in taps
+            ],
+            *streams.conditions.weights(),
+            begin,
         )
     )
     finished = _finish(module, graph)

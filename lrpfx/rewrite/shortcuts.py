@@ -25,7 +25,9 @@ from lrpfx.ops import AffineMap, Slot, argument_names, reachable, slot_nodes
 from lrpfx.plan import Assignment, find_carriers
 from lrpfx.rewrite.fast_twins import Derived, Exchange, FastTwin, Recipe, add_to, begin, scaled
 from lrpfx.rewrite.fused import Fused, attend, find_fused, is_of_sizes, mask_for_kernel
-from lrpfx.rewrite.twins import Step, Streams
+from lrpfx.rewrite.masks import Edits
+from lrpfx.rewrite.streams import Streams
+from lrpfx.rewrite.twins import Step
 from lrpfx.rules import AffineRule, Gradient
 
 aten = torch.ops.aten
@@ -45,7 +47,10 @@ class FastStreams(Streams):
         starts: Nodes whose relevance is wanted; so is that of ``tapped`` ones.
         tapped: See ``starts``.
         frozen: Whether the parameters stay as they are.
+        edits: What conditions change.
     """
+
+    fast = True
 
     def __init__(
         self,
@@ -57,8 +62,9 @@ class FastStreams(Streams):
         starts: Container[fx.Node],
         tapped: Container[fx.Node],
         frozen: bool,
+        edits: Edits,
     ) -> None:
-        super().__init__(graph, plan, live, clean)
+        super().__init__(graph, plan, live, clean, edits=edits)
         self.carriers = find_carriers(source, plan, live, starts, tapped)
         self.fused = find_fused(source, plan, live, self.carriers)
         self.frozen, self.starts, self.tapped = frozen, starts, tapped
@@ -105,10 +111,14 @@ class FastStreams(Streams):
         """Add one node; the ops that are their own rule are in both streams."""
         if node in self.fused:
             self._attend(node, self.fused[node])
+            own = self.phantoms[node]
+            self.phantoms[node] = self.conditions.mask(node, self.clean[node], own)
         elif node in self.postponed:  # its twin comes with the ReLU
             self.clean[node] = self.copy(node)
         elif node in self.carriers and node not in self.before and self._is_native(node):
             self._run(node)
+            own = self.phantoms[node]
+            self.phantoms[node] = self.conditions.mask(node, self.clean[node], own)
         else:
             super().add(node)
             if node in self.live and node.target is operator.getitem:
@@ -205,7 +215,7 @@ class FastStreams(Streams):
                     return value
                 return self.graph.call_function(aten.detach.default, (value,))
             into = "relevance" if exact and not self._takes(n) else ""
-            return self._exchange(n, self.phantoms[n], shares[slot] / common, into)
+            return self._exchange(n, self.entering(n, node), shares[slot] / common, into)
 
         # As the slots are counted: in the order of the schema.
         names = argument_names(call.target)

@@ -1,4 +1,4 @@
-"""One node -> its twin: the one autograd.Function, and the streams it stands between.
+"""One node -> its twin: the one autograd.Function, and what it does with relevance.
 
 The clean activations flow through the original nodes. A twin's forward returns a phantom, a tensor
 of the activation's shape without memory of its own that is never read; its backward applies the
@@ -9,19 +9,17 @@ run through the clean stream, which carries the true gradient.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from lrpfx.errors import RuleError
-from lrpfx.ops import Call, Site, is_floating, reachable, record, slot_nodes
-from lrpfx.plan import Assignment
+from lrpfx.ops import Call, Site, is_floating
 from lrpfx.rewrite.ledger import Ledger
-from lrpfx.rules import Gradient, Rule
+from lrpfx.rules import Rule
 
 #: Shape, dtype and device of a phantom.
 Form = tuple[torch.Size, torch.dtype, torch.device]
@@ -200,104 +198,3 @@ class Twin(Step):
         if given.ledger is not None:
             given.ledger.book(self.name, given.R, flow)
         return flow.relevance
-
-
-class Streams:
-    """Copies the clean nodes into a graph and puts every live node's twin beside it.
-
-    Args:
-        graph: What to build, with nothing but placeholders in it.
-        plan: Assignments by node name.
-        live: Nodes that carry relevance.
-        clean: The placeholders' copies.
-        own: Placeholders that are their own phantoms, so that relevance becomes their gradient;
-            elsewhere the phantom stream begins at new leaves.
-        ledger: The node that books are passed by, if any.
-    """
-
-    def __init__(
-        self,
-        graph: fx.Graph,
-        plan: Mapping[str, Assignment],
-        live: Container[fx.Node],
-        clean: Mapping[fx.Node, fx.Node],
-        own: Container[fx.Node] = (),
-        ledger: fx.Node | None = None,
-    ) -> None:
-        self.graph, self.plan, self.live, self.own = graph, plan, live, own
-        self.clean, self.phantoms = dict(clean), dict[fx.Node, fx.Node]()
-        self._keywords = {} if ledger is None else {"ledger": ledger}
-
-    def run(self, source: fx.Graph, ends: Sequence[fx.Node]) -> None:
-        """Add every node that ``ends`` depend on."""
-        used = reachable(ends, self.inputs_of)
-        for node in source.nodes:
-            # Left to itself, fx keeps dead nodes that draw random numbers.
-            if node in used or node.op == "placeholder":
-                self.add(node)
-
-    def inputs_of(self, node: fx.Node) -> Sequence[fx.Node]:
-        """The nodes that a node is computed from."""
-        return node.all_input_nodes
-
-    def add(self, node: fx.Node) -> None:
-        """Add one node of the clean stream, and what stands for it in the phantom stream."""
-        if node not in self.clean:
-            self.clean[node] = self.copy(node)
-        if node not in self.live:
-            return
-        if node in self.own:
-            self.phantoms[node] = self.clean[node]
-        elif record(node) is not None:
-            self.phantoms[node] = self.twin(node)
-        elif node.target is operator.getitem:
-            parent, index = node.args
-            assert isinstance(parent, fx.Node)
-            args = (self.phantoms[parent], index)
-            self.phantoms[node] = self.graph.call_function(operator.getitem, args)
-        else:
-            self.phantoms[node] = self.begin(node)
-
-    def copy(self, node: fx.Node) -> fx.Node:
-        """The node in the clean stream."""
-        return self.graph.node_copy(node, self.clean.__getitem__)
-
-    def begin(self, node: fx.Node) -> fx.Node:
-        """Where relevance is wanted: a leaf."""
-        return self.graph.call_function(begin, (self.clean[node],))
-
-    def result(self, node: fx.Node) -> fx.Node:
-        """The clean value of a node, to be returned."""
-        return self.clean[node]
-
-    def twin(self, node: fx.Node) -> fx.Node:
-        """The twin of a node with a rule."""
-        assignment = self.plan[node.name]
-        rule, site = assignment.rule, assignment.record.site
-        # A linear op has the same Jacobian everywhere: its gradient needs no activation kept.
-        reads_input = rule.reads_input and not (isinstance(rule, Gradient) and site.op.linear)
-        place = str(assignment.record)
-        step = Twin(node.name, len(site.live), rule.reads_output, rule, site, reads_input, place)
-        return self.beside(step, self.clean[node], *self.read(node, reads_input))
-
-    def read(self, node: fx.Node, reads_input: bool) -> tuple[list[fx.Node], list[fx.Node | None]]:
-        """Phantoms of a node's live inputs, and values of its slots."""
-        site, slots = self.plan[node.name].record.site, slot_nodes(node)
-        live = set(site.live)
-        values = [
-            self.clean[n] if i not in live or reads_input else None for i, n in enumerate(slots)
-        ]
-        return [self.phantoms[slots[i]] for i in site.live], values
-
-    def beside(
-        self,
-        step: Step,
-        clean: fx.Node,
-        phantoms: Sequence[fx.Node],
-        values: Sequence[fx.Node | None] = (),
-    ) -> fx.Node:
-        """A node of the phantom stream."""
-        keywords = self._keywords if isinstance(step, Twin) else {}
-        args = (clean, *phantoms, *values)
-        name = f"{step.name}_lrp"
-        return self.graph.create_node("call_function", step, args, dict(keywords), name=name)

@@ -3,20 +3,24 @@
 from lrpfx.run.assumptions import Assumptions
 from lrpfx.run.backward import Largest, Run, at_a_time
 from lrpfx.run.compiled import Compiled, CompiledRun
-from lrpfx.run.gather import Gather, by_layer, reported
+from lrpfx.run.conditioned import Init, condition_seeds
+from lrpfx.run.gather import Calls, Gather, by_layer, reported
 from lrpfx.run.refuse import refuse_if_the_model_does, refuse_relevance, refuse_seed
 from lrpfx.run.targets import Target, each_target, is_several, make_seed
 
 __all__ = [
     "Assumptions",
+    "Calls",
     "Compiled",
     "CompiledRun",
     "Gather",
+    "Init",
     "Largest",
     "Run",
     "Target",
     "at_a_time",
     "by_layer",
+    "condition_seeds",
     "each_target",
     "is_several",
     "make_seed",

@@ -21,10 +21,17 @@ BOUND = 2**27
 
 @dataclass(frozen=True)
 class Pulled:
-    """Relevance of one target, at the starts (None where there is none) and at the taps."""
+    """Relevance of one target, at the starts (None where there is none) and at the taps.
+
+    Args:
+        starts: One for each.
+        taps: What arrived at each.
+        passed: What the masks there let through; the same where there are none.
+    """
 
     starts: list[Tensor | None]
     taps: list[Tensor]
+    passed: list[Tensor]
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -40,44 +47,64 @@ class Run:
     explained: list[Any]
     phantoms: list[Tensor | None]
     starts: list[Tensor | None]
-    taps: list[tuple[Tensor, Tensor]]
+    taps: list[tuple[Tensor, Tensor, Tensor]]
+    masks: list[Tensor]
+    gates: list[Tensor]
+    begin: list[tuple[Tensor, Tensor]]
 
     @property
     def activations(self) -> list[Tensor]:
         """What is asked for of ``layers``."""
-        return [activation for activation, _ in self.taps]
+        return [activation for activation, *_ in self.taps]
 
     def pull(
-        self, seeds: Sequence[Seed], *, together: int = 1, create_graph: bool = False
+        self,
+        seeds: Sequence[Seed],
+        *,
+        together: int = 1,
+        create_graph: bool = False,
+        keep: bool = False,
     ) -> Iterator[Pulled]:
         """Pull the seeds back to the starts, one after the other or several at a time.
 
         Args:
-            seeds: One per target.
+            seeds: One per target, or condition.
             together: How many targets go through the backward pass at a time. What a rule computes
                 of the activations is then computed once for all of them.
             create_graph: See ``lrpfx.explain``.
+            keep: Whether the run is pulled once more after these.
 
         Raises:
             TargetError: The outputs in question do not depend on the explained inputs.
         """
-        ends = self.phantoms, self.starts, [relevance for _, relevance in self.taps]
+        phantoms = [p for _, p in self.begin] or self.phantoms
+        arrived = [p for _, p, _ in self.taps]
+        passed = [None if own is p else own for _, p, own in self.taps]
+        ends = [*phantoms, *self.masks, *self.gates], [*self.starts, *arrived, *passed]
         done = 0
         while done < len(seeds):
             some = seeds[done : done + together]
             done += len(some)
-            keep = create_graph or done < len(seeds)
+            more = keep or create_graph or done < len(seeds)
             if len(some) > 1:
                 try:
-                    yield from _pull_together(some, *ends)
+                    yield from map(self._sorted, _pull_together(some, *ends))
                     continue
                 except LrpError:
                     raise
                 except RuntimeError:  # an op, or a stabilizer of the user's, that knows no batches
                     together = 1
             for k, seed in enumerate(some):
-                retain = keep or k + 1 < len(some)
-                yield _pull(seed, *ends, create_graph, retain)
+                retain = more or k + 1 < len(some)
+                yield self._sorted(_pull(seed, *ends, create_graph, retain))
+
+    def _sorted(self, found: Sequence[Tensor | None]) -> Pulled:
+        """What was found at the starts, what arrived at the taps, and what passed there."""
+        starts, layers = len(self.starts), len(self.taps)
+        arrived = [r for r in found[starts : starts + layers] if r is not None]
+        behind = found[starts + layers :]
+        passed = [a if r is None else r for a, r in zip(arrived, behind, strict=True)]
+        return Pulled(list(found[:starts]), arrived, passed)
 
 
 class Largest:
@@ -125,53 +152,55 @@ def at_a_time(largest: float) -> int:
 def _pull(
     seed: Seed,
     phantoms: Sequence[Tensor | None],
-    starts: Sequence[Tensor | None],
-    taps: Sequence[Tensor],
+    ends: Sequence[Tensor | None],
     create_graph: bool,
     keep: bool,
-) -> Pulled:
-    begun = _begun(seed, phantoms)
-    ends = [*(start for start in starts if start is not None), *taps]
+) -> list[Tensor | None]:
+    begun, at = _begun(seed, phantoms), [end for end in ends if end is not None]
     grads = torch.autograd.grad(
         [p for p, _ in begun],
-        ends,
+        at,
         [s for _, s in begun],
         create_graph=create_graph,
         retain_graph=keep,
         allow_unused=True,
     )
-    found = [torch.zeros_like(e) if g is None else g for g, e in zip(grads, ends, strict=True)]
-    return _sorted(found, starts)
+    return _in_place([torch.zeros_like(e) if g is None else g for g, e in _pairs(grads, at)], ends)
 
 
 def _pull_together(
     seeds: Sequence[Seed],
     phantoms: Sequence[Tensor | None],
-    starts: Sequence[Tensor | None],
-    taps: Sequence[Tensor],
-) -> list[Pulled]:
+    ends: Sequence[Tensor | None],
+) -> list[list[Tensor | None]]:
     begun = [_begun(seed, phantoms) for seed in seeds]
-    ends = [*(start for start in starts if start is not None), *taps]
+    at = [end for end in ends if end is not None]
     grads = torch.autograd.grad(
         [p for p, _ in begun[0]],
-        ends,
+        at,
         [torch.stack(column) for column in zip(*([s for _, s in b] for b in begun), strict=True)],
         retain_graph=True,  # also for the one after the other, should this fail
         allow_unused=True,
         is_grads_batched=True,
     )
-    each = [
-        [torch.zeros_like(e) if g is None else g[k] for g, e in zip(grads, ends, strict=True)]
+    return [
+        _in_place([torch.zeros_like(e) if g is None else g[k] for g, e in _pairs(grads, at)], ends)
         for k in range(len(seeds))
     ]
-    return [_sorted(found, starts) for found in each]
+
+
+def _pairs(
+    grads: Sequence[Tensor | None], ends: Sequence[Tensor]
+) -> Iterator[tuple[Tensor | None, Tensor]]:
+    return zip(grads, ends, strict=True)
 
 
 def _begun(seed: Seed, phantoms: Sequence[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
-    """The phantoms that relevance starts from, each with its seed."""
-    pairs = [(p, s) for p, s in zip(phantoms, seed.seeds, strict=True) if s is not None]
+    """The phantoms that relevance starts from, each with its seed; and weights of conditions."""
+    seeds = [*seed.seeds, *seed.kept]
+    pairs = [(p, s) for p, s in zip(phantoms, seeds, strict=True) if s is not None]
     begun = [(p, s) for p, s in pairs if p is not None]
-    if not begun:
+    if len(begun) == len(seed.kept):
         raise TargetError(
             f"{seed.description}: this output does not depend on the explained inputs.",
             fix="choose another output by a callable target.",
@@ -179,7 +208,7 @@ def _begun(seed: Seed, phantoms: Sequence[Tensor | None]) -> list[tuple[Tensor, 
     return begun
 
 
-def _sorted(found: Sequence[Tensor], starts: Sequence[Tensor | None]) -> Pulled:
+def _in_place(found: Sequence[Tensor], ends: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """One for each of ``ends``, None where there is none."""
     rest = iter(found)
-    at_starts = [None if start is None else next(rest) for start in starts]
-    return Pulled(at_starts, list(rest))
+    return [None if end is None else next(rest) for end in ends]

@@ -86,7 +86,7 @@ class Explicit:
             seed: On the same outputs as the one that the graphs were made for.
         """
         starts, taps = self._call(self._backward, [*values, *_tensors(seed.seeds)])
-        return Pulled(starts, taps)
+        return Pulled(starts, taps, taps)
 
     def _call(self, part: _Part, values: Sequence[Tensor]) -> Any:
         with contextlib.ExitStack() as plainly:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -16,6 +16,7 @@ from lrpfx.ops import final_softmax, output_leaves
 from lrpfx.plan import index_places
 from lrpfx.report import Report, with_ledger
 from lrpfx.rewrite import Ledger
+from lrpfx.run.backward import Pulled
 from lrpfx.run.targets import Seed
 
 
@@ -137,11 +138,13 @@ def _added(total: Tensor | None, more: Tensor) -> Tensor:
 
 
 def reported(
-    found: Explanation | list[Explanation], book: Ledger | None, target: str
+    found: Explanation | list[Explanation],
+    book: Ledger | None,
+    target: str,
+    notes: Sequence[str] = (),
 ) -> Explanation:
     """The explanation with its own report; several as one."""
     if isinstance(found, list):
-        target = f"{len(found)} targets of each sample, one-hot times output"
         found = stacked(found)
     arrived = [r for r in pytree.tree_leaves(found.relevance) if isinstance(r, Tensor)]
     report = with_ledger(
@@ -150,6 +153,7 @@ def reported(
         target=target,
         started=_total(pytree.tree_leaves(found.seed)),
         reached=_total(arrived),
+        notes=notes,
     )
     return replace(found, report=report)
 
@@ -172,9 +176,19 @@ def _total(tensors: Sequence[Tensor]) -> float:
     return sum(t.detach().sum(dtype=torch.float64).item() for t in tensors)
 
 
+class Calls(NamedTuple):
+    """How many calls of a module were asked for, and the dimension of its channels, if clear."""
+
+    number: int
+    channels: int | None
+
+
 def by_layer(
-    calls: Mapping[str, int], activations: Sequence[Tensor], relevance: Sequence[Tensor]
+    calls: Mapping[str, Calls], activations: Sequence[Tensor], pulled: Pulled
 ) -> dict[str, LayerCalls]:
     """Per module path its calls, as many as ``calls`` says, in order."""
-    entries = iter(map(LayerRelevance, relevance, activations))
-    return {path: LayerCalls(next(entries) for _ in range(n)) for path, n in calls.items()}
+    entries = iter(map(LayerRelevance, pulled.taps, activations, pulled.passed))
+    return {
+        path: LayerCalls.of([next(entries) for _ in range(each.number)], each.channels)
+        for path, each in calls.items()
+    }

@@ -25,11 +25,13 @@ class Seed:
         seeds: Per output leaf, the relevance to start from, None where there is none.
         classes: The explained class per sample, shape (N,), where the target is a class.
         description: For the report.
+        kept: Of the masks and gates of conditions, what each lets through.
     """
 
     seeds: list[Tensor | None]
     classes: Tensor | None
     description: str
+    kept: tuple[Tensor, ...] = ()
 
 
 def is_several(target: Any) -> bool:

@@ -1,0 +1,16 @@
+"""Concepts: what parts of a layer's relevance mean, beside where in the input it goes."""
+
+from lrpfx.concepts.graph import AttributionGraph, attribution_graph
+from lrpfx.conditions import Channel, Concept, Direction, Head, Neuron, Subspace, Token
+
+__all__ = [
+    "AttributionGraph",
+    "Channel",
+    "Concept",
+    "Direction",
+    "Head",
+    "Neuron",
+    "Subspace",
+    "Token",
+    "attribution_graph",
+]

@@ -1,0 +1,130 @@
+"""Names -> places in the graph: module paths, calls of modules, nodes of the report."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from lrpfx.errors import SelectorError
+from lrpfx.ops import record
+from lrpfx.rewrite import Tap, find_taps
+
+#: Ops whose channels are in dimension 1, and those whose channels are in the last.
+_SECOND = {"conv", "batch_norm", "group_norm", "instance_norm", "max_pool", "avg_pool"}
+_LAST = {"linear", "layer_norm", "rms_norm"}
+#: Families of ops that leave channels where they are.
+_KEEP = {"activation", "affine", "product", "normalize"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """One place of relevance.
+
+    Args:
+        name: As it was given.
+        tap: Where its activation and its relevance are.
+        channels: The dimension of its channels, None where that is not clear.
+    """
+
+    name: str
+    tap: Tap
+    channels: int | None
+
+
+class Places:
+    """Finds places by name.
+
+    Args:
+        graph: A canonized, annotated graph.
+        live: The nodes that carry relevance.
+        prefix: What to strip from module paths.
+    """
+
+    def __init__(self, graph: fx.Graph, live: set[fx.Node], prefix: str) -> None:
+        self.graph, self.live, self._prefix = graph, live, prefix
+        self._nodes = {n.name: n for n in graph.nodes if n in live and record(n) is not None}
+
+    def known(self, name: str) -> Place | None:
+        """The place of this name, None if there is none or there are several."""
+        try:
+            return self.find(name)
+        except SelectorError:
+            return None
+
+    def find(self, name: str) -> Place:
+        """The place of this name.
+
+        Raises:
+            SelectorError: There is none, or there are several.
+        """
+        path, at, call = name.partition("@")
+        try:
+            calls = find_taps(self.graph, self.live, [glob.escape(path)], self._prefix)[path]
+        except SelectorError as error:
+            if name in self._nodes:
+                node = self._nodes[name]
+                return Place(name, Tap(node, node), channels_of(node, self.live))
+            if "hands on" in error.what or "folded" in error.what:
+                raise
+            raise self._unknown(name) from error
+        if not at and len(calls) > 1:
+            raise SelectorError(
+                f"module {path!r} is called {len(calls)} times.",
+                fix=f"name a call: {path}@0 to {path}@{len(calls) - 1}.",
+            )
+        if at and not (re.fullmatch(r"\d+", call) and int(call) < len(calls)):
+            raise SelectorError(
+                f"{name!r}: module {path!r} is called {len(calls)} times.",
+                fix=f"name a call from {path}@0 on.",
+            )
+        tap = calls[int(call or 0)]
+        return Place(name, tap, channels_of(tap.relevance, self.live))
+
+    def _unknown(self, name: str) -> SelectorError:
+        paths = {c.path for n in self._nodes.values() if (r := record(n)) for c in r.modules}
+        known = [*sorted(paths), *self._nodes]
+        near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
+        return SelectorError(
+            f"{name!r} is neither a module on the way from input to output nor a node of the "
+            "report.",
+            fix=f"did you mean {', '.join(map(repr, near))}?"
+            if near
+            else f"places here: {', '.join(known[:12])}",
+        )
+
+
+def channels_of(node: fx.Node, live: Collection[fx.Node]) -> int | None:
+    """The dimension of a node's channels, by the layers that it comes from; None if unclear."""
+    told: dict[fx.Node, int | None] = {}
+
+    def tell(node: fx.Node) -> int | None:
+        if node not in told:
+            told[node] = _own_channels(node)
+            if told[node] is None and (r := record(node)) is not None and r.family in _KEEP:
+                alike = [n for n in node.all_input_nodes if n in live and _alike(n, node)]
+                found = {tell(n) for n in alike}
+                told[node] = found.pop() if len(found) == 1 else None
+        return told[node]
+
+    return tell(node)
+
+
+def _own_channels(node: fx.Node) -> int | None:
+    value, known = node.meta.get("val"), record(node)
+    if not isinstance(value, Tensor) or value.ndim < 2:
+        return None
+    if value.ndim == 2 or (known is not None and known.kind in _SECOND):
+        return 1
+    last = node.target is torch.ops.aten.embedding.default
+    return value.ndim - 1 if last or (known is not None and known.kind in _LAST) else None
+
+
+def _alike(a: fx.Node, b: fx.Node) -> bool:
+    one, other = a.meta.get("val"), b.meta.get("val")
+    return isinstance(one, Tensor) and isinstance(other, Tensor) and one.ndim == other.ndim
