@@ -68,8 +68,8 @@ class Apply(nn.Module):
         return self.function(self, *args, **kwargs)
 
 
-#: By the id of a model, which is held so that no other can have it.
-Traces = dict[int, tuple[nn.Module, Trace]]
+#: By the id of a model, which is held so that no other can have it, and the form of its inputs.
+Traces = dict[tuple[Any, ...], tuple[nn.Module, Trace]]
 
 
 @contextmanager
@@ -77,16 +77,33 @@ def traced_once(known: Traces | None = None) -> Iterator[None]:
     """One trace of a model, for inputs of one form, serves all its rule sets.
 
     Args:
-        known: Where the traces are kept for the next time, if they are.
+        known: Where the traces are kept for the next time, if they are; the last hundred.
     """
     traces: Traces = {} if known is None else known
 
     def once(model: nn.Module, inputs: Any, dynamic: Any) -> Trace:
-        if id(model) not in traces:
-            traces[id(model)] = model, capture(model, inputs, dynamic)
-        return traces[id(model)][1]
+        leaves, spec = pytree.tree_flatten(inputs)
+        form = (
+            (leaf.dtype, *leaf.shape) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves
+        )
+        key = (id(model), model.training, str(dynamic), str(spec), *form)
+        found = traces.pop(key, None) or (model, capture(model, inputs, dynamic))
+        traces[key] = found
+        while len(traces) > 100:
+            del traces[next(iter(traces))]
+        return found[1]
 
     with mock.patch("lrpfx.prepare.capture", once):
+        yield
+
+
+_OF_THE_SESSION: Traces = {}
+
+
+@pytest.fixture
+def one_trace() -> Iterator[None]:
+    """A model is traced once in a session; one that changes between explanations must not be."""
+    with traced_once(_OF_THE_SESSION):
         yield
 
 
