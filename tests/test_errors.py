@@ -38,6 +38,7 @@ from lrpfx import (
     errors,
 )
 from tests.conftest import Apply, assert_untouched, lived_in
+from tests.oracle.networks import ConvNet
 
 
 def x(*shape: int) -> Tensor:
@@ -70,22 +71,6 @@ class Case:
 
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
-
-
-class ConvNet(nn.Module):
-    """A conv with a batch norm to fold, ReLU as module and as function, a linear layer."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(1, 2, 3, padding=1)
-        self.norm = nn.BatchNorm2d(2)
-        self.act = nn.ReLU()
-        self.classifier = nn.Linear(32, 3)
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.norm(self.conv(x)))
-        return self.classifier(F.relu(x).flatten(1))
 
 
 def image() -> Tensor:

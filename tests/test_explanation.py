@@ -24,7 +24,8 @@ import lrpfx
 from lrpfx import Explanation, errors
 from lrpfx.report.report import Report, Row
 from tests.conftest import Apply
-from tests.test_errors import ConvNet, check_form
+from tests.oracle.networks import ConvNet
+from tests.test_errors import check_form
 
 #: A module's name and a function's name that would do harm in a page.
 TAG, SCRIPT = "<b>&amp;</b>", '<script>alert("1")</script>'

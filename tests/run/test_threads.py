@@ -1,14 +1,18 @@
 """Explanations beside each other: in several threads, and between the passes of another."""
 
 import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 import lrpfx
+from tests.conftest import assert_untouched
+from tests.oracle.networks import conv_net, draw, image, mlp
 from tests.oracle.spellings import RULES, close, normal, plain_net
-
-pytestmark = pytest.mark.usefixtures("one_trace")
 
 
 def test_two_forwards_before_one_backward() -> None:
@@ -38,3 +42,44 @@ def test_explanations_in_several_threads() -> None:
     for thread in threads:
         thread.join()
     assert all(close(found[i], r) for i, r in enumerate(expected))
+
+
+@pytest.fixture
+def four_threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(4) as pool:
+        yield pool
+
+
+def test_two_explainers_in_four_threads(four_threads: ThreadPoolExecutor) -> None:
+    model = conv_net()
+    explainers = [lrpfx.Explainer(model, image()), lrpfx.Explainer(model, image(), "epsilon_all")]
+    jobs = [(e, 1 + i % 3, ["act"] if i % 2 else []) for i in range(8) for e in explainers]
+
+    def work(job: tuple[lrpfx.Explainer, int, list[str]]) -> list[Any]:
+        explainer, n, layers = job
+        found = explainer(image(n, seed=n), 1, layers=layers)
+        seen = [call for calls in found.layers.values() for call in calls]
+        return [found.relevance, found.output, seen, found.report.to_dict()]
+
+    serial = [work(job) for job in jobs]
+    with assert_untouched(model):
+        parallel = list(four_threads.map(work, jobs))
+    for found, expected in zip(parallel, serial, strict=True):
+        torch.testing.assert_close(found[:3], expected[:3], rtol=0, atol=0)
+        assert found[3] == expected[3]  # relevance of one call is not booked by another
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["one-model", "own-models"])
+def test_capturing_in_four_threads(four_threads: ThreadPoolExecutor, shared: bool) -> None:
+    """A capture must not be seen by what explains, or captures, the same model meanwhile."""
+    models = [mlp()] * 4 if shared else [mlp() for _ in range(4)]
+    x = draw(2, 3)
+    expected = lrpfx.explain(models[0], x).relevance
+
+    def work(model: nn.Module) -> list[Tensor]:
+        explainer = lrpfx.Explainer(model, x)
+        return [lrpfx.explain(model, x).relevance, explainer(x).relevance, explainer(x).relevance]
+
+    with assert_untouched(models[0]):
+        for found in four_threads.map(work, models):
+            assert all(torch.equal(relevance, expected) for relevance in found)
