@@ -611,7 +611,7 @@ def test_what_cannot_be_made_functional_is_refused() -> None:
         v.masked_fill_(torch.arange(2) > 0, 0.5)
         return h.flatten(1) + v.flatten(1)
 
-    with pytest.raises(lrpfx.errors.CaptureError, match=r"in-place(.|\n)*test_canonize\.py:\d+"):
+    with pytest.raises(lrpfx.errors.CaptureError, match=r"in-place(.|\n)*test_passes\.py:\d+"):
         lrpfx.explain(Plain(write), torch.randn(2, 6))
 
 
