@@ -10,7 +10,18 @@ from torch import fx, nn
 from lrpfx.canonize import canonize, release
 from lrpfx.capture import Captured, Inputs, capture, check_faithful
 from lrpfx.errors import CaptureError, some
-from lrpfx.ops import Record, explained_leaves, record, used_nodes
+from lrpfx.ops import (
+    HELD,
+    Record,
+    explained_leaves,
+    find,
+    is_floating,
+    live_names,
+    op_name,
+    record,
+    source_line,
+    used_nodes,
+)
 from lrpfx.plan import Plan, RulesLike, annotate, assign, find_carriers, find_starts, notes_of
 from lrpfx.report import Report, make_report
 from lrpfx.rules import Stop
@@ -116,7 +127,25 @@ def _check_live(
             fix="give the input as a floating tensor, or its embedding.",
         )
     raise CaptureError(
-        "no output of the model depends on the explained inputs.",
-        where=[f"inputs: {', '.join(captured.signature.paths)}"],
-        fix="check forward() for detach(), argmax or other steps that have no gradient.",
+        "no output of the model depends on the explained inputs: relevance ends on the way.",
+        where=some([f"{op_name(n.target)}   {source_line(n)}" for n in _ends(graph, starts)])
+        or [f"inputs: {', '.join(captured.signature.paths)}"],
+        fix="explain a wrapper module without what has no gradient there: detach(), a region of "
+        "no_grad(), argmax, rounding or quantisation.",
     )
+
+
+def _ends(graph: fx.Graph, starts: Collection[fx.Node]) -> list[fx.Node]:
+    """The nodes that an output depends on, and an explained input, but not as relevance has it."""
+    flowing, ends = set(starts), []
+    used = used_nodes(graph)
+    for node in graph.nodes:
+        if node.op != "call_function" or flowing.isdisjoint(node.all_input_nodes):
+            continue
+        row = find(node.target, frozenset(live_names(node, flowing)))
+        constant = row is not None and row.family == "constant"
+        if is_floating(node.meta.get("val")) and not constant and HELD not in node.meta:
+            flowing.add(node)
+        elif node in used:
+            ends.append(node)
+    return ends

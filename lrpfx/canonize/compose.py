@@ -1,9 +1,9 @@
-"""Pass: activations written out of primitives -> one node, as their rule needs them whole."""
+"""Passes: activations written out of primitives -> one node, as their rule needs them whole."""
 
 from __future__ import annotations
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from lrpfx import ops
 from lrpfx.ops import Composed, op_name, varying
@@ -39,6 +39,25 @@ def whole_activations(module: fx.GraphModule) -> fx.GraphModule:
         node.replace_all_uses_with(new)
         for old in sorted(region, reverse=True):
             module.graph.erase_node(old)
+    return module
+
+
+def whole_quantisation(module: fx.GraphModule) -> fx.GraphModule:
+    """``fake_quantize(x, ...)`` -> one activation of x: rounding to a grid counts as identity.
+
+    That is how such models are trained. Some of these ops return a mask and statistics, too.
+    """
+    for node in list(module.graph.nodes):
+        if not any(name in str(node.target) for name in ("fake_quantize_per", "obs_fq_helper")):
+            continue
+        several = not isinstance(node.meta["val"], Tensor)
+        for end in [n for n in node.users if n.args[1] == 0] if several else [node]:
+            with module.graph.inserting_before(end):
+                new = _call_composed(module, end, node.args[0], {node, end}, "fake_quantize")
+            end.replace_all_uses_with(new)
+            module.graph.erase_node(end)
+        if several and not node.users:
+            module.graph.erase_node(node)
     return module
 
 
@@ -80,7 +99,7 @@ def _is_elementwise(node: fx.Node, end: fx.Node) -> bool:
 
 
 def _call_composed(
-    module: fx.GraphModule, end: fx.Node, entry: fx.Node, region: set[fx.Node]
+    module: fx.GraphModule, end: fx.Node, entry: fx.Node, region: set[fx.Node], name: str = ""
 ) -> fx.Node:
     body = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {entry: body.placeholder("x")}
@@ -95,7 +114,7 @@ def _call_composed(
     cores = [op_name(n.target) for n in sorted(region) if _is_activation(n)]
     function = fx.GraphModule(module, body)
     vanishes = not constants and _vanishes(function)
-    composed = Composed(function, cores[-1] if cores else "square", vanishes)
+    composed = Composed(function, name or (cores[-1] if cores else "square"), vanishes)
     new = module.graph.call_function(composed, (entry, constants))
     new.meta = dict(end.meta)
     return new

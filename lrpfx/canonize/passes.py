@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 
 from lrpfx.canonize.attention import group_heads, open_attention
 from lrpfx.canonize.by_hand import whole_functions, whole_lerps, whole_relus
-from lrpfx.canonize.compose import whole_activations
+from lrpfx.canonize.compose import whole_activations, whole_quantisation
 from lrpfx.canonize.fold import fold_into_layers
 from lrpfx.canonize.functionalize import (
     copies_to_casts,
@@ -98,17 +98,32 @@ def refuse_training(module: fx.GraphModule) -> fx.GraphModule:
             bad.append((node, "is random"))
         elif _mixes_batch(node) and any(n.op == "placeholder" for n in reachable([node])):
             bad.append((node, "uses the statistics of the batch"))
+    if bad and all(_without_statistics(node) for node, _ in bad):
+        raise TrainingModeError(
+            "the model's output depends on the other samples, in evaluation mode, too.",
+            where=[_place(node, "has no running statistics") for node, _ in bad],
+            fix="give batch norm running statistics (track_running_stats=True, and train the model "
+            "or reset them); or normalise each sample by itself, by GroupNorm or InstanceNorm.",
+        )
     if bad:
         raise TrainingModeError(
             "the model is in training mode: its output is random or depends on the other samples.",
-            where=[
-                f"{calls[-1].path if (calls := module_calls(n)) else '(the model)'}: "
-                f"{n.target._schema.name.split('::')[-1]} {why}   {source_line(n)}".rstrip()
-                for n, why in bad
-            ],
-            fix="call model.eval() first (batch norm needs running statistics).",
+            where=[_place(node, why) for node, why in bad],
+            fix="call model.eval() first; what does not follow it, such as F.dropout without "
+            "training=self.training, has to be told.",
         )
     return module
+
+
+def _place(node: fx.Node, why: str) -> str:
+    calls = module_calls(node)
+    path = calls[-1].path if calls else "(the model)"
+    name = node.target._schema.name.split("::")[-1]  # type: ignore[union-attr]
+    return f"{path}: {name} {why}   {source_line(node)}".rstrip()
+
+
+def _without_statistics(node: fx.Node) -> bool:
+    return node.target is aten.batch_norm.default and bound_arguments(node)["running_mean"] is None
 
 
 def _has_dropout(node: fx.Node) -> bool:
@@ -246,6 +261,7 @@ PASSES: tuple[Pass, ...] = (
     inline_no_grad,
     refuse_training,
     whole_batch_norm,
+    whole_quantisation,
     copies_to_casts,
     drop_noops,
     refuse_random,

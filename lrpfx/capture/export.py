@@ -8,12 +8,10 @@ import keyword
 import logging
 import re
 import threading
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -30,8 +28,10 @@ from lrpfx.capture.inputs import (
     form_of,
     input_paths,
     is_explained,
+    key_paths,
     split_inputs,
 )
+from lrpfx.capture.lines import raised_at, sizes_fixed
 from lrpfx.capture.outputs import AsDict, from_dicts, is_dataclass, tensors_in
 from lrpfx.capture.preserve import preserved
 from lrpfx.errors import CaptureError, InputError, TrainingModeError, some
@@ -40,7 +40,6 @@ from lrpfx.ops import letters_of
 #: Held while a model is traced: torch.export is not re-entrant, and puts fake tensors into the
 #: model's place of parameters for the time being.
 TRACING = threading.RLock()
-_TORCH = str(Path(torch.__file__).parent)
 
 
 @dataclass(frozen=True)
@@ -191,7 +190,7 @@ def run_model(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) ->
             ) from error
         raise InputError(
             f"the model itself fails on these inputs: {type(error).__name__}: {first_line(error)}",
-            where=_user_frames(error)
+            where=raised_at(error)
             + [f"inputs: {', '.join(str(form_of(leaf, {})) for leaf in leaves)}"],
             fix="check that model(...) runs on them: shapes, dtypes and devices.",
         ) from error
@@ -199,6 +198,17 @@ def run_model(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) ->
 
 def _state(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
+
+
+def _dispatches(t: Tensor) -> bool:
+    """Whether a tensor's class says itself what ops do."""
+    return type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def _observes(module: nn.Module) -> bool:
+    """Whether a module quantises by the statistics of what it sees."""
+    enabled = getattr(module, "observer_enabled", None)
+    return isinstance(enabled, Tensor) and bool(enabled.any())
 
 
 def _breaks_code(path: str) -> bool:
@@ -218,6 +228,15 @@ def _refuse_untraceable(model: nn.Module) -> None:
             "the model has parameters that are not initialised yet.",
             where=some(lazy),
             fix="run the model once on some input first.",
+        )
+    classes = [f"{name} ({type(t).__name__})" for name, t in _state(model) if _dispatches(t)]
+    if classes:
+        raise CaptureError(
+            "the model has parameters that are no plain tensors: their class says what ops make of "
+            "them, as that of quantised weights does.",
+            where=some(classes),
+            fix="put plain tensors in their place, such as weight.dequantize(), or explain the "
+            "model as it was before quantisation.",
         )
     empty = [name for name, t in _state(model) if t.is_meta]
     if empty:
@@ -239,6 +258,13 @@ def _refuse_untraceable(model: nn.Module) -> None:
             "parameters have names that cannot stand in code, and a graph is code.",
             where=some(odd),
             fix="use no quotes, backslashes, line breaks and Python keywords.",
+        )
+    watching = [name for name, module in model.named_modules() if _observes(module)]
+    if watching:
+        raise CaptureError(
+            "observers of a quantisation are on: the model's output changes from call to call.",
+            where=some(watching),
+            fix="model.apply(torch.ao.quantization.disable_observer) first.",
         )
     bad = {
         f"{name or '(the model)'} ({type(module).__name__})": module
@@ -265,14 +291,24 @@ def _export(
     for batched in _batchings(leaves, batch):
         if not batched:
             break
-        try:
-            return _export_once(model, _widened(leaves, batched), spec, batched, dynamic), ""
-        except Exception as error:  # whatever the tracer raises: the next attempt may do
-            why = first_line(error)
+        with sizes_fixed() as lines:
+            try:
+                return _export_once(model, _widened(leaves, batched), spec, batched, dynamic), ""
+            except Exception as error:  # whatever the tracer raises: the next attempt may do
+                why = _why_static(error, lines)
     try:
         return _export_once(model, list(leaves), spec, set(), dynamic), why
     except Exception as error:
         raise _capture_error(model, error) from error
+
+
+def _why_static(error: Exception, lines: Sequence[str]) -> str:
+    """Why the batch cannot vary: where the code fixes its size, or what the tracer says."""
+    said = first_line(error)
+    if not said.startswith("Constraints violated"):
+        return f"with sizes that vary torch.export fails: {type(error).__name__}: {said}"
+    place = f"at {lines[0]}" if lines else "in forward()"
+    return f"the size is fixed {place}; make an Explainer for each size of the batch"
 
 
 def _batchings(leaves: Sequence[Any], batch: int | None) -> list[set[int]]:
@@ -305,12 +341,22 @@ def _export_once(
     dynamic = None
     dims = [_open_dims(leaf, i in batched, further) for i, leaf in enumerate(leaves)]
     if any(dims):
-        shapes_args, shapes_kwargs = pytree.tree_unflatten(dims, spec)
+        shapes_args, shapes_kwargs = _shapes(spec, iter(dims))
         # torch.export wants the shapes by parameter of forward(), *args and **kwargs gathered.
         bound = inspect.signature(model.forward).bind(*shapes_args, **shapes_kwargs)
         dynamic = dict(bound.arguments)
     with tracing():
         return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
+
+
+def _shapes(spec: pytree.TreeSpec, dims: Iterator[Any]) -> Any:
+    """The leaves' sizes in the inputs' structure; torch.export wants lists for classes."""
+    if spec.is_leaf():
+        return next(dims)
+    children = [_shapes(child, dims) for child in spec.children()]
+    if spec.type not in pytree.BUILTIN_TYPES:
+        return children
+    return pytree.SUPPORTED_NODES[spec.type].unflatten_fn(children, spec.context)
 
 
 def _open_dims(leaf: Any, batched: bool, further: Sequence[int]) -> dict[int, Any] | None:
@@ -340,6 +386,7 @@ def tracing() -> Iterator[None]:
     nowhere = io.StringIO()  # a failing trace prints its graph
     with (
         TRACING,
+        key_paths(),
         warnings.catch_warnings(),
         redirect_stdout(nowhere),
         redirect_stderr(nowhere),
@@ -373,20 +420,10 @@ def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
         what = f"torch.export cannot trace the model: {first_line(error)}"
         fix = "rewrite that line with torch ops, or explain a wrapper module around the rest."
     owner = model.model if isinstance(model, AsDict) else model
-    where = _user_frames(error) or [type(owner).__name__]
+    where = raised_at(error) or [type(owner).__name__]
     return CaptureError(what, where=where, fix=fix)
 
 
 def first_line(error: BaseException) -> str:
     """What an exception says, or is, cut to one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def _user_frames(error: BaseException) -> list[str]:
-    """The innermost line of the user's code that the error passed through."""
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((_TORCH, str(Path(__file__).parents[1]), "<"))
-    ]
-    return [f"{frames[-1].filename}:{frames[-1].lineno}   {frames[-1].line}"] if frames else []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,9 +74,35 @@ def input_paths(inputs: Inputs) -> tuple[str, ...]:
     """A name for each leaf of ``inputs``."""
     if isinstance(inputs, Tensor):
         return ("the input",)
-    keyed, _ = pytree.tree_flatten_with_path(split_inputs(inputs))
+    with key_paths():
+        keyed, _ = pytree.tree_flatten_with_path(split_inputs(inputs))
     # The first two keys of a path say "args or kwargs" and which; users know them as inputs[...].
     return tuple("inputs" + pytree.keystr(path[1:]) for path, _ in keyed)
+
+
+_REGISTERING = threading.RLock()
+
+
+@contextmanager
+def key_paths() -> Iterator[None]:
+    """Numbers the leaves of classes that are registered without paths, which torch.export needs."""
+
+    def numbered(flatten: Any) -> Any:
+        def with_keys(value: Any) -> Any:
+            leaves, context = flatten(value)
+            return [(pytree.SequenceKey(i), leaf) for i, leaf in enumerate(leaves)], context
+
+        return with_keys
+
+    known = pytree.SUPPORTED_NODES
+    with _REGISTERING:
+        lacking = [node for node in list(known.values()) if node.flatten_with_keys_fn is None]
+        for node in lacking:
+            known[node.type] = node._replace(flatten_with_keys_fn=numbered(node.flatten_fn))
+        try:
+            yield
+        finally:
+            known.update({node.type: node for node in lacking})
 
 
 def is_explained(leaf: Any) -> bool:

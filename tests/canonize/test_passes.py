@@ -448,7 +448,7 @@ def test_the_folded_weight_is_computed_from_live_parameters() -> None:
         (nn.BatchNorm2d(2), "statistics of the batch"),
         (nn.Dropout2d(), "random"),
         (nn.RReLU(), "random"),
-        (nn.BatchNorm2d(2, track_running_stats=False).eval(), "statistics of the batch"),
+        (nn.BatchNorm2d(2, track_running_stats=False).eval(), "no running statistics"),
     ],
     ids=["batch norm", "dropout", "rrelu", "no running statistics"],
 )
