@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import html
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
@@ -16,17 +15,24 @@ from torch.utils import _pytree as pytree
 
 from lrpfx.capture import tensors_in
 from lrpfx.conditions import Channel, Concept
+from lrpfx.display import layout, page, titles
 from lrpfx.errors import InputError, SelectorError
+from lrpfx.heatmap import Kind, Scale, explained_pairs, heatmap
 from lrpfx.report import Report, Row
-from lrpfx.text import Tokenizer, TokenText, token_text
+from lrpfx.text import TokenizerLike, TokenText, token_text
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
 
 class _Both(NamedTuple):
     relevance: Tensor
     activation: Tensor
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({_form(self.relevance)}, sums to {_sum(self.relevance)})"
 
 
 class LayerRelevance(_Both):
@@ -85,6 +91,25 @@ class LayerCalls(tuple[LayerRelevance, ...]):
             )
         return self[0]
 
+    def __repr__(self) -> str:
+        return ", ".join(map(repr, self)) if len(self) else "not called"
+
+
+class Layers(dict[str, LayerCalls]):
+    """Module paths and the calls of each; shown a line each."""
+
+    def __repr__(self) -> str:
+        lines = [f"{path}: {calls!r}" for path, calls in self.items()]
+        return "\n".join(lines) if lines else "no layers: ask for them, as in layers=['layer4.*']"
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def _sum(tensor: Tensor) -> str:
+    return f"{tensor.detach().sum(dtype=torch.float64).item():.4g}"
+
 
 @dataclass(frozen=True, repr=False)
 class Explanation:
@@ -113,58 +138,105 @@ class Explanation:
     seed: Tensor | tuple[Tensor, ...]
     absorbed: Tensor
     report: Report
-    layers: Mapping[str, LayerCalls] = field(default_factory=dict)
+    layers: Mapping[str, LayerCalls] = field(default_factory=Layers)
     embeddings: Any = None
     inputs: Any = None
 
-    def plot(self, path: str | os.PathLike[str] | None = None, **options: Any) -> Figure:
+    def plot(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        titles: str | Sequence[str] | None = None,
+        kind: Kind | None = None,
+        feature_names: Sequence[str] | None = None,
+        top: int | None = None,
+        sort: bool = True,
+        cmap: str | Colormap | None = None,
+        clip: float = 100.0,
+        scale: Scale = "each",
+        overlay: bool | float = False,
+        columns: int | None = None,
+        limit: int | None = None,
+        ax: Axes | None = None,
+    ) -> Figure:
         """Draw the relevance beside the input: red positive, blue negative, symmetric scale.
 
         Args:
             path: Where to write the picture, if anywhere; the ending names the format.
-            **options: Passed to ``lrpfx.heatmap.heatmap``.
+            titles: One per sample; by default what was explained, and its value.
+            kind: "image", "signal", "sequence" or "table"; by default as the shape, and the layer
+                that takes the input, tell.
+            feature_names: Names of the bars of a table, or of the strips of a signal.
+            top: How many bars of a table are drawn, the largest.
+            sort: Whether bars are in order of size.
+            cmap: A colour map of matplotlib, or its name.
+            clip: Percentile of the absolute relevance at which colours end, such as 99.
+            scale: "each" sample its own, "shared" by all, or the relevance that has full colour.
+            overlay: Draw the map over the image: True, or an opacity.
+            columns: How many samples side by side.
+            limit: How many samples at most: by default 64 images, 16 of anything else.
+            ax: Axes of your own, for one sample.
+
+        Returns:
+            The figure; a notebook shows it. Details are in ``lrpfx.heatmap.heatmap``.
 
         Raises:
-            ValueError: The explained input has no shape that can be drawn.
+            InputError: Not exactly one explained input can be drawn, or an option does not fit.
         """
-        from lrpfx.heatmap import heatmap
-
-        pairs = zip(
-            pytree.tree_leaves(self.relevance), pytree.tree_leaves(self.inputs), strict=True
-        )
-        drawn = [
-            (r, x)
-            for r, x in pairs
-            if isinstance(r, Tensor) and r.ndim > 1 and x.is_floating_point()
-        ]
-        if len(drawn) != 1:
+        pairs = [pair for pair in self._pairs() if pair[2].is_floating_point()]
+        if len(pairs) != 1:
+            raise _cannot_draw(self._pairs())
+        ((name, relevance, image),) = pairs
+        if self._several:
             raise InputError(
-                f"plot() draws one explained input, and this explanation has {len(drawn)}.",
-                fix="draw each with lrpfx.heatmap.heatmap(relevance, images=input).",
+                f"plot() draws one target, and this explanation has {len(relevance)}.",
+                fix="draw one of them: lrpfx.heatmap.heatmap(explanation.relevance[0], inputs=x).",
             )
-        relevance, image = drawn[0]
-        options.setdefault("titles", self._titles(len(relevance)))
-        return heatmap(relevance.detach(), images=image.detach(), path=path, **options)
+        return heatmap(
+            relevance,
+            inputs=image,
+            titles=titles if titles is not None else self._titles(len(relevance)),
+            path=path,
+            kind=kind or layout(self.report.rows, relevance),
+            feature_names=feature_names,
+            top=top,
+            sort=sort,
+            cmap=cmap,
+            clip=clip,
+            scale=scale,
+            overlay=overlay,
+            columns=columns,
+            limit=limit,
+            ax=ax,
+        )
 
-    def show_tokens(self, tokenizer: Tokenizer | Callable[[int], str] | Sequence[str]) -> TokenText:
-        """The explained tokens on a red and blue scale: HTML in a notebook, else coloured text.
+    def show_tokens(
+        self,
+        tokenizer: TokenizerLike,
+        *,
+        skip_special: bool | Collection[str] = False,
+        labels: Sequence[str] | None = None,
+        scale: Scale = "each",
+    ) -> TokenText:
+        """The explained tokens on a red and blue scale: HTML in a notebook, else text.
 
         Args:
             tokenizer: Something with ``convert_ids_to_tokens``, a function from an id to its token,
                 or a vocabulary indexed by id.
+            skip_special: Leave out the tokenizer's special tokens, or those named here: they often
+                take most of the relevance, and with it all of the colour.
+            labels: One per sentence; by default what was explained, and its value.
+            scale: What has full colour: the largest relevance of "each" sentence, the largest of
+                all ("shared"), or a number.
+
+        Returns:
+            What a notebook or terminal shows; ``to_html(path)`` writes it.
 
         Raises:
             InputError: Not exactly one input holds token ids that are explained, the explanation
                 is of several targets, or the tokenizer does not know an id.
         """
-        pairs = zip(
-            pytree.tree_leaves(self.relevance), pytree.tree_leaves(self.inputs), strict=True
-        )
-        explained = [
-            (r, x)
-            for r, x in pairs
-            if isinstance(r, Tensor) and isinstance(x, Tensor) and not x.is_floating_point()
-        ]
+        explained = [(r, x) for _, r, x in self._pairs() if not x.is_floating_point()]
         if len(explained) != 1 or explained[0][1].ndim != 2:
             raise InputError(
                 f"show_tokens() shows one input of token ids (N, T), and this explanation has "
@@ -172,12 +244,23 @@ class Explanation:
                 fix="pair them with lrpfx.text.token_text(ids, relevance, tokenizer).",
             )
         relevance, ids = explained[0]
-        if relevance.ndim > ids.ndim:
+        if self._several:
             raise InputError(
                 f"show_tokens() shows one target, and this explanation has {len(relevance)}.",
                 fix="show one of them: lrpfx.text.token_text(ids, relevance[k], tokenizer).",
             )
-        return token_text(ids, relevance, tokenizer)
+        labels = labels if labels is not None else self._titles(len(ids))
+        return token_text(
+            ids, relevance, tokenizer, skip_special=skip_special, labels=labels, scale=scale
+        )
+
+    def _pairs(self) -> list[tuple[str, Tensor, Tensor]]:
+        return explained_pairs(self.relevance, self.inputs)
+
+    @property
+    def _several(self) -> bool:
+        """Whether there is a leading dimension of targets."""
+        return any(r.ndim > x.ndim for _, r, x in self._pairs())
 
     def concepts(self, layer: str, kind: Concept | None = None) -> Tensor:
         """Relevance of each concept at a layer, summed over positions.
@@ -209,13 +292,7 @@ class Explanation:
         return torch.stack([placed.encode(r, activation) for r in relevance])
 
     def _titles(self, n: int) -> list[str] | None:
-        seeds = [seed.detach() for seed in pytree.tree_leaves(self.seed)]
-        if any(seed.ndim == 0 or len(seed) != n for seed in seeds):
-            return None
-        sums = torch.stack([seed.reshape(n, -1).sum(1) for seed in seeds]).sum(0).tolist()
-        if self.target is None:
-            return [f"{value:.3g}" for value in sums]
-        return [f"class {c}: {v:.3g}" for c, v in zip(self.target.tolist(), sums, strict=True)]
+        return titles(self.target, self.seed, n)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write tensors and report to one ``.npz`` file that holds no code.
@@ -268,7 +345,7 @@ class Explanation:
 
     def __repr__(self) -> str:
         leaves = [t for t in pytree.tree_leaves(self.relevance) if isinstance(t, Tensor)]
-        shapes = ", ".join(f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}" for t in leaves)
+        shapes = ", ".join(map(_form, leaves))
         report = self.report
         return (
             f"Explanation(relevance {shapes}; target: {report.target}; rules: {report.rules}; "
@@ -277,7 +354,27 @@ class Explanation:
         )
 
     def _repr_html_(self) -> str:
-        return f"<p>{html.escape(repr(self))}</p>{self.report._repr_html_()}"
+        named = (
+            None if self._several else self._titles(len(self.absorbed) if self.absorbed.ndim else 0)
+        )
+        return page(self.relevance, self.inputs, self.report, named, self._several)
+
+
+def _cannot_draw(pairs: Sequence[tuple[str, Tensor, Tensor]]) -> InputError:
+    """What is said where not exactly one explained input can be drawn."""
+    drawn = [(name, x) for name, _, x in pairs if x.is_floating_point()]
+    if not drawn:
+        return InputError(
+            "plot() draws floating inputs, and this explanation is of token ids.",
+            fix="explanation.show_tokens(tokenizer) shows them in colour.",
+        )
+    first = drawn[0][0].removeprefix("inputs")
+    return InputError(
+        f"plot() draws one explained input, and this explanation has {len(drawn)}.",
+        where=[f"{name}: {tuple(x.shape)}" for name, x in drawn],
+        fix="draw each: lrpfx.heatmap.heatmap("
+        f"explanation.relevance{first}, inputs=explanation.inputs{first}).",
+    )
 
 
 def stacked(parts: Sequence[Explanation]) -> Explanation:
@@ -291,8 +388,9 @@ def stacked(parts: Sequence[Explanation]) -> Explanation:
         )
 
     first = parts[0]
-    layers = {
-        path: LayerCalls.of(
+    layers = Layers()
+    for path, calls in first.layers.items():
+        layers[path] = LayerCalls.of(
             (
                 LayerRelevance(
                     torch.stack([p.layers[path][i].relevance for p in parts]),
@@ -303,8 +401,6 @@ def stacked(parts: Sequence[Explanation]) -> Explanation:
             ),
             calls.channels,
         )
-        for path, calls in first.layers.items()
-    }
     names = ("relevance", "target", "seed", "absorbed", "embeddings")
     return replace(
         first, layers=layers, **{n: together([getattr(p, n) for p in parts]) for n in names}
@@ -335,10 +431,10 @@ def _restored(file: BinaryIO) -> Explanation:
     layers, channels = values.pop("layers"), values.pop("channels", {})
     return Explanation(
         **values,
-        layers={
-            path: LayerCalls.of((LayerRelevance(*c) for c in calls), channels.get(path))
+        layers=Layers(
+            (path, LayerCalls.of((LayerRelevance(*c) for c in calls), channels.get(path)))
             for path, calls in layers.items()
-        },
+        ),
         report=_report_from(written["report"]),
     )
 

@@ -1,184 +1,422 @@
 """Pictures of relevance: red speaks for the target, blue against it, white is zero.
 
-Colours are comparable within a sample, not between samples: the scale of every sample is symmetric
-and reaches to its largest absolute relevance, which the picture states.
+Each map has its own scale unless another is asked for: symmetric, as far as its largest absolute
+relevance, which is written below it.
 
-Figures are made without pyplot, so that drawing touches no global state and needs no display.
-matplotlib is imported when a picture is drawn; `import lrpfx` does not wait for it.
+Figures are made without pyplot, so that drawing touches no global state and needs no display; a
+notebook shows the one that a cell ends with.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lrpfx.errors import InputError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.colorbar import Colorbar
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
-    from matplotlib.image import AxesImage
 
-Kind = Literal["image", "signal", "table"]
-Array = NDArray[np.float64]
+    from lrpfx.draw import Array, Look
 
-_RED, _BLUE, _INK, _FRAME = "#b2182b", "#2166ac", "#222222", "#c8c8c8"
-_PANEL = 1.6  # inches: the height of an image, and its width where it is square
-_MAX_LABELS = 30  # a table with more features than this has bars too thin for names
+__all__ = ["Kind", "Scale", "Shown", "grid", "heatmap"]
+
+Kind = Literal["image", "signal", "sequence", "table"]
+Scale = Literal["each", "shared"] | float
+
+_SHAPES: dict[Kind, tuple[tuple[int, ...], str]] = {
+    "image": ((3, 4), "(N, C, H, W) or (N, H, W)"),
+    "signal": ((2, 3), "(N, C, L), channels first, or (N, L)"),
+    "sequence": ((3,), "(N, T, D), time first"),
+    "table": ((2,), "(N, F)"),
+}
+_MOST: dict[Kind, int] = {"image": 64, "signal": 16, "sequence": 16, "table": 16}
+_WIDE = 64  # a table with more features is asked whether it is a signal
+_BARS, _TOP = 30, 20  # of more features than this, the largest so many are drawn
 _DPI = 200
+
+
+class Shown(Protocol):
+    """What ``grid`` asks of an explanation."""
+
+    @property
+    def relevance(self) -> Any:
+        """A tensor, or a structure that holds one."""
+
+    @property
+    def inputs(self) -> Any:
+        """Structured alike."""
+
+    @property
+    def report(self) -> Any:
+        """Its ``rules`` give the name."""
 
 
 def heatmap(
     relevance: Tensor,
     *,
-    images: Tensor | None = None,
-    titles: Sequence[str] | None = None,
+    inputs: Tensor | None = None,
+    titles: str | Sequence[str] | None = None,
     path: str | os.PathLike[str] | None = None,
     kind: Kind | None = None,
-    features: Sequence[str] | None = None,
+    feature_names: Sequence[str] | None = None,
+    top: int | None = None,
+    sort: bool = True,
+    cmap: str | Colormap | None = None,
+    clip: float = 100.0,
+    scale: Scale = "each",
+    overlay: bool | float = False,
+    columns: int | None = None,
+    limit: int | None = None,
+    ax: Axes | None = None,
 ) -> Figure:
-    """Draw relevance, one row per sample.
+    """Draw relevance, a cell per sample.
 
     An image is drawn as its relevance summed over channels, beside the input. A signal is drawn as
-    a strip of relevance per channel, with the input as a line over it. A table row is drawn as a
-    bar per feature, with the input as its label.
+    a strip of relevance per channel, with the input as a line over it. A row of a table is drawn as
+    a bar per feature, the largest on top, with the input in its label.
 
     Args:
-        relevance: image (N, C, H, W) or (N, H, W); signal (N, C, L); table (N, F).
-        images: the explained inputs: (N, C, H, W), (N, C, L) or (N, F). C = 1 is drawn gray, C = 3
-            in colour, any other number of channels as their mean.
-        titles: N titles, such as `"class 3: 4.21"`.
-        path: file to write to; the suffix chooses the format (png, pdf, svg).
-        kind: what the relevance belongs to. By default the number of dimensions tells; three
-            dimensions are a signal if `images` has three too, else images without channels.
-        features: F names for the bars of a table.
+        relevance: image (N, C, H, W) or (N, H, W); signal (N, C, L) or (N, L); sequence (N, T, D);
+            table (N, F).
+        inputs: The explained inputs; of an image (N, C, H, W), where C = 3 is drawn in colour and
+            any other number of channels as their mean in gray; else shaped like the relevance.
+        titles: One per sample, such as "class 3: 4.21".
+        path: File to write to; the ending names the format (png, pdf, svg).
+        kind: "image", "signal" (channels before time), "sequence" (time before features) or
+            "table". By default the shape tells: (N, C, H, W) is an image and (N, F) with at most 64
+            features a table; otherwise you are asked.
+        feature_names: Names of the bars of a table, or of the strips of a signal.
+        top: How many bars of a table are drawn, the largest; the others become one. By default 20
+            where there are more than 30.
+        sort: Whether the bars are in order of size, or of the features.
+        cmap: A colour map of matplotlib, or its name.
+        clip: Percentile of the absolute relevance at which colours end, 100 for the largest. At 99
+            the strongest hundredth of the pixels has full colour, and weaker ones show.
+        scale: "each" map its own, "shared" by all samples, or the relevance that has full colour.
+        overlay: Draw the map of an image over it in gray: True, or an opacity up to 1.
+        columns: How many samples side by side.
+        limit: How many samples at most: by default 64 images, 16 of anything else. The picture says
+            how many it leaves out.
+        ax: Axes of your own, for one sample.
 
     Returns:
-        The figure: notebooks display it, `savefig` writes it.
+        The figure: a notebook displays it, `savefig` writes it.
 
     Raises:
-        ValueError: shapes do not belong together, or the relevance is empty or not finite.
+        InputError: Shapes do not belong together, the relevance is empty or not finite, or an
+            option does not fit.
     """
-    kind = kind or _kind(relevance, images)
-    expected = {"image": (3, 4), "signal": (3,), "table": (2,)}
-    if kind not in expected:
-        raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(map(repr, expected))}")
-    if relevance.ndim not in expected[kind]:
-        raise _shape_error("relevance", relevance, f"kind {kind!r}: {_SHAPES[kind]}")
-    values = _values("relevance", relevance)
-    inputs = None if images is None else _values("images", images)
-    if inputs is not None:
-        _check_inputs(kind, values, inputs)
-    _check_count("titles", titles, len(values))
-    if features is not None:
-        if kind != "table":
-            raise ValueError(f"features: names are for tables, this relevance is of kind {kind!r}")
-        _check_count("features", features, values.shape[1])
+    from lrpfx.draw import draw_signals, draw_tables
 
+    values = _values("relevance", relevance)
+    kind = _kind(values, kind, feature_names)
+    given = None if inputs is None else _values("inputs", inputs)
+    if given is not None:
+        _check_inputs(kind, values, given)
+    names = [titles] if isinstance(titles, str) else titles
+    _check_count("titles", names, len(values), "sample")
     if kind == "image":
-        figure = _draw_images(_sum_channels(values), inputs, titles)
-    elif kind == "signal":
-        figure = _draw_signals(values, inputs, titles)
+        values = values.sum(axis=1) if values.ndim == 4 else values
+    elif kind != "table":
+        values, given = _channels_first(kind, values), _channels_first(kind, given)
+    if feature_names is not None:
+        if kind == "image":
+            raise InputError(
+                "feature_names are for tables and signals, and this relevance is of images.",
+                fix="leave them out, or give kind=.",
+            )
+        _check_count("feature_names", feature_names, values.shape[1], "feature or channel")
+    look = _look(cmap, clip, scale, overlay, kind)
+    if kind == "table" and top is None and values.shape[1] > _BARS:
+        top = _TOP
+    part = _Part(values, given, names, feature_names, top, sort)
+    if ax is not None:
+        return _into(ax, kind, part, look, path)
+    note = part.shorten(_positive("limit", limit) or _MOST[kind])
+    columns = _positive("columns", columns)
+    if kind == "image":
+        figure = _images(part, look, columns, note)
+    elif kind == "table":
+        figure = draw_tables(
+            part.values,
+            part.inputs,
+            titles=part.titles,
+            names=feature_names,
+            top=top,
+            sort=sort,
+            look=look,
+            columns=columns,
+            note=note,
+        )
     else:
-        figure = _draw_tables(values, inputs, titles, features)
-    if path is not None:
-        figure.savefig(path, dpi=_DPI)
-    return figure
+        figure = draw_signals(
+            list(part.values),
+            part.inputs if part.inputs is None else list(part.inputs),
+            titles=part.titles,
+            names=feature_names,
+            look=look,
+            columns=columns,
+            note=note,
+        )
+    return _written(figure, path)
 
 
 def grid(
-    images: Tensor,
-    columns: Mapping[str, Tensor],
-    titles: Sequence[str] | None = None,
+    inputs: Tensor | None,
+    columns: Mapping[str, Tensor | Shown] | Sequence[Tensor | Shown],
+    titles: str | Sequence[str] | None = None,
     *,
     path: str | os.PathLike[str] | None = None,
+    cmap: str | Colormap | None = None,
+    clip: float = 100.0,
+    scale: Scale = "each",
+    overlay: bool | float = False,
+    wrap: int | None = None,
+    limit: int | None = None,
 ) -> Figure:
-    """Compare explanations: the inputs in the first column, then one column of maps per name.
+    """Compare explanations of images: the input, then a map of each, for every sample.
 
     Args:
-        images: the explained inputs (N, C, H, W), drawn as in `heatmap`.
-        columns: name -> relevance (N, C, H, W) or (N, H, W), usually one composite each.
-        titles: N titles for the rows.
-        path: file to write to; the suffix chooses the format (png, pdf, svg).
+        inputs: The explained inputs (N, C, H, W), drawn as in `heatmap`; None for those of the
+            first explanation, if it is one.
+        columns: name -> explanation, or relevance (N, C, H, W) or (N, H, W); usually a composite
+            each. A list of explanations is named by their rules.
+        titles: One per sample.
+        path: File to write to; the ending names the format (png, pdf, svg).
+        cmap: See `heatmap`.
+        clip: See `heatmap`.
+        scale: See `heatmap`; "shared" is across maps and samples.
+        overlay: See `heatmap`.
+        wrap: How many panels side by side; by default as many as fit a page.
+        limit: How many samples at most, by default 16.
 
     Returns:
-        The figure: notebooks display it, `savefig` writes it.
+        The figure: a notebook displays it, `savefig` writes it.
 
     Raises:
-        ValueError: shapes do not belong together, or a relevance is empty or not finite.
+        InputError: Shapes do not belong together, or a relevance is empty or not finite.
     """
-    if not columns:
-        raise ValueError("columns: got no relevance to draw, expected name -> relevance")
-    inputs = _values("images", images)
-    _check_count("titles", titles, len(inputs))
-    maps: dict[str, Array] = {}
-    for name, relevance in columns.items():
-        if relevance.ndim not in (3, 4):
-            raise _shape_error(f"columns[{name!r}]", relevance, _SHAPES["image"])
-        values = _values(f"columns[{name!r}]", relevance)
-        _check_inputs("image", values, inputs)
-        maps[name] = _sum_channels(values)
+    from lrpfx.draw import draw_images
 
-    n = len(inputs)
-    figure = _figure((1 + len(maps)) * (_width(inputs) + 0.1) + 0.9, n * (_PANEL + 0.2) + 0.8)
-    axes = figure.subplots(n, 1 + len(maps), squeeze=False)
-    for i in range(n):
-        _show_input(axes[i, 0], inputs[i])
-        if titles is not None:
-            side = axes[i, 0].set_ylabel(titles[i], rotation=0, ha="right", va="center", labelpad=8)
-            side.set_parse_math(False)
-        for ax, values in zip(axes[i, 1:], maps.values(), strict=True):
-            shown = _show_map(ax, values[i])
-            ax.set_xlabel(f"\N{PLUS-MINUS SIGN}{_scale(values[i]):.2g}", fontsize=7, labelpad=2)
-    for ax, name in zip(axes[0], ["input", *maps], strict=True):
-        ax.set_title(name, fontsize=9, parse_math=False)
-    pad = 0.1 / figure.get_figheight()
-    bar = figure.colorbar(shown, ax=axes, location="bottom", aspect=40, shrink=0.5, pad=pad)
-    limit = shown.get_clim()[1]
-    bar.set_ticks([-limit, 0, limit], labels=["against", "0", "for the target"])
-    bar.set_label("the colours of a map reach to the value below it", fontsize=7)
-    _quiet(bar)
-    if path is not None:
-        figure.savefig(path, dpi=_DPI)
-    return figure
+    named, found = _columns(columns)
+    inputs = inputs if inputs is not None else found
+    given = None if inputs is None else _values("inputs", inputs)
+    maps: dict[str, Array] = {}
+    for name, relevance in named.items():
+        values = _values(f"columns[{name!r}]", relevance)
+        if values.ndim not in (3, 4):
+            raise _shape_error(f"columns[{name!r}]", values, _SHAPES["image"][1])
+        if given is not None:
+            _check_inputs("image", values, given)
+        maps[name] = values.sum(axis=1) if values.ndim == 4 else values
+    counts = {len(values) for values in maps.values()}
+    if len(counts) > 1:
+        raise InputError(
+            f"the columns hold {', '.join(map(str, sorted(counts)))} samples.",
+            fix="give maps of the same samples.",
+        )
+    n = counts.pop()
+    names = [titles] if isinstance(titles, str) else titles
+    _check_count("titles", names, n, "sample")
+    shown = min(n, _positive("limit", limit) or 16)
+    figure = draw_images(
+        [[values[i] for values in maps.values()] for i in range(shown)],
+        None if given is None else list(given[:shown]),
+        names=list(maps),
+        titles=None if names is None else names[:shown],
+        look=_look(cmap, clip, scale, overlay, "image"),
+        columns=_positive("wrap", wrap),
+        note=_left_out(shown, n),
+    )
+    return _written(figure, path)
+
+
+def explained_pairs(relevance: Any, inputs: Any) -> list[tuple[str, Tensor, Tensor]]:
+    """What was explained: name, relevance and input of each, token ids among them."""
+    keyed, _ = pytree.tree_flatten_with_path(relevance, is_leaf=lambda leaf: leaf is None)
+    leaves = pytree.tree_leaves(inputs, is_leaf=lambda leaf: leaf is None)
+    return [
+        ("inputs" + pytree.keystr(path), r, x)
+        for (path, r), x in zip(keyed, leaves, strict=True)
+        if isinstance(r, Tensor) and isinstance(x, Tensor)
+    ]
 
 
 # What is drawn: checks, and tensors to arrays.
 
-_SHAPES: dict[Kind, str] = {
-    "image": "(N, C, H, W) or (N, H, W)",
-    "signal": "(N, C, L)",
-    "table": "(N, F)",
-}
+
+@dataclass
+class _Part:
+    """The samples that are drawn."""
+
+    values: Array
+    inputs: Array | None
+    titles: Sequence[str] | None
+    names: Sequence[str] | None
+    top: int | None
+    sort: bool
+
+    def shorten(self, most: int) -> str:
+        """Keep the first samples; what the picture says of the others."""
+        n = len(self.values)
+        self.values = self.values[:most]
+        self.inputs = None if self.inputs is None else self.inputs[:most]
+        self.titles = None if self.titles is None else self.titles[:most]
+        return _left_out(len(self.values), n)
 
 
-def _kind(relevance: Tensor, images: Tensor | None) -> Kind:
-    """What the number of dimensions says the relevance belongs to."""
-    if relevance.ndim == 3:
-        return "signal" if images is not None and images.ndim == 3 else "image"
-    kinds: dict[int, Kind] = {2: "table", 4: "image"}
-    if relevance.ndim not in kinds:
-        expected = ", ".join(f"{kind} {shape}" for kind, shape in _SHAPES.items())
-        raise _shape_error("relevance", relevance, expected)
-    return kinds[relevance.ndim]
+def _left_out(shown: int, n: int) -> str:
+    return "" if shown == n else f"first {shown} of {n} samples (limit={n} draws all)"
+
+
+def _images(part: _Part, look: Look, columns: int | None, note: str) -> Figure:
+    from lrpfx.draw import draw_images
+
+    return draw_images(
+        [[values] for values in part.values],
+        None if part.inputs is None else list(part.inputs),
+        names=[""],
+        titles=part.titles,
+        look=look,
+        columns=columns,
+        note=note,
+    )
+
+
+def _into(
+    ax: Axes, kind: Kind, part: _Part, look: Look, path: str | os.PathLike[str] | None
+) -> Figure:
+    """One sample into the user's axes."""
+    from lrpfx.draw import draw_image, draw_signal, draw_table
+
+    if len(part.values) != 1:
+        raise InputError(
+            f"ax= holds one sample, and there are {len(part.values)}.",
+            fix="draw one of them: heatmap(relevance[:1], inputs=x[:1], ax=ax).",
+        )
+    values, names = part.values[0], part.names
+    given = None if part.inputs is None else part.inputs[0]
+    title = None if part.titles is None else part.titles[0]
+    if kind == "image":
+        draw_image(ax, values, given, title, look)
+    elif kind == "table":
+        draw_table(ax, values, given, title, names, part.top, part.sort, look)
+    else:
+        draw_signal(ax, values, given, title, names, look)
+    figure = ax.get_figure(root=True)
+    assert figure is not None  # axes that were removed from theirs
+    return _written(figure, path)
+
+
+def _written(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
+    if path is not None:
+        try:
+            figure.savefig(path, dpi=_DPI if len(figure.axes) <= 50 else _DPI // 2)
+        except (OSError, ValueError) as error:  # ValueError: an ending that names no format
+            raise InputError(
+                f"the picture cannot be written to {os.fspath(path)!s}: {error}",
+                fix="give a path in a folder that exists, ending in .png, .pdf or .svg.",
+            ) from error
+    return figure
+
+
+def _columns(
+    columns: Mapping[str, Tensor | Shown] | Sequence[Tensor | Shown],
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Relevance by name, and the input of the first explanation."""
+    fix = "give {name: explanation}, or a list of explanations."
+    if isinstance(columns, Mapping):
+        items: list[tuple[str, Any]] = [(str(name), one) for name, one in columns.items()]
+    elif isinstance(columns, (list, tuple)):
+        items = []
+        for k, one in enumerate(columns):
+            name = str(getattr(getattr(one, "report", None), "rules", f"map {k + 1}"))
+            name = name.split(" (")[0]
+            taken = {name for name, _ in items}
+            items.append((f"{name} ({k + 1})" if name in taken else name, one))
+    else:
+        raise InputError(f"columns cannot be a {type(columns).__name__}.", fix=fix)
+    if not items:
+        raise InputError("columns holds no relevance to draw.", fix=fix)
+    found: dict[str, Tensor] = {}
+    image = None
+    for name, one in items:
+        if isinstance(one, Tensor):
+            found[name] = one
+            continue
+        if not hasattr(one, "relevance"):
+            raise InputError(f"columns[{name!r}] is a {type(one).__name__}.", fix=fix)
+        pairs = explained_pairs(one.relevance, one.inputs)
+        if len(pairs) != 1:
+            raise InputError(
+                f"columns[{name!r}] explains {len(pairs)} inputs.",
+                fix=f"give the relevance of one of them: {{{name!r}: explanation.relevance[0]}}.",
+            )
+        found[name] = pairs[0][1]
+        image = pairs[0][2] if image is None else image
+    return found, image
+
+
+def _kind(values: Array, kind: Kind | None, names: Sequence[str] | None) -> Kind:
+    """What the relevance belongs to: as said, or as the shape tells."""
+    if kind is not None:
+        if kind not in _SHAPES:
+            raise InputError(
+                f"there is no kind {kind!r}.", fix=f"give one of {', '.join(_SHAPES)}."
+            )
+        dimensions, shape = _SHAPES[kind]
+        if values.ndim not in dimensions:
+            raise _shape_error("relevance", values, f"kind {kind!r}: {shape}")
+        return kind
+    if values.ndim == 4:
+        return "image"
+    if values.ndim == 2 and (values.shape[1] <= _WIDE or names is not None):
+        return "table"
+    if values.ndim == 2:
+        raise InputError(
+            f"relevance {values.shape} may be of a table or of signals.",
+            fix="give kind='table' or feature_names= for bars, kind='signal' for a strip.",
+        )
+    if values.ndim == 3:
+        raise InputError(
+            f"relevance {values.shape} may be of signals (N, C, L), of sequences (N, T, D), or of "
+            "images without channels (N, H, W).",
+            fix="give kind='signal', kind='sequence' or kind='image'.",
+        )
+    expected = ", ".join(f"{kind} {shape}" for kind, (_, shape) in _SHAPES.items())
+    raise _shape_error("relevance", values, expected)
 
 
 def _values(name: str, tensor: Tensor) -> Array:
     """The tensor as float64 on the host, refused if there is nothing that could be drawn."""
-    if tensor.numel() == 0:
-        raise _shape_error(name, tensor, "at least one sample and no empty dimension")
-    values: Array = tensor.detach().cpu().double().numpy()
+    if not isinstance(tensor, Tensor):
+        raise InputError(
+            f"{name} must be a tensor, not {type(tensor).__name__}.",
+            fix="give explanation.relevance.",
+        )
+    if tensor.ndim == 0 or tensor.numel() == 0:
+        raise InputError(
+            f"{name} {tuple(tensor.shape)} holds nothing to draw.",
+            fix="give at least one sample (N, ...), and no empty dimension.",
+        )
+    values: NDArray[np.float64] = tensor.detach().cpu().double().numpy()
     finite = np.isfinite(values)
     if not finite.all():
         first = np.argwhere(~finite)[0, 0]
-        raise ValueError(
+        raise InputError(
             f"{name}: {values.size - finite.sum()} of {values.size} values are not finite, "
-            f"the first in sample {first}"
+            f"the first in sample {first}.",
+            fix="draw finite values.",
         )
     return values
 
@@ -192,183 +430,58 @@ def _check_inputs(kind: Kind, relevance: Array, inputs: Array) -> None:
         fits = inputs.shape == relevance.shape
         expected = f"the shape of the relevance, {relevance.shape}"
     if not fits:
-        raise ValueError(f"images: got shape {inputs.shape}, expected {expected}")
+        raise _shape_error("inputs", inputs, expected)
 
 
-def _check_count(name: str, given: Sequence[str] | None, count: int) -> None:
+def _check_count(name: str, given: Sequence[str] | None, count: int, of: str) -> None:
     if given is not None and len(given) != count:
-        raise ValueError(f"{name}: got {len(given)}, expected {count}")
+        raise InputError(
+            f"{name} has {len(given)} entries, and there are {count}.", fix=f"give one per {of}."
+        )
 
 
-def _shape_error(name: str, tensor: Tensor, expected: str) -> ValueError:
-    return ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {expected}")
+def _shape_error(name: str, values: Array, expected: str) -> InputError:
+    return InputError(f"{name} has the shape {values.shape}.", fix=f"expected is {expected}.")
 
 
-def _sum_channels(values: Array) -> Array:
-    """(N, C, H, W) or (N, H, W) -> (N, H, W)."""
-    summed: Array = values.sum(axis=1) if values.ndim == 4 else values
-    return summed
+def _channels_first(kind: Kind, values: Any) -> Any:
+    """Signals (N, L) or (N, C, L), sequences (N, T, D) -> (N, C, L)."""
+    if values is None:
+        return None
+    if values.ndim == 2:
+        return values[:, None]
+    return values.transpose(0, 2, 1) if kind == "sequence" else values
 
 
-def _scale(values: Array) -> float:
-    """The largest absolute value; 1 where there is no relevance at all, which is drawn white."""
-    return float(np.abs(values).max()) or 1.0
+def _positive(name: str, number: int | None) -> int | None:
+    if number is not None and (not isinstance(number, int) or number < 1):
+        raise InputError(f"{name}={number!r}.", fix="give a positive number.")
+    return number
 
 
-# How it is drawn.
+def _look(
+    cmap: str | Colormap | None, clip: float, scale: Scale, overlay: bool | float, kind: Kind
+) -> Look:
+    from lrpfx.draw import Look
 
-
-def _figure(width: float, height: float) -> Figure:
-    """An empty figure that moves its parts close together; sizes in inches."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), facecolor="white")
-    figure.set_layout_engine("compressed", w_pad=0.06, h_pad=0.06)
-    return figure
-
-
-def _width(images: Array) -> float:
-    """The width in inches that gives images (..., H, W) the height of a panel, within reason."""
-    height, width = images.shape[-2:]
-    return _PANEL * float(np.clip(width / height, 0.5, 2.0))
-
-
-def _colormap() -> Colormap:
-    """Blue to red through exact white: the odd number of colours puts zero on one of them."""
-    from matplotlib.colors import LinearSegmentedColormap
-
-    blues = ["#053061", _BLUE, "#4393c3", "#92c5de", "#d1e5f0"]
-    reds = ["#fddbc7", "#f4a582", "#d6604d", _RED, "#67001f"]
-    return LinearSegmentedColormap.from_list("relevance", [*blues, "#ffffff", *reds], N=257)
-
-
-def _draw_images(maps: Array, inputs: Array | None, titles: Sequence[str] | None) -> Figure:
-    """One row per sample: the input, where given, its map (N, H, W), and the scale."""
-    n = len(maps)
-    columns = 1 if inputs is None else 2
-    row = _PANEL + (0.3 if titles else 0.1)
-    figure = _figure(columns * (_width(maps) + 0.1) + 0.5, n * row)
-    axes = figure.subplots(n, columns, squeeze=False)
-    for i in range(n):
-        if inputs is not None:
-            _show_input(axes[i, 0], inputs[i])
-        shown = _show_map(axes[i, -1], maps[i])
-        _colorbar(figure, shown, axes[i, -1], fraction=0.08, pad=0.03)
-        if titles is not None:
-            axes[i, 0].set_title(titles[i], loc="left", fontsize=9, parse_math=False)
-    return figure
-
-
-def _draw_signals(values: Array, inputs: Array | None, titles: Sequence[str] | None) -> Figure:
-    """One row per sample: a strip per channel of values (N, C, L), the inputs as lines over it."""
-    from matplotlib.ticker import MaxNLocator
-
-    n, channels, length = values.shape
-    row = min(max(0.45 * channels, 0.9), 4.0) + (0.3 if titles else 0.1)
-    figure = _figure(7.0, n * row + 0.35)
-    axes = figure.subplots(n, 1, squeeze=False, sharex=True)[:, 0]
-    for i, ax in enumerate(axes):
-        # Channel c fills the band from c - 0.5 to c + 0.5, the first one on top.
-        shown = _show_map(ax, values[i], aspect="auto", interpolation="nearest")
-        _colorbar(figure, shown, ax, fraction=0.02, pad=0.01)
-        if inputs is not None:
-            lines = np.arange(channels)[:, None] + 0.4 - 0.8 * _min_max(inputs[i], axis=-1)
-            ax.plot(np.arange(length), lines.T, color=_INK, linewidth=1.0)
-        ax.hlines(np.arange(1, channels) - 0.5, -0.5, length - 0.5, color=_FRAME, linewidth=0.5)
-        ax.tick_params(labelsize=7, length=0)
-        if titles is not None:
-            ax.set_title(titles[i], loc="left", fontsize=9, parse_math=False)
-    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[-1].set_xlabel("position", fontsize=8)
-    return figure
-
-
-def _draw_tables(
-    values: Array,
-    inputs: Array | None,
-    titles: Sequence[str] | None,
-    features: Sequence[str] | None,
-) -> Figure:
-    """One row per sample: a bar per feature of values (N, F), the first one on top."""
-    n, count = values.shape
-    names = list(features) if features is not None else [f"feature {j}" for j in range(count)]
-    row = min(max(0.22 * count, 0.6), 6.0) + (0.55 if titles else 0.3)
-    figure = _figure(5.0, n * row)
-    axes = figure.subplots(n, 1, squeeze=False)[:, 0]
-    for i, ax in enumerate(axes):
-        colors = np.where(values[i] < 0, _BLUE, _RED).tolist()
-        ax.barh(np.arange(count), values[i], color=colors, height=0.75)
-        limit = 1.05 * _scale(values[i])
-        ax.set(xlim=(-limit, limit), ylim=(count - 0.5, -0.5))
-        ax.axvline(0, color=_INK, linewidth=0.6)
-        ax.spines[["top", "right", "left", "bottom"]].set_visible(False)
-        ax.grid(axis="x", color=_FRAME, linewidth=0.5)
-        ax.set_axisbelow(True)
-        ax.tick_params(labelsize=7, length=0)
-        if count > _MAX_LABELS:
-            ax.set_yticks([])
-        elif inputs is None:
-            ax.set_yticks(np.arange(count), labels=names, parse_math=False)
-        else:
-            labels = [f"{name} = {x:.3g}" for name, x in zip(names, inputs[i], strict=True)]
-            ax.set_yticks(np.arange(count), labels=labels, parse_math=False)
-        if titles is not None:
-            ax.set_title(titles[i], loc="left", fontsize=9, parse_math=False)
-    return figure
-
-
-def _show_input(ax: Axes, image: Array) -> None:
-    """Image (C, H, W), stretched to the full range: colour for three channels, else gray."""
-    image = _min_max(image) if len(image) == 3 else _min_max(image.mean(axis=0))
-    ax.imshow(image.transpose(1, 2, 0) if image.ndim == 3 else image, cmap="gray", vmin=0, vmax=1)
-    _frame(ax)
-
-
-def _show_map(
-    ax: Axes,
-    values: Array,
-    *,
-    aspect: Literal["equal", "auto"] = "equal",
-    interpolation: str | None = None,
-) -> AxesImage:
-    """Values (H, W) on the symmetric scale of this sample."""
-    limit = _scale(values)
-    shown = ax.imshow(
-        values,
-        cmap=_colormap(),
-        vmin=-limit,
-        vmax=limit,
-        aspect=aspect,
-        interpolation=interpolation,
-    )
-    _frame(ax)
-    return shown
-
-
-def _colorbar(figure: Figure, shown: AxesImage, ax: Axes, *, fraction: float, pad: float) -> None:
-    """The scale of one sample, beside it; fraction and pad in widths of the axes."""
-    bar = figure.colorbar(shown, ax=ax, aspect=14, fraction=fraction, pad=pad)
-    limit = shown.get_clim()[1]
-    bar.set_ticks([-limit, 0, limit], labels=[f"\N{MINUS SIGN}{limit:.2g}", "0", f"+{limit:.2g}"])
-    _quiet(bar)
-
-
-def _quiet(bar: Colorbar) -> None:
-    bar.ax.tick_params(labelsize=7, length=0)
-    bar.outline.set_visible(False)
-
-
-def _frame(ax: Axes) -> None:
-    """A hairline in place of axes; a white map would otherwise have no border."""
-    ax.set_xticks([])
-    ax.set_yticks([])
-    for spine in ax.spines.values():
-        spine.set(color=_FRAME, linewidth=0.6)
-
-
-def _min_max(values: Array, axis: int | None = None) -> Array:
-    """Stretched to 0..1 along the axis; constant values become 0."""
-    low = values.min(axis=axis, keepdims=True)
-    span = values.max(axis=axis, keepdims=True) - low
-    stretched: Array = (values - low) / np.where(span == 0, 1.0, span)
-    return stretched
+    if not 0 < clip <= 100:
+        raise InputError(f"clip={clip!r}.", fix="give a percentile, such as 99; 100 clips nothing.")
+    if isinstance(scale, str) and scale not in ("each", "shared"):
+        raise InputError(f"scale={scale!r}.", fix="give 'each', 'shared' or a number.")
+    if not isinstance(scale, str) and not scale > 0:
+        raise InputError(f"scale={scale!r}.", fix="give a positive number: what has full colour.")
+    opacity = 0.75 if overlay is True else float(overlay)
+    if not 0 <= opacity <= 1:
+        raise InputError(f"overlay={overlay!r}.", fix="give True, or an opacity up to 1.")
+    if kind == "table" and (clip != 100 or cmap is not None):
+        raise InputError("bars have no colour map and are not clipped.", fix="leave it out.")
+    if kind != "image" and opacity:
+        raise InputError(f"overlay= is for images, not for a {kind}.", fix="leave it out.")
+    look = Look(cmap, clip, scale, opacity)
+    try:
+        _ = look.colors
+    except KeyError as error:
+        raise InputError(
+            f"cmap={cmap!r} is no colour map of matplotlib.", fix="give one."
+        ) from error
+    return look

@@ -1,5 +1,6 @@
 """What an explanation shows and stores: repr, report, HTML, picture, file."""
 
+import base64
 import io
 import json
 import math
@@ -15,8 +16,6 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from matplotlib.figure import Figure
-from matplotlib.text import Text
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -26,6 +25,8 @@ from lrpfx.report.report import Report, Row
 from tests.conftest import Apply
 from tests.oracle.networks import ConvNet
 from tests.test_errors import check_form
+
+PNG = b"\x89PNG\r\n\x1a\n"
 
 #: A module's name and a function's name that would do harm in a page.
 TAG, SCRIPT = "<b>&amp;</b>", '<script>alert("1")</script>'
@@ -135,7 +136,7 @@ def test_report_of_the_conv_net(images: Explanation) -> None:
     assert [*rows] == ["conv", "act", "classifier"]
     assert rows["conv"].folded == ("norm",) and "conv+norm" in repr(images.report)
     assert rows["conv"].shape == ("N", 2, 4, 4) and rows["classifier"].shape == ("N", 3)
-    assert "test_errors.py" in rows["conv"].source and "self.conv(x)" in rows["conv"].source
+    assert "networks.py" in rows["conv"].source and "self.conv(x)" in rows["conv"].source
     # relu, as module and as function; flatten
     assert [row.op for row in images.report.rows] == "conv2d relu relu flatten linear".split()
 
@@ -236,20 +237,27 @@ def test_report_as_dict(explanation: Explanation) -> None:
 
 
 class Page(HTMLParser):
-    """The tags and the text of a page, as a browser reads them."""
+    """The tags and the text of a page, as a browser reads them; no attribute can act."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
         self.tags: list[str] = []
         self.text: list[str] = []
         self.open: list[str] = []
+        self.pictures: list[bytes] = []
         self.feed(html)
         self.close()
 
     def handle_starttag(self, tag: str, attrs: Any) -> None:
-        assert not attrs, f"<{tag} {attrs}>"
+        for name, value in attrs:
+            if (tag, name) == ("img", "src"):
+                kind, _, data = value.partition(",")
+                assert kind == "data:image/png;base64"
+                self.pictures.append(base64.b64decode(data))
+            else:
+                assert name in ("class", "style", "title"), f"<{tag} {attrs}>"
         self.tags.append(tag)
-        if tag != "br":
+        if tag not in ("br", "img"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -259,25 +267,62 @@ class Page(HTMLParser):
         self.text.append(data)
 
 
+REPORT_TAGS = {"p", "b", "br", "div", "style", "table", "tr", "th", "td"}
+SHOWN_TAGS = REPORT_TAGS | {"img", "code", "small", "span", "details", "summary"}
+
+
 def test_html_escapes_names(named_badly: Explanation) -> None:
     page = Page(named_badly._repr_html_())
-    assert set(page.tags) <= {"p", "table", "tr", "th", "td", "br"} and not page.open
+    assert set(page.tags) <= SHOWN_TAGS and not page.open
     # The names are there all the same: in the rows, and as the target's name.
     assert f"<table>.{TAG}" in page.text
     assert any(SCRIPT in text and "callable" in text for text in page.text)
 
 
-def test_html_has_a_row_per_node(explanation: Explanation) -> None:
+def test_html_has_the_facts_and_a_row_per_node_folded_away(explanation: Explanation) -> None:
     page = Page(explanation._repr_html_())
     assert page.tags.count("tr") == 1 + len(explanation.report.rows)
     assert page.tags.count("td") == len(explanation.report.rows) * page.tags.count("th")
-    assert repr(explanation) in page.text
+    text = "".join(page.text)
+    assert explanation.report.rules in text and explanation.report.target in text
+    assert f"sums to {explanation.report.reached:.4g} of {explanation.report.started:.4g}" in text
+    assert page.tags.index("details") < page.tags.index("table")
+
+
+def test_html_has_a_picture_of_each_explained_input(
+    images: Explanation, several: Explanation, table: Explanation
+) -> None:
+    for e, pictures in ((images, 1), (several, 2), (table, 1)):
+        page = Page(e._repr_html_())
+        assert [picture[:8] for picture in page.pictures] == [PNG] * pictures
+        assert "details" not in page.tags[: page.tags.index("img")]
+
+
+def test_html_says_why_there_is_no_picture(table: Explanation) -> None:
+    clip = replace(table, relevance=draw(2, 3, 4, 5, 6), inputs=draw(2, 3, 4, 5, 6))
+    page = Page(clip._repr_html_())
+    assert not page.pictures and any("no picture" in text for text in page.text)
+
+
+def test_layers_are_shown_in_a_line_each(images: Explanation) -> None:
+    lines = repr(images.layers).splitlines()
+    assert [line.split(":")[0] for line in lines] == ["conv", "norm", "act"]
+    for line, calls in zip(lines, images.layers.values(), strict=True):
+        assert "[2, 2, 4, 4]" in line and f"{calls.relevance.sum().item():.4g}" in line
+        assert repr(calls) == repr(calls[0]) and repr(calls) in line
+
+
+def test_a_long_report_is_shown_in_part_and_printed_whole(table: Explanation) -> None:
+    row = table.report.rows[0]
+    report = replace(table.report, rows=(row,) * 100)
+    assert "40 more rows" in repr(report)
+    assert len(str(report).splitlines()) == len(repr(report).splitlines()) - 1 + 40
 
 
 @given(report=REPORTS)
 def test_html_of_any_report(report: Report) -> None:
     page = Page(report._repr_html_())
-    assert set(page.tags) <= {"p", "table", "tr", "th", "td", "br"} and not page.open
+    assert set(page.tags) <= REPORT_TAGS and not page.open
 
 
 # -- files ----------------------------------------------------------------------------------------
@@ -507,84 +552,9 @@ def test_no_file(tmp_path: Path, name: str) -> None:
     check_form(caught.value)
 
 
-# -- pictures -------------------------------------------------------------------------------------
-
-PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def test_plot_writes_a_picture(images: Explanation, table: Explanation, tmp_path: Path) -> None:
-    for name, explanation in {"images": images, "table": table}.items():
-        path = tmp_path / f"{name}.png"
-        figure = explanation.plot(path)
-        assert path.read_bytes()[:8] == PNG
-        assert len(figure.axes) >= len(explanation.relevance)
-
-
-def texts(figure: Figure) -> list[str]:
-    return [text.get_text() for text in figure.findobj(Text)]
-
-
-def test_plot_names_the_classes(images: Explanation) -> None:
-    shown = texts(images.plot())
-    for target, value in zip(images.target.tolist(), images.seed.sum(1).tolist(), strict=True):
-        assert any(f"class {target}" in text and f"{value:.3g}" in text for text in shown), shown
-
-
-def test_plot_takes_options(images: Explanation, tmp_path: Path) -> None:
-    shown = texts(images.plot(str(tmp_path / "e.png"), titles=["first", "second"]))
-    assert "first" in shown and "second" in shown
-
-
-def test_plot_of_a_loaded_explanation(images: Explanation, tmp_path: Path) -> None:
-    loaded = round_trip(images, tmp_path / "e.npz")
-    loaded.plot(tmp_path / "loaded.png")
-    images.plot(tmp_path / "made.png")
-    assert (tmp_path / "loaded.png").read_bytes() == (tmp_path / "made.png").read_bytes()
-
-
-@pytest.mark.parametrize(
-    "inputs",
-    [
-        pytest.param((draw(2, 3),), id="tuple"),
-        pytest.param({"x": draw(2, 3)}, id="dict"),
-        pytest.param((draw(2, 3), torch.ones(2, 2).long()), id="with-a-mask"),
-        pytest.param({"mask": torch.ones(2, 2) > 0, "x": draw(2, 3)}, id="with-a-mask-first"),
-        pytest.param((draw(2, 3), None), id="with-None"),
-        pytest.param((draw(2, 3), 2), id="with-a-number"),
-    ],
-)
-def test_plot_finds_the_explained_input(inputs: Any, tmp_path: Path) -> None:
-    """What is not explained is not drawn, and is not in the way."""
-
-    def forward(m: Any, x: Tensor, mask: Any = None) -> Tensor:
-        return m.fc(x) if mask is None else m.fc(x) * mask
-
-    lrpfx.explain(Apply(forward, fc=nn.Linear(3, 2)), inputs).plot(tmp_path / "e.png")
-    assert (tmp_path / "e.png").read_bytes()[:8] == PNG
-
-
-def test_plot_of_several_inputs_is_refused(several: Explanation) -> None:
-    with pytest.raises(errors.LrpError, match="2") as caught:
-        several.plot()
-    check_form(caught.value)
-
-
-def test_plot_of_a_differentiable_relevance(tmp_path: Path) -> None:
-    x = draw(2, 3).requires_grad_()
-    lrpfx.explain(nn.Linear(3, 2), x, create_graph=True).plot(tmp_path / "e.png")
-    assert (tmp_path / "e.png").exists()
-
-
 def test_differentiable_relevance_is_saved(tmp_path: Path) -> None:
     x = draw(2, 3).requires_grad_()
     explanation = lrpfx.explain(nn.Linear(3, 2), x, create_graph=True, layers=["*"][:0])
     loaded = round_trip(explanation, tmp_path / "e.npz")
     assert_equal(loaded.relevance, explanation.relevance)
     assert not loaded.relevance.requires_grad
-
-
-def test_dollars_in_names_are_dollars() -> None:
-    figure = lrpfx.heatmap.heatmap(torch.rand(1, 2), titles=["$5 and $6"], features=["$a_$", "b"])
-    figure.canvas.draw()
-    (axes,) = figure.axes
-    assert not any(text.get_parse_math() for text in (axes._left_title, *axes.get_yticklabels()))

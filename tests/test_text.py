@@ -1,6 +1,7 @@
 """Tokens on a red and blue scale, safe in HTML and in a terminal."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,3 +77,54 @@ def test_of_several_targets_one_can_be_shown() -> None:
     with pytest.raises(lrpfx.errors.InputError, match="one target.* has 2"):
         e.show_tokens(VOCABULARY)
     assert token_text(IDS, e.relevance[1], VOCABULARY).sentences
+
+
+def test_outside_of_a_terminal_there_are_no_colour_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    text = token_text(IDS, RELEVANCE, VOCABULARY)
+    assert "\x1b" not in repr(text) and "Ġz(+0)" in repr(text)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert "\x1b[48;2;90;90;255m" in repr(text)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in repr(text)
+
+
+def test_special_tokens_can_be_left_out() -> None:
+    text = token_text(IDS, RELEVANCE, VOCABULARY, skip_special=["<b>"])
+    assert [token for token, _ in text.sentences[0]] == VOCABULARY[1:]
+    known = Tokenizer()
+    known.all_special_tokens = ["Ġz"]  # type: ignore[attr-defined]
+    assert token_text(IDS, RELEVANCE, known, skip_special=True).sentences[1] == (("<b>", 0.0),)
+    with pytest.raises(lrpfx.errors.InputError, match="all_special_tokens"):
+        token_text(IDS, RELEVANCE, VOCABULARY, skip_special=True)
+
+
+def test_the_scale_can_be_shared_or_a_number() -> None:
+    ids, relevance = torch.tensor([[0], [2]]), torch.tensor([[1.0], [-4.0]])
+    shades = lambda scale: [  # noqa: E731
+        line[0][1] for line in token_text(ids, relevance, VOCABULARY, scale=scale)._shades()
+    ]
+    assert shades("each") == [1, -1] and shades("shared") == [0.25, -1] and shades(2.0) == [0.5, -1]
+
+
+def test_sentences_are_labelled_by_what_was_explained() -> None:
+    e = lrpfx.explain(Bag(), IDS, 1)
+    shown = e.show_tokens(VOCABULARY)
+    assert shown.labels == tuple(f"class 1: {value:.3g}" for value in e.output[:, 1].tolist())
+    assert (
+        repr(shown).startswith(shown.labels[0]) and f"<b>{shown.labels[1]}" in shown._repr_html_()
+    )
+    with pytest.raises(lrpfx.errors.InputError, match="one per sentence"):
+        e.show_tokens(VOCABULARY, labels=["one"])
+
+
+def test_a_page_of_tokens_is_written(tmp_path: Path) -> None:
+    page = token_text(IDS, RELEVANCE, VOCABULARY).to_html(tmp_path / "tokens.html")
+    assert (tmp_path / "tokens.html").read_text(encoding="utf-8") == page
+    assert "&lt;b&gt;" in page and page.count("<span") == 6
+
+
+def test_few_of_many_sentences_are_shown_and_all_are_printed() -> None:
+    text = token_text(IDS.repeat(20, 1), RELEVANCE.repeat(20, 1), VOCABULARY)
+    assert "and 24 more" in repr(text) and len(str(text).splitlines()) == 40
+    assert "and 24 more" in text._repr_html_() and text.to_html().count("<p>") == 41

@@ -7,6 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+#: A notebook's own style cuts tables off, and puts words on the right.
+_STYLE = (
+    "<style>div.lrpfx { overflow: auto; max-height: 40em; max-width: 100%; }"
+    "table.lrpfx { font-size: 12px; border-collapse: collapse; margin: 0; }"
+    "table.lrpfx tr th, table.lrpfx tr td { text-align: left; padding: .1em .6em .1em 0; "
+    "max-width: 15em; white-space: normal; overflow-wrap: anywhere; }"
+    "table.lrpfx tr td.n { text-align: right; white-space: nowrap; }</style>"
+)
+_MOST = 60  # rows that are shown without being asked for
+
 
 class Column(NamedTuple):
     """A title, the most characters of a cell below it, and whether cells line up on the right."""
@@ -33,27 +43,37 @@ class Table:
     cells: Sequence[Sequence[str]]
     width: int = 100
 
-    def text(self) -> str:
-        """Lines of at most ``width`` characters."""
+    def text(self, most: int | None = None) -> str:
+        """Lines of at most ``width`` characters; at most so many rows, and how many there are."""
         lines = [wrap(line, self.width) for line in self.lines]
         if self.columns:
             widths = self._widths()
             lines.append(self._line([column.title for column in self.columns], widths))
             lines.append("  ".join("-" * width for width in widths))
-            lines += [self._line(cells, widths) for cells in self.cells]
+            lines += [self._line(cells, widths) for cells in self.cells[:most]]
+        if most is not None and len(self.cells) > most:
+            lines.append(f"... and {len(self.cells) - most} more rows: print() shows all")
         return "\n".join(line.rstrip() for line in lines)
 
     def html(self) -> str:
-        """A paragraph and a table without attributes."""
-        lines = "<br>".join(html.escape(line) for line in self.lines)
+        """Lines and a table that wraps its words, and scrolls where there is no room for it."""
+        lines = "<br>".join(f"<b>{w}</b>{rest}" for w, rest in map(_key, self.lines))
         if not self.columns:
             return f"<p>{lines}</p>"
         head = "".join(f"<th>{html.escape(column.title)}</th>" for column in self.columns)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
-            for cells in self.cells
+        body = "".join(f"<tr>{self._cells(cells)}</tr>" for cells in self.cells)
+        return (
+            f"{_STYLE}<p>{lines}</p>"
+            f'<div class="lrpfx"><table class="lrpfx"><tr>{head}</tr>{body}</table></div>'
         )
-        return f"<p>{lines}</p><table><tr>{head}</tr>{body}</table>"
+
+    def _cells(self, cells: Sequence[str]) -> str:
+        return "".join(
+            f'<td class="n">{html.escape(cell)}</td>'
+            if column.right
+            else f"<td>{html.escape(cell)}</td>"
+            for column, cell in zip(self.columns, cells, strict=True)
+        )
 
     def _widths(self) -> list[int]:
         widths = [
@@ -79,8 +99,11 @@ class Tabular:
         """What is shown."""
         raise NotImplementedError
 
-    def __repr__(self) -> str:
+    def __str__(self) -> str:
         return self.table().text()
+
+    def __repr__(self) -> str:
+        return self.table().text(_MOST)
 
     def _repr_html_(self) -> str:
         return self.table().html()
@@ -99,6 +122,12 @@ def wrap(line: str, width: int) -> str:
     cut = head.rfind(" ")
     cut = cut if cut > 9 else width
     return head[:cut] + "\n" + wrap(" " * 9 + (head[cut:] + rest).strip(), width)
+
+
+def _key(line: str) -> tuple[str, str]:
+    """The first word of a line and the rest, as HTML."""
+    word, space, rest = line.partition(" ")
+    return html.escape(word), html.escape(space + rest.strip())
 
 
 def _cut(text: str, width: int, keep_end: bool) -> str:

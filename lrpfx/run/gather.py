@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from lrpfx.capture import Captured, Inputs
-from lrpfx.explanation import Explanation, LayerCalls, LayerRelevance, stacked
+from lrpfx.explanation import Explanation, LayerCalls, LayerRelevance, Layers, stacked
 from lrpfx.ops import final_softmax, output_leaves
 from lrpfx.plan import index_places
 from lrpfx.report import Report, with_ledger
@@ -58,7 +58,7 @@ class Gather:
         clean: Sequence[Any],
         seed: Seed,
         relevance: Sequence[Tensor | None],
-        layers: dict[str, LayerCalls],
+        layers: Layers,
         report: Report,
     ) -> Explanation:
         """What is explained of one target.
@@ -183,12 +183,10 @@ class Calls(NamedTuple):
     channels: int | None
 
 
-def by_layer(
-    calls: Mapping[str, Calls], activations: Sequence[Tensor], pulled: Pulled
-) -> dict[str, LayerCalls]:
+def by_layer(calls: Mapping[str, Calls], activations: Sequence[Tensor], pulled: Pulled) -> Layers:
     """Per module path its calls, as many as ``calls`` says, in order."""
     entries = iter(map(LayerRelevance, pulled.taps, activations, pulled.passed))
-    return {
-        path: LayerCalls.of([next(entries) for _ in range(each.number)], each.channels)
+    return Layers(
+        (path, LayerCalls.of([next(entries) for _ in range(each.number)], each.channels))
         for path, each in calls.items()
-    }
+    )

@@ -1,0 +1,140 @@
+"""Maps of images: one cell per sample, the input and its maps side by side, wrapped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from lrpfx.draw.look import INK, Array, Look
+from lrpfx.draw.sheet import Picture, Sheet, cut, frame
+
+_SPACE = 0.08  # between the panels of a cell
+_BELOW = 0.22  # below a panel, for its scale
+_PAGE = 10.0  # no wider than this, as far as one can choose
+
+
+def draw_images(
+    maps: Sequence[Sequence[Array]],
+    inputs: Sequence[Array] | None,
+    *,
+    names: Sequence[str],
+    titles: Sequence[str] | None,
+    look: Look,
+    columns: int | None,
+    note: str,
+) -> Picture:
+    """One cell per sample: the input (C, H, W), where given, and its maps (H, W).
+
+    Args:
+        maps: Per sample one map for each name.
+        inputs: Per sample.
+        names: Titles of the maps; [""] for none.
+        titles: Per sample.
+        look: Colours; "shared" is across maps and samples.
+        columns: Panels of a row where there are several names, else samples.
+        note: Goes into the legend.
+    """
+    n, several = len(maps), len(names) > 1
+    beside = inputs is not None and not look.overlay
+    first = inputs[0] if inputs is not None else maps[0][0]
+    panels = len(names) + beside
+    size = 3.0 if n * panels <= 2 else 2.0 if n * panels <= 20 else 1.5 if n * panels <= 60 else 1.0
+    width = _width(first, size)
+    space = _SPACE if width > 0.8 else 0.4
+    across = panels
+    if several:
+        across = min(panels, columns or max(int(_PAGE / (width + space)), 2))
+    rows = -(-panels // across)
+    named = 0.22 if rows > 1 else 0.0
+    head = 0.25 if titles is not None and not several else 0.0
+    side = _side(titles) if several and titles is not None else 0.0
+    cell = across * (width + space) + 0.1, head + rows * (size + named + _BELOW)
+    samples = 1 if several else columns or max(int(_PAGE / cell[0]), 1)
+    if not several and columns is None and n > 1:
+        samples = min(samples, max(int(np.ceil(np.sqrt(n * cell[1] / cell[0]))), 2))
+    sheet = Sheet(
+        n,
+        samples,
+        *cell,
+        left=side,
+        foot=0.62,
+        gap=0.12 * (rows > 1),
+        top=0.22 * (several and rows == 1),
+    )
+    limits = look.limits([values for sample in maps for values in sample])
+    for i in range(n):
+        if titles is not None and several:
+            anchor = dict(ha="right", va="center", fontsize=9, color=INK)
+            sheet.text(i, -0.08, named + size / 2, cut(titles[i], side, 9), **anchor)
+        elif titles is not None:
+            sheet.text(i, 0, 0.19, cut(titles[i], cell[0], 9), va="baseline", fontsize=9, color=INK)
+        for p in range(panels):
+            row, column = divmod(p, across)
+            x, y = column * (width + space), head + row * (named + size + _BELOW) + named
+            ax = sheet.axes(i, x, y, width, size)
+            k = p - beside
+            if several and (i == 0 or rows > 1):
+                name = "input" if k < 0 else names[k]
+                ax.set_title(cut(name, width + space, 8), fontsize=8, pad=3, parse_math=False)
+            under = inputs[i] if inputs is not None and (k < 0 or look.overlay) else None
+            if k < 0:
+                _show_input(ax, inputs[i] if inputs is not None else first)
+                continue
+            limit = limits[i * len(names) + k]
+            _show_map(ax, maps[i][k], limit, look, under)
+            ax.set_xlabel(look.said(limit), fontsize=7, labelpad=2)
+    sheet.legend(look, note)
+    return sheet.figure
+
+
+def draw_image(ax: Axes, values: Array, image: Array | None, title: str | None, look: Look) -> None:
+    """One map (H, W) into the user's axes; over its image (C, H, W) if ``look`` overlays."""
+    (limit,) = look.limits([values])
+    _show_map(ax, values, limit, look, image if look.overlay else None)
+    ax.set_xlabel(look.said(limit), fontsize=7, labelpad=2)
+    if title is not None:
+        ax.set_title(title, loc="left", fontsize=9, parse_math=False)
+
+
+def _width(panel: Array, height: float) -> float:
+    """The width in inches that gives (..., H, W) the height of a panel, within reason."""
+    return height * float(np.clip(panel.shape[-1] / panel.shape[-2], 0.5, 2.0))
+
+
+def _side(titles: Sequence[str]) -> float:
+    return min(0.09 * max(map(len, titles)) + 0.2, 2.0)
+
+
+def _show_input(ax: Axes, image: Array) -> None:
+    """Image (C, H, W), stretched to the full range: colour for three channels, else gray."""
+    if len(image) == 3:
+        ax.imshow(_min_max(image).transpose(1, 2, 0))
+    else:
+        ax.imshow(_gray(image), cmap="gray", vmin=0, vmax=1)
+    frame(ax)
+
+
+def _show_map(ax: Axes, values: Array, limit: float, look: Look, under: Array | None) -> None:
+    limit = limit or 1.0
+    if under is None:
+        ax.imshow(values, cmap=look.colors, vmin=-limit, vmax=limit)
+    else:
+        height, width = under.shape[-2:]
+        extent = (-0.5, width - 0.5, height - 0.5, -0.5)  # a map of an inner layer is coarser
+        ax.imshow(_gray(under), cmap="gray", vmin=0, vmax=1)
+        opacity = look.overlay * np.clip(np.abs(values) / limit, 0, 1)
+        ax.imshow(values, cmap=look.colors, vmin=-limit, vmax=limit, alpha=opacity, extent=extent)
+    frame(ax)
+
+
+def _gray(image: Array) -> Array:
+    return _min_max(image.mean(axis=0))
+
+
+def _min_max(values: Array) -> Array:
+    """Stretched to 0..1; constant values become 0."""
+    low, high = values.min(), values.max()
+    stretched: Array = (values - low) / ((high - low) or 1.0)
+    return stretched
