@@ -19,7 +19,7 @@ A node without a rule hands down its gradient.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,9 +92,17 @@ def forward(nodes: Sequence[Node], inputs: Sequence[Array]) -> list[Array]:
     return values
 
 
-def relevance(nodes: Sequence[Node], inputs: Sequence[Array], seed: Array) -> list[Array]:
-    """Return the relevance that arrives at every node when `seed` arrives at the last one."""
-    return _propagate(nodes, inputs, seed)[0]
+def relevance(
+    nodes: Sequence[Node],
+    inputs: Sequence[Array],
+    seed: Array,
+    kept: Mapping[int, Array] | None = None,
+) -> list[Array]:
+    """Return the relevance that arrives at every node when `seed` arrives at the last one.
+
+    Of what arrives at a node in `kept` only that times this mask is handed on.
+    """
+    return _propagate(nodes, inputs, seed, kept)[0]
 
 
 def absorbed(nodes: Sequence[Node], inputs: Sequence[Array], seed: Array) -> list[float]:
@@ -110,7 +118,10 @@ def absorbed(nodes: Sequence[Node], inputs: Sequence[Array], seed: Array) -> lis
 
 
 def _propagate(
-    nodes: Sequence[Node], inputs: Sequence[Array], seed: Array
+    nodes: Sequence[Node],
+    inputs: Sequence[Array],
+    seed: Array,
+    kept: Mapping[int, Array] | None = None,
 ) -> tuple[list[Array], list[list[Array]]]:
     """Return the relevance arriving at every node and the relevance it hands to each input."""
     values = forward(nodes, inputs)
@@ -123,7 +134,8 @@ def _propagate(
         node = nodes[k]
         if node.op == "input":
             continue
-        handed[k] = _hand_down(node, [values[i] for i in node.inputs], values[k], arriving[k])
+        R = arriving[k] * (kept or {}).get(k, 1.0)
+        handed[k] = _hand_down(node, [values[i] for i in node.inputs], values[k], R)
         for i, part in zip(node.inputs, handed[k], strict=True):
             arriving[i] += part
     return arriving, handed

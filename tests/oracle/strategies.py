@@ -75,10 +75,11 @@ class Network:
         runs = [reference.forward(self.nodes, self.sample(k)) for k in range(self.samples)]
         return [np.stack(values) for values in zip(*runs, strict=True)]
 
-    def relevance(self, seed: Array) -> list[Array]:
+    def relevance(self, seed: Array, kept: Mapping[int, Array] | None = None) -> list[Array]:
         """Return the relevance of every node for the whole batch; `seed` has a row per sample."""
         runs = [
-            reference.relevance(self.nodes, self.sample(k), seed[k]) for k in range(self.samples)
+            reference.relevance(self.nodes, self.sample(k), seed[k], kept)
+            for k in range(self.samples)
         ]
         return [np.stack(values) for values in zip(*runs, strict=True)]
 
