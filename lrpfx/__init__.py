@@ -86,3 +86,9 @@ __all__ = [
 for _name in __all__:
     if getattr(globals()[_name], "__module__", "").startswith(f"{__name__}."):
         globals()[_name].__module__ = __name__
+del _name
+
+
+def __dir__() -> list[str]:
+    """What is public: completion shows no file that something happens to live in."""
+    return [*__all__, "__version__"]

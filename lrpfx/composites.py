@@ -41,6 +41,22 @@ from lrpfx.rules import (
 #: several of these, of which any may match.
 Selector = str | type[nn.Module] | Callable[[Record], bool] | tuple[Any, ...]
 Entry = tuple[Selector, Rule]
+#: The names of the composites; ``NAMED`` has the same.
+CompositeName = Literal[
+    "epsilon_all",
+    "attnlrp",
+    "cplrp",
+    "mambalrp",
+    "epsilon_plus",
+    "epsilon_alpha2_beta1",
+    "epsilon_gamma_box",
+    "epsilon_plus_flat",
+    "epsilon_alpha2_beta1_flat",
+    "excitation_backprop",
+    "guided_backprop",
+    "deconvnet",
+    "beta_smooth",
+]
 #: What stands for entries: pairs, a single one, a dict, or a rule for every op that it fits.
 Entries = Iterable["Entry | Rule"] | Mapping[Any, Rule] | Entry | Rule
 
@@ -231,7 +247,8 @@ class EpsilonAll(Named):
 
     Args:
         epsilon: Of every rule.
-        zero_params: See AffineRule.
+        zero_params: Parameters ("bias", "weight" or both) that the rule takes as zero; the
+            forward pass keeps them.
     """
 
     def __init__(self, epsilon: StabilizerLike = 1e-6, zero_params: ZeroParams = None) -> None:
@@ -248,7 +265,8 @@ class AttnLRP(EpsilonAll):
         epsilon: Of every rule. At 0, the limit that the paper's own implementation computes,
             multiplications and divisions by activations cancel: relevance needs no more memory
             than a gradient, and attention no weights (T, T), where no ledger is kept.
-        zero_params: See AffineRule.
+        zero_params: Parameters ("bias", "weight" or both) that the rule takes as zero; the
+            forward pass keeps them.
 
     Source: Achtibat et al. 2024 (arXiv 2402.05602), sect. 3 and appendix A.
     """
@@ -264,7 +282,8 @@ class CPLRP(Named):
         epsilon: Of every rule; see AttnLRP.
         gate: "stop" also makes the gates of products constants (the other factor takes all),
             "uniform" shares products evenly. The literature has both, and they differ widely.
-        zero_params: See AffineRule.
+        zero_params: Parameters ("bias", "weight" or both) that the rule takes as zero; the
+            forward pass keeps them.
 
     Source: Ali et al. 2022 (arXiv 2202.07304), sect. 4.
     """
@@ -291,7 +310,8 @@ class MambaLRP(Named):
 
     Args:
         epsilon: Of every rule; see AttnLRP.
-        zero_params: See AffineRule.
+        zero_params: Parameters ("bias", "weight" or both) that the rule takes as zero; the
+            forward pass keeps them.
 
     Source: Rezaei Jafari et al. 2024 (MambaLRP, arXiv 2406.07592), sect. 4.
     """
@@ -306,7 +326,8 @@ class EpsilonPlus(Named):
     Args:
         epsilon: Of Epsilon.
         stabilizer: Of every other rule.
-        zero_params: See AffineRule.
+        zero_params: Parameters ("bias", "weight" or both) that the rule takes as zero; the
+            forward pass keeps them.
 
     Source: Kohlbrenner et al. 2020 (LRP-CMP); Montavon et al. 2019, sect. 10.3.
     """
@@ -327,7 +348,8 @@ class EpsilonAlpha2Beta1(Named):
     Args:
         epsilon: Of Epsilon.
         stabilizer: Of every other rule.
-        zero_params: See AffineRule.
+        zero_params: Parameters ("bias", "weight" or both) that the rule takes as zero; the
+            forward pass keeps them.
 
     Source: Kohlbrenner et al. 2020 (LRP-CMP).
     """
@@ -351,7 +373,8 @@ class EpsilonGammaBox(Named):
         epsilon: Of Epsilon.
         gamma: Of Gamma.
         stabilizer: Of every rule but Epsilon.
-        zero_params: See AffineRule.
+        zero_params: Parameters ("bias", "weight" or both) that the rule takes as zero; the
+            forward pass keeps them.
         strict: See ZBox.
 
     Source: Montavon et al. 2019, sect. 10.3 (LRP-gamma, epsilon, z^B by depth).
@@ -379,7 +402,8 @@ class EpsilonPlusFlat(Named):
     Args:
         epsilon: Of Epsilon.
         stabilizer: Of every other rule.
-        zero_params: See AffineRule.
+        zero_params: Parameters ("bias", "weight" or both) that the rule takes as zero; the
+            forward pass keeps them.
 
     Source: Kohlbrenner et al. 2020 (LRP-CMP with flat rule).
     """
@@ -401,7 +425,8 @@ class EpsilonAlpha2Beta1Flat(Named):
     Args:
         epsilon: Of Epsilon.
         stabilizer: Of every other rule.
-        zero_params: See AffineRule.
+        zero_params: Parameters ("bias", "weight" or both) that the rule takes as zero; the
+            forward pass keeps them.
 
     Source: Kohlbrenner et al. 2020 (LRP-CMP with flat rule).
     """
@@ -422,7 +447,8 @@ class ExcitationBackprop(Named):
 
     Args:
         stabilizer: Of every rule.
-        zero_params: See AffineRule.
+        zero_params: Parameters ("bias", "weight" or both) that the rule takes as zero; the
+            forward pass keeps them.
 
     Source: Zhang et al. 2016 (excitation backprop).
     """

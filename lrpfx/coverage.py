@@ -20,9 +20,10 @@ def coverage(model: nn.Module, inputs: Inputs, rules: RulesLike = None) -> Repor
     """Tell which rule each node would get, and which ops have none, without an explanation.
 
     Args:
-        model: See ``explain``.
-        inputs: See ``explain``.
-        rules: See ``explain``.
+        model: Any module that torch.export can trace, in evaluation mode. It is not modified.
+        inputs: Example inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+        rules: A composite, its name, or a list of (selector, rule); None picks by what the graph
+            holds. Details are in the help of ``lrpfx.explain``.
 
     Returns:
         The report of an ``Explainer``. Ops that the op table does not know are no error here:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -51,17 +51,20 @@ from lrpfx.run import (
     reported,
 )
 
+#: The form of the inputs, which the relevance has, too.
+_Form = TypeVar("_Form", Tensor, Sequence[Any], Mapping[str, Any])
+
 
 def explain(
     model: nn.Module,
-    inputs: Inputs,
+    inputs: _Form,
     target: Target = None,
     *,
     rules: RulesLike = None,
     layers: Sequence[str] = (),
     create_graph: bool = False,
     ledger: bool = True,
-) -> Explanation:
+) -> Explanation[_Form]:
     """Explain a model's output by the relevance of its inputs.
 
     The model is captured anew for each call; for several explanations make an ``Explainer``.
@@ -137,9 +140,11 @@ class Explainer:
     Calls from several threads do not disturb each other.
 
     Args:
-        model: See ``explain``.
-        example_inputs: Inputs of the shapes to come (the batch size may differ).
-        rules: See ``explain``.
+        model: Any module that torch.export can trace, in evaluation mode. It is not modified.
+        inputs: Example inputs of the shapes to come (the batch size may differ): a tensor, a tuple
+            of positional or a dict of keyword arguments.
+        rules: A composite, its name, or a list of (selector, rule); None picks by what the graph
+            holds. Details are in the help of ``lrpfx.explain``.
         dynamic: Further dimensions that may vary between calls, of every input tensor that has
             them: (1,) for the number of tokens, (2, 3) for height and width. Those that the model
             fixes by how it computes stay fixed. Other sizes are checked against the model when
@@ -156,7 +161,7 @@ class Explainer:
     def __init__(
         self,
         model: nn.Module,
-        example_inputs: Inputs,
+        inputs: Inputs,
         rules: RulesLike = None,
         *,
         dynamic: Sequence[int] = (),
@@ -166,17 +171,17 @@ class Explainer:
         if freeze and isinstance(model, nn.Module):
             fixed = versions(state_of(model))
         with TRACING:  # meanwhile another thread's trace may hold fake tensors in the model
-            self._set_up(model, example_inputs, rules, dynamic, fixed)
+            self._set_up(model, inputs, rules, dynamic, fixed)
 
     def _set_up(
         self,
         model: nn.Module,
-        example_inputs: Inputs,
+        inputs: Inputs,
         rules: RulesLike,
         dynamic: Sequence[int],
         fixed: Versions | None,
     ) -> None:
-        prepared = prepare(model, example_inputs, rules, dynamic)
+        prepared = prepare(model, inputs, rules, dynamic)
         self._captured, self._module, self._starts, self._live, self._plan, self._report = prepared
         self._places = Places(self._module.graph, self._live, self._captured.prefix)
         self._gather = Gather(self._captured, self._module, self._starts)
@@ -184,7 +189,7 @@ class Explainer:
         self._state = State(model, fixed)
         self._pointed: tuple[dict[str, Tensor], int] = {}, 0
         self._compiled: Compiled | None = None
-        leaves = flatten_inputs(example_inputs)[0]
+        leaves = flatten_inputs(inputs)[0]
         self._met = {self._sizes(leaves)}
         self._largest = Largest(self._live, leaves)
         self._public: fx.GraphModule | None = None  # as the others: made when it is asked for
@@ -243,7 +248,7 @@ class Explainer:
 
     def __call__(
         self,
-        inputs: Inputs,
+        inputs: _Form,
         target: Target = None,
         *,
         layers: Sequence[str] = (),
@@ -254,7 +259,7 @@ class Explainer:
         through: Literal["only", "all"] = "only",
         start: str | None = None,
         init: Init = "activation",
-    ) -> Explanation:
+    ) -> Explanation[_Form]:
         """Explain the model's output for ``inputs``; arguments and errors as in ``explain``.
 
         Conditional relevance: which of the model's own features carried the relevance.

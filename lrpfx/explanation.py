@@ -6,12 +6,13 @@ import json
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, Generic, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from typing_extensions import TypeVar
 
 from lrpfx.capture import tensors_in
 from lrpfx.conditions import Channel, Concept
@@ -111,8 +112,12 @@ def _sum(tensor: Tensor) -> str:
     return f"{tensor.detach().sum(dtype=torch.float64).item():.4g}"
 
 
+#: The form of the inputs: a tensor, a sequence or a mapping.
+_Form = TypeVar("_Form", default=Any)
+
+
 @dataclass(frozen=True, repr=False)
-class Explanation:
+class Explanation(Generic[_Form]):
     """The relevance of a model's inputs for its output.
 
     Args:
@@ -132,13 +137,13 @@ class Explanation:
         inputs: What was explained, for the picture.
     """
 
-    relevance: Any
+    relevance: _Form
     output: Any
     target: Tensor | None
     seed: Tensor | tuple[Tensor, ...]
     absorbed: Tensor
     report: Report
-    layers: Mapping[str, LayerCalls] = field(default_factory=Layers)
+    layers: Layers = field(default_factory=Layers)
     embeddings: Any = None
     inputs: Any = None
 
@@ -328,7 +333,7 @@ class Explanation:
             np.savez_compressed(file, **arrays)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Explanation:
+    def load(cls, path: str | os.PathLike[str]) -> Explanation[Any]:
         """Read what ``save`` wrote; no code in the file is ever run.
 
         Raises:

@@ -2,6 +2,7 @@
 
 import ast
 from pathlib import Path
+from typing import get_args
 
 import lrpfx
 
@@ -43,3 +44,11 @@ def test_public_objects_show_their_public_path() -> None:
     for name in lrpfx.__all__:
         found = getattr(lrpfx, name)
         assert getattr(found, "__module__", "lrpfx") == "lrpfx", name
+
+
+def test_completion_shows_what_is_public_and_no_file_it_lives_in() -> None:
+    assert set(dir(lrpfx)) == {*lrpfx.__all__, "__version__"}
+
+
+def test_names_of_composites_are_known_to_type_checkers() -> None:
+    assert set(get_args(lrpfx.composites.CompositeName)) == set(lrpfx.composites.NAMED)

@@ -7,12 +7,21 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from lrpfx.composites import NAMED, AttnLRP, Composite, Entries, EpsilonAll, EpsilonPlus, Named
+from lrpfx.composites import (
+    NAMED,
+    AttnLRP,
+    Composite,
+    CompositeName,
+    Entries,
+    EpsilonAll,
+    EpsilonPlus,
+    Named,
+)
 from lrpfx.errors import RuleError, SelectorError
 from lrpfx.rules import Rule
 
 #: A composite, its class or its name; entries, the last of which may be what they are laid over.
-RulesLike = Composite | type[Composite] | str | Entries | Sequence[Any] | None
+RulesLike = Composite | type[Composite] | CompositeName | str | Entries | Sequence[Any] | None
 
 _CLASSES = {cls.__name__: name for name, cls in NAMED.items()}
 

@@ -26,7 +26,8 @@ class Epsilon(AffineRule):
 
     Args:
         epsilon: The stabilizer's epsilon, or any stabilizer; 0 is LRP-0.
-        zero_params: See AffineRule.
+        zero_params: Parameters ("bias", "weight" or both) that the rule takes as zero; the
+            forward pass keeps them.
 
     Source: Bach et al. 2015, eq. 58; Montavon et al. 2019, eq. 10.3.
     """
@@ -50,7 +51,8 @@ class Norm(AffineRule):
 
     Args:
         stabilizer: Number or callable.
-        zero_params: See AffineRule.
+        zero_params: Parameters ("bias", "weight" or both) that the rule takes as zero; the
+            forward pass keeps them.
 
     Source: Anders et al. 2021 (zennit), rule Norm; the epsilon rule of Bach et al. 2015, eq. 58.
     """
@@ -81,7 +83,8 @@ class ZPlus(AffineRule):
 
     Args:
         stabilizer: Number or callable.
-        zero_params: See AffineRule.
+        zero_params: Parameters ("bias", "weight" or both) that the rule takes as zero; the
+            forward pass keeps them.
 
     Source: Montavon et al. 2017 (deep Taylor decomposition), eq. 19, extended to negative inputs
     as alpha-beta with alpha = 1, beta = 0 (Bach et al. 2015, eq. 60).
@@ -108,7 +111,8 @@ class AlphaBeta(AffineRule):
         alpha: Weight of the positive contributions.
         beta: Weight of the negative ones; alpha - beta = 1.
         stabilizer: Number or callable.
-        zero_params: See AffineRule.
+        zero_params: Parameters ("bias", "weight" or both) that the rule takes as zero; the
+            forward pass keeps them.
 
     Source: Bach et al. 2015, eq. 60.
     """
@@ -158,7 +162,8 @@ class Gamma(AffineRule):
     Args:
         gamma: How much the agreeing contributions are favoured.
         stabilizer: Number or callable.
-        zero_params: See AffineRule.
+        zero_params: Parameters ("bias", "weight" or both) that the rule takes as zero; the
+            forward pass keeps them.
 
     Source: Montavon et al. 2019, eq. 10.4; generalised in Andeol et al. 2021, as rule
     ``Gamma`` of zennit. The gate reads the biased output z, whatever ``zero_params`` says.
@@ -219,7 +224,8 @@ class ZBox(AffineRule):
             a larger batch the first ones count.
         high: Highest possible input, likewise.
         stabilizer: Number or callable.
-        zero_params: See AffineRule.
+        zero_params: Parameters ("bias", "weight" or both) that the rule takes as zero; the
+            forward pass keeps them.
         strict: Refuse inputs that lie outside of the box.
 
     Raises:
@@ -287,7 +293,8 @@ class WSquare(AffineRule):
 
     Args:
         stabilizer: Number or callable.
-        zero_params: See AffineRule.
+        zero_params: Parameters ("bias", "weight" or both) that the rule takes as zero; the
+            forward pass keeps them.
 
     Source: Montavon et al. 2017, eq. 12 (w^2 rule).
     """
@@ -309,7 +316,8 @@ class Flat(AffineRule):
 
     Args:
         stabilizer: Number or callable.
-        zero_params: See AffineRule.
+        zero_params: Parameters ("bias", "weight" or both) that the rule takes as zero; the
+            forward pass keeps them.
 
     Source: Lapuschkin et al. 2019, supplementary note 1 (flat rule); Bach et al. 2016.
     """

@@ -33,8 +33,8 @@ class Stabilizer:
         dim: Dimensions of that mean; all but the first by default.
 
     Source:
-        Bach et al. 2015, https://doi.org/10.1371/journal.pone.0130140, eq. 58; sign of zero as
-        in ``rules.md``: zero counts as positive.
+        Bach et al. 2015, https://doi.org/10.1371/journal.pone.0130140, eq. 58; other
+        than there, zero counts as positive.
     """
 
     epsilon: float = 1e-6

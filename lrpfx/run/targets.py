@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,7 +14,17 @@ from torch.utils import _pytree as pytree
 from lrpfx.capture import is_finite
 from lrpfx.errors import TargetError
 
-Target = None | int | Sequence[int] | tuple[Any, ...] | Tensor | Callable[[Any], Tensor]
+Target = (
+    None
+    | int
+    | Literal["all"]
+    | Sequence[int]
+    | Sequence[Sequence[int]]
+    | tuple[Any, ...]
+    | Tensor
+    | np.ndarray[Any, Any]
+    | Callable[[Any], Tensor]
+)
 
 
 @dataclass(frozen=True)
