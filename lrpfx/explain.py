@@ -49,6 +49,7 @@ from lrpfx.run import (
     refuse_relevance,
     refuse_seed,
     reported,
+    target_per_condition,
 )
 
 #: The form of the inputs, which the relevance has, too.
@@ -266,7 +267,8 @@ class Explainer:
 
         Args:
             inputs: See ``explain``; so are ``target``, ``layers``, ``create_graph`` and ``ledger``.
-            target: With conditions also one per condition, as N lists of K classes.
+            target: With conditions also one per condition: K classes (where there are not as many
+                samples, for which K classes are one per sample), or N lists of K classes.
             layers: The conditioned places are among them.
             create_graph: See ``explain``.
             ledger: See ``explain``; several conditions of each sample keep no ledger.
@@ -331,6 +333,9 @@ class Explainer:
                 raise
             report = self._report.noting(self._assumptions.check(kept))
             targets = each_target(run.explained, target) if is_several(target) else [target]
+            if conditions is not None:
+                n = next((len(t) for t in leaves if isinstance(t, Tensor) and t.ndim), 1)
+                targets = [t for one in targets for t in target_per_condition(one, conditions, n)]
             seeds = [make_seed(run.explained, one, self._gather.finish) for one in targets]
             if conditions is not None:
                 assert isinstance(run, Run)

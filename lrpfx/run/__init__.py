@@ -3,7 +3,7 @@
 from lrpfx.run.assumptions import Assumptions
 from lrpfx.run.backward import Largest, Run, at_a_time
 from lrpfx.run.compiled import Compiled, CompiledRun
-from lrpfx.run.conditioned import Init, condition_seeds
+from lrpfx.run.conditioned import Init, condition_seeds, target_per_condition
 from lrpfx.run.gather import Calls, Gather, by_layer, reported
 from lrpfx.run.refuse import refuse_if_the_model_does, refuse_relevance, refuse_seed
 from lrpfx.run.targets import Target, each_target, is_several, make_seed
@@ -28,4 +28,5 @@ __all__ = [
     "refuse_relevance",
     "refuse_seed",
     "reported",
+    "target_per_condition",
 ]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lrpfx.conditions import Conditions
 from lrpfx.errors import TargetError
 from lrpfx.run.backward import Run
-from lrpfx.run.targets import Seed
+from lrpfx.run.targets import Seed, is_several
 
 #: What relevance starts from at an inner place.
 Init = str | Tensor | Callable[[Tensor], Tensor]
@@ -45,6 +47,22 @@ def condition_seeds(
         seeds = [_at_place(conditions, run, names, seed, init) for seed in seeds]
     seeds = [*seeds] * (len(kept) if len(seeds) == 1 else 1)
     return [replace(seed, kept=weights) for seed, weights in zip(seeds, kept, strict=True)]
+
+
+def target_per_condition(target: Any, conditions: Conditions, samples: int) -> list[Any]:
+    """One target for each condition if there are as many, and not as many samples; else the one.
+
+    Args:
+        target: See ``lrpfx.explain``.
+        conditions: As they are laid on the graph.
+        samples: How many there are.
+    """
+    each = isinstance(target, (list, Tensor, np.ndarray)) and not is_several(target)
+    if each and conditions.several and len(target) == conditions.count != samples:
+        if not isinstance(target, list) and "float" in str(target.dtype):
+            return [target]  # a seed
+        return list(target)
+    return [target]
 
 
 def _at_place(

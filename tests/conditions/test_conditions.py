@@ -245,6 +245,8 @@ def test_targets_can_be_one_per_condition() -> None:
     explainer = lrpfx.Explainer(model, x, "epsilon_plus")
     conditions = [{"2": [1]}, {"2": [3]}]
     both = explainer(x, [[0, 1], [0, 1]], conditions=conditions).relevance
+    short = explainer(x[:1], [0, 1], conditions=conditions).relevance
+    torch.testing.assert_close(short, both[:, :1])
     for k, one in enumerate(conditions):
         torch.testing.assert_close(explainer(x, k, conditions=[one]).relevance[0], both[k])
     with pytest.raises(lrpfx.errors.TargetError, match="2 targets"):
