@@ -7,7 +7,7 @@
 >>> explanation.plot("out.png")    # heatmap beside the image
 """
 
-from lrpfx import composites, errors, heatmap, text
+from lrpfx import composites, concepts, errors, heatmap, text
 from lrpfx.composites import First
 from lrpfx.coverage import coverage
 from lrpfx.explain import Explainer, explain
@@ -74,6 +74,7 @@ __all__ = [
     "ZBox",
     "ZPlus",
     "composites",
+    "concepts",
     "coverage",
     "errors",
     "explain",

@@ -14,3 +14,8 @@ __all__ = [
     "Token",
     "attribution_graph",
 ]
+
+# As in lrpfx itself: what is public shows the public path.
+for _name in __all__:
+    globals()[_name].__module__ = __name__
+del _name
