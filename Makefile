@@ -5,6 +5,7 @@
 # make processors  the tests with the kernels of older processors, on two threads each
 # make bench     what explanations cost: refreshes docs/performance.md (a quarter of an hour)
 # make compiled  what they cost compiled: its section of docs/performance.md (as long again)
+# make dist      wheel and sdist in dist/, each installed and run outside of the checkout
 # make clean     remove the environment and everything generated
 #
 # PYTHON names the interpreter (3.10 or newer) that the environment is made with. pip takes its
@@ -18,7 +19,7 @@ JOBS   ?= 2
 BIN     := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -c constraints.txt
 
-.PHONY: demo examples test check nightly processors bench compiled clean
+.PHONY: demo examples test check nightly processors bench compiled dist clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/quickstart.py examples/out/quickstart.png
@@ -69,6 +70,19 @@ bench: $(VENV)/.installed-test
 compiled: $(VENV)/.installed-test
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
 		$(BIN)/python -m benchmarks.compiled --write --seconds=3 $(BENCH)
+
+# A wheel that lacks a file still runs inside of the checkout; so it is run in a folder of its own,
+# by the environment of the tests with the package that was built before the one that is edited.
+dist: $(VENV)/.installed-test
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	for built in dist/*.whl dist/*.tar.gz; do \
+		folder=$$(mktemp -d) && cp tests/smoke.py $$folder && \
+		$(BIN)/python -m pip install -q --no-deps --target $$folder/site $$built && \
+		(cd $$folder && PYTHONPATH=site $(abspath $(BIN))/python smoke.py) || exit 1; \
+		rm -r $$folder; \
+	done
+	rm -rf build
 
 # One stamp per extra; an installation is repeated only when the requirements have changed.
 $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python

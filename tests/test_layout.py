@@ -1,6 +1,7 @@
 """A folder is imported by its front, and what is public shows its public path."""
 
 import ast
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -52,3 +53,8 @@ def test_completion_shows_what_is_public_and_no_file_it_lives_in() -> None:
 
 def test_names_of_composites_are_known_to_type_checkers() -> None:
     assert set(get_args(lrpfx.composites.CompositeName)) == set(lrpfx.composites.NAMED)
+
+
+def test_there_is_one_version_number() -> None:
+    (cited,) = re.findall(r"^version: (.+)$", (PACKAGE.parent / "CITATION.cff").read_text(), re.M)
+    assert cited == lrpfx.__version__
