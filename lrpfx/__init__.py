@@ -7,6 +7,9 @@
 >>> explanation.plot("out.png")    # heatmap beside the image
 """
 
+import importlib
+from typing import Any
+
 from lrpfx import composites, concepts, errors, heatmap, text
 from lrpfx.composites import First
 from lrpfx.coverage import coverage
@@ -90,6 +93,13 @@ for _name in __all__:
 del _name
 
 
+def __getattr__(name: str) -> Any:
+    """Import ``lrpfx.spray`` when it is first read: it needs scikit-learn."""
+    if name == "spray":
+        return importlib.import_module("lrpfx.spray")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def __dir__() -> list[str]:
     """What is public: completion shows no file that something happens to live in."""
-    return [*__all__, "__version__"]
+    return [*__all__, "spray", "__version__"]

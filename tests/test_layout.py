@@ -48,7 +48,7 @@ def test_public_objects_show_their_public_path() -> None:
 
 
 def test_completion_shows_what_is_public_and_no_file_it_lives_in() -> None:
-    assert set(dir(lrpfx)) == {*lrpfx.__all__, "__version__"}
+    assert set(dir(lrpfx)) == {*lrpfx.__all__, "spray", "__version__"}
 
 
 def test_names_of_composites_are_known_to_type_checkers() -> None:

@@ -1,6 +1,7 @@
 """Concepts: what parts of a layer's relevance mean, beside where in the input it goes."""
 
 from lrpfx.concepts.graph import AttributionGraph, attribution_graph
+from lrpfx.concepts.prototypes import Prototype, Prototypes
 from lrpfx.conditions import Channel, Concept, Direction, Head, Neuron, Subspace, Token
 
 __all__ = [
@@ -10,6 +11,8 @@ __all__ = [
     "Direction",
     "Head",
     "Neuron",
+    "Prototype",
+    "Prototypes",
     "Subspace",
     "Token",
     "attribution_graph",

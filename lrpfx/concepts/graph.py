@@ -100,7 +100,7 @@ class AttributionGraph:
             InputError: networkx is not installed.
         """
         try:
-            import networkx  # type: ignore[import-untyped]  # it ships no types
+            import networkx
         except ImportError as error:
             raise InputError(
                 "to_networkx() needs networkx.", fix="pip install 'lrpfx[concepts]'."

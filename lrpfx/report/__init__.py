@@ -2,8 +2,12 @@
 
 from lrpfx.report.report import Report, make_report, with_ledger
 from lrpfx.report.rows import Row
+from lrpfx.report.tables import Column, Table, Tabular
 
 __all__ = [
+    "Column",
+    "Table",
+    "Tabular",
     "Report",
     "Row",
     "make_report",
