@@ -122,7 +122,7 @@ def table(plan: Plan, budget: float) -> Table:
 def add_row(made: Table, work: Work, name: str, budget: float) -> None:
     """Time everything that one composite can be compared with, and compare the maps."""
     explainer = lrpfx.Explainer(work.model, work.inputs, peers.composite(name), freeze=True)
-    kept = explainer(work.inputs, work.score)
+    kept = explainer(work.inputs, work.score, ledger=True)
     calls = {
         "gradient": gradient(work),
         "lrpfx": relevance_call(explainer, work),

@@ -169,7 +169,7 @@ def _measure(case: Case, row: Row) -> None:
     target, expected = target_for(case.score, output), tensors_in(output)
     explainer = lrpfx.Explainer(model, inputs)
     row.captured = row.ruled = "yes"
-    explanation = explainer(inputs, target)
+    explanation = explainer(inputs, target, ledger=True)
     report = explanation.report
     got = tensors_in(explanation.output)
     forward = max(map(_error_of_largest, got, expected))
@@ -199,7 +199,7 @@ def _measure(case: Case, row: Row) -> None:
 def _gradient(model: nn.Module, inputs: Any, target: Callable[[Any], Tensor]) -> dict[str, float]:
     """LRP-0 against gradient times input of the model itself."""
     rules = lrpfx.composites.EpsilonAll(epsilon=0.0)
-    got = relevance_of(lrpfx.explain(model, inputs, target, rules=rules))
+    got = relevance_of(lrpfx.explain(model, inputs, target, rules=rules, ledger=True))
     leaves = _mapped(lambda t: t.requires_grad_() if t.is_floating_point() else t, inputs)
     output = model(*_positional(leaves), **_keywords(leaves))
     explained = [t for t in tensors_in(leaves) if t.requires_grad]
@@ -265,11 +265,12 @@ def _batch(
 ) -> tuple[list[Tensor], list[Tensor], lrpfx.Explainer]:
     """Relevance of the batch, that of its last sample alone, and what explains such samples."""
     explainer = lrpfx.Explainer(model, inputs)
-    together = relevance_of(explainer(inputs, target))
+    together = relevance_of(explainer(inputs, target, ledger=True))
     sample = _last(inputs)
     if any("captured for a batch of" in note for note in explainer.report.notes):
         explainer = lrpfx.Explainer(model, sample)
-    return together, relevance_of(explainer(sample, lambda out: target(out, 1))), explainer
+    alone = explainer(sample, lambda out: target(out, 1), ledger=True)
+    return together, relevance_of(alone), explainer
 
 
 def _last(inputs: Any) -> Any:

@@ -45,7 +45,7 @@ def table(
         work = make()
         for name in composites:
             explainer = lrpfx.Explainer(work.model, work.inputs, peers.composite(name))
-            plain = explainer(work.inputs, work.score)
+            plain = explainer(work.inputs, work.score, ledger=True)
             expected = work.of(plain.relevance)
             ours = relevance_call(explainer, work)
             made.check(f"{work.name} under {name}, lrpfx", ours(), expected)

@@ -120,9 +120,9 @@ def _image(picture: Figure) -> str:
 
 
 def _folded(report: Report) -> str:
-    try:
-        table = report._repr_html_()
-    except LrpError as error:  # sums that can no longer be had
-        table = f"<pre>{html.escape(str(error))}</pre>"
+    """The table of the report; without sums that are yet to be computed: showing costs nothing."""
     said = "report: the rule of each op, and what was absorbed where"
+    if report.pending:
+        report, said = report.planned(), "report: the rule of each op; sums are added on demand"
+    table = report._repr_html_()
     return f"<details><summary>{said}</summary>{table}</details>"

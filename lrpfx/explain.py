@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -24,25 +26,30 @@ from lrpfx.capture import (
 )
 from lrpfx.conditions import Condition, Conditions, Places, channels_of, read_conditions
 from lrpfx.errors import CaptureError, InputError, SelectorError
-from lrpfx.explanation import Explanation
+from lrpfx.explanation import Explanation, Layers
 from lrpfx.plan import RulesLike
 from lrpfx.prepare import prepare
 from lrpfx.report import Report
 from lrpfx.rewrite import UNCHANGED, Ledger, Tap, find_taps, instrument, rewrite
 from lrpfx.run import (
     Assumptions,
+    Bookings,
+    Books,
     Calls,
     Compiled,
     CompiledRun,
     Gather,
     Init,
     Largest,
+    Made,
+    Pulled,
     Run,
     Target,
     at_a_time,
     by_layer,
     condition_seeds,
     each_target,
+    is_batched,
     is_several,
     make_seed,
     refuse_if_the_model_does,
@@ -64,7 +71,7 @@ def explain(
     rules: RulesLike = None,
     layers: Sequence[str] = (),
     create_graph: bool = False,
-    ledger: bool = True,
+    ledger: bool | None = None,
 ) -> Explanation[_Form]:
     """Explain a model's output by the relevance of its inputs.
 
@@ -79,8 +86,10 @@ def explain(
             output (N, C) or (N, C, H, W)), one class per sample (sequence or integer tensor), a
             tuple (index into a sample's output, such as a position and a token), a callable
             ``output -> (N,)``, or one number for the batch, or a floating tensor shaped like the
-            output, used unchanged as the seed relevance. For the index forms the seed is one-hot
-            times the output value. A softmax or log-softmax at the output is left out: the seed is
+            output, used unchanged as the seed relevance. Negative indices count from the end. For
+            the index forms the seed is one-hot times the output value; of a callable it is the
+            gradient times output, which is its value where it picks or adds outputs, and noted
+            where it is another. A softmax or log-softmax at the output is left out: the seed is
             laid on its logits. Several targets of each sample, as N lists of K classes, an integer
             array (N, K), or "all" for every class of an output (N, C), share one forward pass:
             every tensor of the explanation but ``output`` then has a leading dimension K, and no
@@ -97,9 +106,13 @@ def explain(
             activation are returned, too.
         create_graph: Keep the graph of the relevance, so that it can be differentiated with
             respect to inputs and parameters.
-        ledger: Keep the sums of relevance at each node for the report. Without them (and without
-            ``create_graph``) neighbouring rules share their work, so that relevance costs little
-            more than a gradient; its values are the same up to round-off.
+        ledger: When the sums of relevance at each node are computed, for the report. None: once
+            the report is asked for them, by the plain form of all rules, run on inputs and
+            parameters as they were (the explanation keeps the model for that; a change since is an
+            error). True: at once, and by this form relevance, too. False: never, and nothing is
+            kept. Without them (and without ``create_graph``) neighbouring rules share their work,
+            so that relevance costs little more than a gradient; its values are the same up to
+            round-off, which is checked where the sums are computed later.
 
     Returns:
         The explanation; ``relevance`` is structured like ``inputs``.
@@ -187,11 +200,15 @@ class Explainer:
         self._places = Places(self._module.graph, self._live, self._captured.prefix)
         self._gather = Gather(self._captured, self._module, self._starts)
         self._assumptions = Assumptions(self._module, self._plan.assignments)
+        self._books = Books(
+            self._module, self._plan, self._current, self._for_books, self._explanation
+        )
         self._state = State(model, fixed)
         self._pointed: tuple[dict[str, Tensor], int] = {}, 0
         self._compiled: Compiled | None = None
         leaves = flatten_inputs(inputs)[0]
         self._met = {self._sizes(leaves)}
+        self._batched: dict[int, bool] = {}
         self._largest = Largest(self._live, leaves)
         self._public: fx.GraphModule | None = None  # as the others: made when it is asked for
         self._instrumented: dict[tuple[Any, ...], tuple[fx.GraphModule, dict[str, Calls]]] = {}
@@ -254,7 +271,7 @@ class Explainer:
         *,
         layers: Sequence[str] = (),
         create_graph: bool = False,
-        ledger: bool = True,
+        ledger: bool | None = None,
         conditions: Sequence[Condition] | None = None,
         pairing: Literal["each", "zip"] = "each",
         through: Literal["only", "all"] = "only",
@@ -301,7 +318,7 @@ class Explainer:
         target: Target,
         layers: Sequence[str],
         create_graph: bool,
-        ledger: bool,
+        ledger: bool | None,
         asked: _Asked,
     ) -> Explanation:
         leaves = check_inputs(self._captured.signature, inputs)
@@ -309,8 +326,9 @@ class Explainer:
         with TRACING:
             conditions = self._read(asked)
         several = is_several(target) or (conditions is not None and conditions.several)
-        passes = 1 if conditions is None else conditions.passes
-        ledger = ledger and passes == 1 and not is_several(target)
+        single = not is_several(target) and (conditions is None or conditions.passes == 1)
+        later = ledger is None and single and not create_graph and conditions is None
+        ledger = (ledger is None or ledger) and single and not later
         fast = not ledger and not create_graph
         with TRACING:
             self._refresh()
@@ -336,7 +354,9 @@ class Explainer:
             if conditions is not None:
                 n = next((len(t) for t in leaves if isinstance(t, Tensor) and t.ndim), 1)
                 targets = [t for one in targets for t in target_per_condition(one, conditions, n)]
-            seeds = [make_seed(run.explained, one, self._gather.finish) for one in targets]
+            batched = functools.partial(self._is_batched, leaves)
+            finish = self._gather.finish
+            seeds = [make_seed(run.explained, one, finish, batched) for one in targets]
             if conditions is not None:
                 assert isinstance(run, Run)
                 names = [name for name, each in calls.items() for _ in range(each.number)]
@@ -362,7 +382,11 @@ class Explainer:
         if several:
             what = "targets" if conditions is None else "conditions"
             told = f"{len(parts)} {what} of each sample, {told if conditions else _ONE_HOT}"
-        return reported(parts if several else parts[0], book, told, notes)
+        bookings: Bookings = book.bookings() if book else {}
+        if later:
+            bookings = self._books.later(parts[0], kept, seeds[0], self._state.current())
+        seed = replace(seeds[0], description=told, notes=(*notes, *seeds[0].notes))
+        return reported(parts if several else parts[0], bookings, seed)
 
     # -- set-up -----------------------------------------------------------------------------------
 
@@ -427,6 +451,34 @@ class Explainer:
             for path, calls in found.items()
         }
         return module, calls
+
+    def _is_batched(self, leaves: Sequence[Any], index: int) -> bool:
+        """Whether the first dimension of an output is that of the samples."""
+        if index not in self._batched:
+            of = self._captured, self._module.graph, self._live
+            self._batched[index] = is_batched(*of, index, leaves)
+        return self._batched[index]
+
+    def _for_books(self, fast: bool, node: fx.Node | None) -> fx.GraphModule:
+        """The graph in one of its forms, with what arrives at a node if there is one."""
+        with TRACING:
+            if node is None:
+                return self._instrument((), fast=fast)[0]
+            tap, starts = Tap(node, node), list(self._starts)
+            plan = self._plan.assignments
+            return instrument(self._module, plan, self._live, starts, [tap], fast=fast)
+
+    def _current(self) -> dict[str, Tensor]:
+        """Parameters and buffers as they are now, to which every graph is pointed."""
+        with TRACING:
+            self._refresh()
+            return self._state.current()
+
+    def _explanation(self, made: Made, run: Run, pulled: Pulled) -> Explanation:
+        """An explanation made once more, of no layers."""
+        inputs, seed = made.found.inputs, made.seed
+        given = inputs, made.leaves, run.clean, seed, pulled.starts, Layers()
+        return self._gather.explanation(*given, self._report)
 
     def _for_compiler(self, paths: tuple[str, ...]) -> fx.GraphModule:
         """A graph of its own; what is constant in it is seen once its ops are written down."""

@@ -302,7 +302,9 @@ class Explanation(Generic[_Form]):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write tensors and report to one ``.npz`` file that holds no code.
 
-        ``output`` and ``inputs`` are stored as their tensors only, nested structures as lists.
+        The report is stored with its sums, which are computed if they are not yet; if they cannot
+        be any more, as parameters have changed, without, and a note says why. ``output`` and
+        ``inputs`` are stored as their tensors only, nested structures as lists.
         """
         arrays: dict[str, Any] = {}
 
@@ -328,7 +330,8 @@ class Explanation(Generic[_Form]):
         layers = {p: [[*c, c.passed] for c in v] for p, v in self.layers.items()}
         tree["layers"] = store("layers", layers)
         tree["channels"] = store("channels", {p: v.channels for p, v in self.layers.items()})
-        arrays["__tree__"] = np.array(json.dumps({"tree": tree, "report": self.report.to_dict()}))
+        report = self.report.settled().to_dict()
+        arrays["__tree__"] = np.array(json.dumps({"tree": tree, "report": report}))
         with open(path, "wb") as file:
             np.savez_compressed(file, **arrays)
 
@@ -355,7 +358,8 @@ class Explanation(Generic[_Form]):
         return (
             f"Explanation(relevance {shapes}; target: {report.target}; rules: {report.rules}; "
             f"started {report.started:.6g}, reached the inputs {report.reached:.6g}, "
-            f"absorbed {self.absorbed.sum().item():.6g})"
+            f"absorbed {self.absorbed.sum().item():.6g}"
+            f"{'; its report has the ledger on demand' if report.pending else ''})"
         )
 
     def _repr_html_(self) -> str:

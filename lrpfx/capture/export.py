@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 from lrpfx.capture.inputs import (
     Inputs,
     Signature,
+    TensorForm,
     copies,
     flatten_inputs,
     form_of,
@@ -60,6 +61,12 @@ class Captured:
     training: tuple[tuple[nn.Module, bool], ...]
     output: Any = None
     why_static: str = ""
+
+    @property
+    def batch_varies(self) -> bool:
+        """Whether the graph holds for any number of samples."""
+        forms = [form for form in self.signature.leaves if isinstance(form, TensorForm)]
+        return any(form.shape[:1] == ("N",) for form in forms)
 
     @property
     def prefix(self) -> str:

@@ -3,12 +3,13 @@
 from lrpfx.plan.annotate import REGISTER, Unknown, annotate, annotate_known
 from lrpfx.plan.assign import Assignment, Plan, assign
 from lrpfx.plan.carriers import find_carriers
-from lrpfx.plan.notes import notes_of
+from lrpfx.plan.notes import LEFT_OUT, notes_of
 from lrpfx.plan.resolve import RulesLike
 from lrpfx.plan.starts import find_starts, index_places
 
 __all__ = [
     "Assignment",
+    "LEFT_OUT",
     "Plan",
     "REGISTER",
     "RulesLike",

@@ -11,6 +11,9 @@ from lrpfx.capture import Captured
 from lrpfx.ops import HELD, final_softmax, module_calls, output_leaves, reachable, used_nodes
 from lrpfx.plan.starts import unplaced
 
+#: Of the function that the model ends in.
+LEFT_OUT = "at the output is left out"
+
 
 def notes_of(
     graph: fx.Graph, captured: Captured, starts: Mapping[fx.Node, fx.Node]
@@ -25,7 +28,7 @@ def notes_of(
     if captured.why_static:
         yield f"captured for a batch of {captured.signature.batch} only: {captured.why_static}"
     if any(final_softmax(leaf) for leaf in output_leaves(graph)):
-        yield "the softmax at the output is left out: explained are its logits"
+        yield f"the softmax {LEFT_OUT}: explained are its logits"
     used = used_nodes(graph)
     if placeless := [n for n in unplaced(graph, starts) if n in used]:
         calls = [module_calls(n, captured.prefix) for n in placeless]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from lrpfx.errors import InputError
@@ -36,6 +36,9 @@ _BOOKED = (
 @dataclass(frozen=True, repr=False)
 class Report(Rows, Tabular):
     """A table with one row per node that depends on the explained input.
+
+    Sums that were not kept are computed when something first asks for ``rows``, or for what is
+    computed of them; see ``ledger`` of ``lrpfx.explain``.
 
     Args:
         rows: In execution order.
@@ -160,25 +163,29 @@ def make_report(
 
 def with_ledger(
     report: Report,
-    bookings: Mapping[str, Booking],
+    bookings: Mapping[str, Booking] | Callable[[], Mapping[str, Booking]],
     *,
     target: str,
     started: float,
     reached: float,
     notes: Sequence[str] = (),
 ) -> Report:
-    """The report of one explanation: the plan's rows with what the ledger booked."""
+    """The report of one explanation: the plan's rows with what the ledger booked, or will."""
     rows = report.rows
-    if bookings:
-        rows = tuple(_booked_row(row, bookings.get(row.node)) for row in rows)
-    return replace(
+    explained = replace(
         report,
-        rows=rows,
         notes=(*report.notes, *notes),
         target=target,
         started=started,
         reached=reached,
     )
+    if callable(bookings):
+        return explained.on_demand(lambda: _booked_rows(rows, bookings()))
+    return replace(explained, rows=_booked_rows(rows, bookings))
+
+
+def _booked_rows(rows: tuple[Row, ...], bookings: Mapping[str, Booking]) -> tuple[Row, ...]:
+    return tuple(_booked_row(row, bookings.get(row.node)) for row in rows)
 
 
 def _booked_row(row: Row, booking: Booking | None) -> Row:

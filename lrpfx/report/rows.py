@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from lrpfx.errors import InputError
+from lrpfx.errors import InputError, LrpError
 from lrpfx.plan import REGISTER
 
 
@@ -70,6 +71,31 @@ class Row:
         return os.path.basename(file) + colon + code
 
 
+_Some = TypeVar("_Some", bound="Rows")
+
+
+class Unbooked:
+    """Rows whose sums are computed when they are first asked for.
+
+    Args:
+        planned: The rows without sums.
+        book: Computes those with sums; it is dropped, with all that it holds, once it has.
+    """
+
+    def __init__(self, planned: tuple[Row, ...], book: Callable[[], tuple[Row, ...]]) -> None:
+        self.planned = self._rows = planned
+        self._book: Callable[[], tuple[Row, ...]] | None = book
+        self._lock = threading.Lock()
+
+    def rows(self) -> tuple[Row, ...]:
+        """The rows with sums."""
+        with self._lock:
+            if self._book is not None:
+                self._rows = self._book()
+                self._book = None
+            return self._rows
+
+
 @dataclass(frozen=True, repr=False)
 class Rows:
     """A report without its views, for these to read; ``Report`` says what the fields are."""
@@ -93,8 +119,51 @@ class Rows:
         return 1 - len(self.unsupported) / len(self.rows) if self.rows else 1.0
 
     @property
+    def pending(self) -> bool:
+        """Whether the sums are still to be computed, when something first asks for them."""
+        return "rows" not in self.__dict__
+
+    def on_demand(self: _Some, book: Callable[[], tuple[Row, ...]]) -> _Some:
+        """The report whose rows are those that ``book`` returns when they are first asked for."""
+        later = replace(self)
+        later.__dict__["_unbooked"] = Unbooked(later.__dict__.pop("rows"), book)
+        return later
+
+    if not TYPE_CHECKING:  # else every name would be an attribute
+
+        def __getattr__(self, name: str) -> Any:
+            """The rows that are not there yet."""
+            unbooked = self.__dict__.get("_unbooked")
+            if name != "rows" or unbooked is None:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            self.__dict__["rows"] = unbooked.rows()
+            return self.__dict__["rows"]
+
+    def planned(self: _Some) -> _Some:
+        """The report as it was before the explanation, without any sums, with its notes."""
+        rows = self.__dict__["_unbooked"].planned if self.pending else self.rows
+        return replace(self, rows=rows, started=None, reached=None)
+
+    def settled(self: _Some) -> _Some:
+        """The report with its sums; without, and a note of why, if they cannot be had any more."""
+        if not self.pending:
+            return self
+        try:
+            return replace(self, rows=self.rows)
+        except LrpError as error:
+            planned, note = self.__dict__["_unbooked"].planned, f"without a ledger: {error.what}"
+            return replace(self, rows=planned, notes=(*self.notes, note))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which do not take along the model."""
+        state = self.settled().__dict__
+        return {name: value for name, value in state.items() if name != "_unbooked"}
+
+    @property
     def has_ledger(self) -> bool:
-        """Whether relevance was booked node by node."""
+        """Whether relevance was booked node by node, or will be once it is asked for."""
+        if self.pending:
+            return True
         booked = any(row.relevance_in is not None for row in self.rows) or not self.rows
         return self.started is not None and booked
 

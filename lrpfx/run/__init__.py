@@ -1,27 +1,34 @@
 """A rewritten graph, inputs and a target -> relevance, and from it an explanation."""
 
 from lrpfx.run.assumptions import Assumptions
-from lrpfx.run.backward import Largest, Run, at_a_time
+from lrpfx.run.backward import Largest, Pulled, Run, at_a_time
+from lrpfx.run.books import Books, Made
 from lrpfx.run.compiled import Compiled, CompiledRun
 from lrpfx.run.conditioned import Init, condition_seeds, target_per_condition
-from lrpfx.run.gather import Calls, Gather, by_layer, reported
+from lrpfx.run.gather import Bookings, Calls, Gather, by_layer, reported
 from lrpfx.run.refuse import refuse_if_the_model_does, refuse_relevance, refuse_seed
+from lrpfx.run.samples import is_batched
 from lrpfx.run.targets import Target, each_target, is_several, make_seed
 
 __all__ = [
     "Assumptions",
+    "Bookings",
+    "Books",
     "Calls",
     "Compiled",
     "CompiledRun",
     "Gather",
     "Init",
     "Largest",
+    "Made",
+    "Pulled",
     "Run",
     "Target",
     "at_a_time",
     "by_layer",
     "condition_seeds",
     "each_target",
+    "is_batched",
     "is_several",
     "make_seed",
     "refuse_if_the_model_does",

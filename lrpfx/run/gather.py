@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -13,11 +13,14 @@ from torch.utils import _pytree as pytree
 from lrpfx.capture import Captured, Inputs
 from lrpfx.explanation import Explanation, LayerCalls, LayerRelevance, Layers, stacked
 from lrpfx.ops import final_softmax, output_leaves
-from lrpfx.plan import index_places
+from lrpfx.plan import LEFT_OUT, index_places
 from lrpfx.report import Report, with_ledger
-from lrpfx.rewrite import Ledger
+from lrpfx.rewrite import Booking
 from lrpfx.run.backward import Pulled
 from lrpfx.run.targets import Seed
+
+#: By node, or what computes them.
+Bookings = Mapping[str, Booking] | Callable[[], Mapping[str, Booking]]
 
 
 class Gather:
@@ -139,23 +142,43 @@ def _added(total: Tensor | None, more: Tensor) -> Tensor:
 
 def reported(
     found: Explanation | list[Explanation],
-    book: Ledger | None,
-    target: str,
-    notes: Sequence[str] = (),
+    bookings: Bookings,
+    seed: Seed,
 ) -> Explanation:
-    """The explanation with its own report; several as one."""
+    """The explanation with its own report; several as one.
+
+    Args:
+        found: What was explained.
+        bookings: None, if no ledger is kept.
+        seed: That of the target, of several the first.
+    """
+    target = seed.description
     if isinstance(found, list):
         found = stacked(found)
     arrived = [r for r in pytree.tree_leaves(found.relevance) if isinstance(r, Tensor)]
+    planned = found.report
+    if seed.by_gradient:
+        planned = replace(planned, notes=tuple(map(_through, planned.notes)))
     report = with_ledger(
-        found.report,
-        {} if book is None else book.bookings(),
+        planned,
+        bookings,
         target=target,
         started=_total(pytree.tree_leaves(found.seed)),
         reached=_total(arrived),
-        notes=notes,
+        notes=seed.notes,
     )
     return replace(found, report=report)
+
+
+def _through(note: str) -> str:
+    """What a callable explains where the function that the model ends in is left out."""
+    begun, left_out, _ = note.partition(LEFT_OUT)
+    if not left_out:
+        return note
+    return (
+        f"{begun}at the output is read by the target: relevance starts at its logits, as the "
+        "gradient of the target through it, times the logits"
+    )
 
 
 def _absorbed(seeds: Sequence[Tensor], relevance: Sequence[Tensor]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,12 +36,16 @@ class Seed:
         classes: The explained class per sample, shape (N,), where the target is a class.
         description: For the report.
         kept: Of the masks and gates of conditions, what each lets through.
+        notes: What the user may not expect of it.
+        by_gradient: Whether it is a callable's gradient times output.
     """
 
     seeds: list[Tensor | None]
     classes: Tensor | None
     description: str
     kept: tuple[Tensor, ...] = ()
+    notes: tuple[str, ...] = ()
+    by_gradient: bool = False
 
 
 def is_several(target: Any) -> bool:
@@ -106,6 +110,7 @@ def make_seed(
     leaves: Sequence[Any],
     target: Target,
     rebuild: Callable[[Sequence[Any]], Any],
+    batched: Callable[[int], bool] = lambda index: True,
 ) -> Seed:
     """The seed relevance for ``target``, computed from the clean output.
 
@@ -113,6 +118,7 @@ def make_seed(
         leaves: Output leaves of the graph.
         target: See ``lrpfx.explain``.
         rebuild: Makes the model's output from leaves, for callables.
+        batched: Whether the first dimension of a leaf, given by its index, is the samples'.
 
     Raises:
         TargetError: The target does not fit the output.
@@ -129,12 +135,50 @@ def make_seed(
         )
     output: Tensor = leaves[index]
     seed, classes, description = _from_output(output, target)
+    notes = []
+    if not _is_seed(target) and output.numel() > 1 and not batched(index):
+        notes.append(_without_batch(output, target))
+    if target is None and output.ndim > 2:
+        notes.append(_one_entry(output, seed))
     tensors = [t for t in leaves if isinstance(t, Tensor)]
     if len(tensors) > 1:
         description += f" of output {index} (the first of {len(tensors)} tensors)"
     seeds: list[Tensor | None] = [None] * len(leaves)
     seeds[index] = seed
-    return Seed(seeds, classes, description)
+    return Seed(seeds, classes, description, notes=tuple(notes))
+
+
+def _is_seed(target: Any) -> bool:
+    return isinstance(target, (Tensor, np.ndarray)) and "float" in str(target.dtype)
+
+
+def _without_batch(output: Tensor, target: Any) -> str:
+    """The note of an output whose first dimension is not the samples'; an error for None."""
+    shape = tuple(output.shape)
+    if target is None:
+        raise TargetError(
+            f"target=None is the strongest output of each sample, and the output {shape} has no "
+            "dimension of samples.",
+            fix="give a batch of one, x[None]; or say what is explained: an index (tuple), a "
+            "callable, or the seed.",
+        )
+    return (
+        f"dimension 0 of the output {shape} is not the samples': all of its entries are explained"
+    )
+
+
+def _one_entry(output: Tensor, seed: Tensor) -> str:
+    """The note that names what target=None explains of maps and sequences."""
+    best = seed.detach().flatten(1).abs().argmax(1).tolist()
+    places = [
+        [i, *map(int, np.unravel_index(place, tuple(output.shape[1:])))]
+        for i, place in enumerate(best)
+    ]
+    shown = ", ".join(f"output{place}" for place in places[:3]) + (", ..." * (len(places) > 3))
+    return (
+        f"target=None explains one entry of each sample's output {list(output.shape[1:])}, the "
+        f"strongest: {shown}"
+    )
 
 
 def _from_output(output: Tensor, target: Any) -> tuple[Tensor, Tensor | None, str]:
@@ -162,7 +206,7 @@ def _from_output(output: Tensor, target: Any) -> tuple[Tensor, Tensor | None, st
     mask = torch.zeros_like(output, dtype=torch.bool)
     mask[torch.arange(len(classes), device=output.device), classes] = True
     one = f"class {int(classes[0])}" if len(set(classes.tolist())) == 1 else "class per sample"
-    if output.ndim > 2:  # of a language model (N, T, V) that is a position
+    if output.ndim > 2:
         one += f" (dimension 1, all of {list(output.shape[2:])})"
     return _masked(output, mask), classes, f"{one}, one-hot times output"
 
@@ -199,7 +243,7 @@ def _at_index(output: Tensor, index: tuple[Any, ...]) -> tuple[Tensor, Tensor | 
         for part, size in zip(index, output.shape[1:], strict=False):
             if isinstance(part, bool) or part is None:
                 raise TypeError(f"{part} is no index")
-            if isinstance(part, (int, np.integer)) and not 0 <= part < size:
+            if isinstance(part, (int, np.integer)) and not -size <= part < size:
                 raise IndexError(f"index {part} is out of range for size {size}")
         mask[(slice(None), *index)] = True
         if not bool(mask.any()):
@@ -235,6 +279,8 @@ def _classes(output: Tensor, target: Any) -> Tensor:
             fix="give an int, one int per sample, an index tuple, a callable, or a seed tensor.",
         ) from error
     classes = classes.long()
+    if output.ndim == 3:
+        _refuse_sequence(output, classes)
     if classes.ndim == 0:
         classes = classes.expand(n)
     if classes.shape != (n,):
@@ -242,16 +288,31 @@ def _classes(output: Tensor, target: Any) -> Tensor:
             f"target has shape {tuple(classes.shape)}, but there are {n} samples.",
             fix="give one class for all, or one per sample; an index into a sample is a tuple.",
         )
-    outside = (classes < 0) | (classes >= size)
+    outside = (classes < -size) | (classes >= size)
     if bool(outside.any()):
         raise TargetError(
             f"target {sorted(set(classes[outside].tolist()))} is out of range: dimension 1 of the "
             f"output {tuple(output.shape)} has {size} classes, 0 to {size - 1}.",
-            fix="choose a class in that range."
-            if output.ndim == 2
-            else "of an output (N, T, V) give a tuple (position, token), or a callable.",
+            fix="choose a class in that range; negative ones count from the end.",
         )
-    return classes
+    return torch.where(classes < 0, classes + size, classes)
+
+
+def _refuse_sequence(output: Tensor, classes: Tensor) -> None:
+    """Raise TargetError: of (N, T, V) a class is a token, and of (N, C, L) a channel."""
+    shape = tuple(output.shape)
+    if classes.ndim:
+        raise TargetError(
+            f"classes per sample may stand in dimension 1 or 2 of the output {shape}.",
+            fix="say which by a callable, such as lambda out: out[range(len(out)), -1, tokens] for "
+            "tokens after the last position.",
+        )
+    k = int(classes)
+    raise TargetError(
+        f"target={k} may stand in dimension 1 or 2 of the output {shape}.",
+        fix=f"for token {k} of (N, T, V) give the position, too: (-1, {k}), or (slice(None), {k}) "
+        f"for all positions; for channel {k} of (N, C, L), at all places, give ({k},).",
+    )
 
 
 def _from_callable(
@@ -271,34 +332,66 @@ def _from_callable(
                 f"target {name} fails on the model's output: {type(error).__name__}: {error}",
                 fix="it is called with what the model returns.",
             ) from error
-        sizes = [len(t) for t in variables if t.ndim] or [1]
-        fits = (
-            isinstance(value, Tensor)
-            and not value.is_complex()
-            and (value.ndim == 0 or (value.ndim == 1 and len(value) in sizes))
-        )
-        if not fits:
-            form = (
-                f"{value.dtype} of shape {tuple(value.shape)}"
-                if isinstance(value, Tensor)
-                else type(value).__name__
-            )
-            raise TargetError(
-                f"target {name} must return one number per sample, shape ({sizes[0]},), "
-                f"not {form}.",
-                fix="for example target=lambda out: out[:, 3].",
-            )
-        if not value.requires_grad:
-            raise TargetError(
-                f"target {name} does not depend on the model's output.",
-                fix="it must compute its value from its argument by differentiable ops.",
-            )
+        _check_value(value, name, [len(t) for t in variables if t.ndim] or [1])
         grads = torch.autograd.grad(value.sum(), variables, create_graph=keep, allow_unused=True)
     by_id = {id(t): g for t, g in zip(variables, grads, strict=True)}
     seeds = [
         None if (g := by_id.get(id(t))) is None else g * (t if keep else t.detach()) for t in inner
     ]
-    return Seed(seeds, None, f"callable {name}, its gradient times output")
+    description = f"callable {name}, its gradient times output"
+    notes = tuple(_other_value(name, value, seeds))
+    return Seed(seeds, None, description, notes=notes, by_gradient=True)
+
+
+def _check_value(value: Any, name: str, sizes: Sequence[int]) -> None:
+    """Raise TargetError unless a callable returned one number per sample that can be explained."""
+    fits = (
+        isinstance(value, Tensor)
+        and not value.is_complex()
+        and (value.ndim == 0 or (value.ndim == 1 and len(value) in sizes))
+    )
+    if not fits:
+        form = (
+            f"{value.dtype} of shape {tuple(value.shape)}"
+            if isinstance(value, Tensor)
+            else type(value).__name__
+        )
+        raise TargetError(
+            f"target {name} must return one number per sample, shape ({sizes[0]},), not {form}.",
+            fix="for example target=lambda out: out[:, 3].",
+        )
+    if not value.requires_grad:
+        raise TargetError(
+            f"target {name} does not depend on the model's output.",
+            fix="it must compute its value from its argument by differentiable ops.",
+        )
+
+
+def _other_value(name: str, value: Tensor, seeds: Sequence[Tensor | None]) -> Iterator[str]:
+    """The note of a callable whose value is not the sum of its seed, with both numbers."""
+    given = [seed.detach() for seed in seeds if seed is not None]
+    if not given:
+        return
+    n = len(value) if value.ndim else 0
+    by_sample = n > 0 and all(seed.ndim and len(seed) == n for seed in given)
+    rows = [seed.double().reshape(n if by_sample else 1, -1) for seed in given]
+    sums = torch.stack([row.sum(1) for row in rows]).sum(0)
+    sizes = torch.stack([row.abs().sum(1) for row in rows]).sum(0)
+    values = (
+        value.detach().double().reshape(-1) if by_sample else value.detach().double().sum()[None]
+    )
+    apart = (values - sums).abs() - _tolerance(value.dtype) * torch.maximum(sizes, values.abs())
+    worst = int(apart.argmax())
+    if apart[worst] > 0:
+        sample = f" for sample {worst}" if by_sample and n > 1 else ""
+        yield (
+            f"target {name} is {values[worst]:.4g}{sample}, and its gradient times output, which "
+            f"is what is explained, sums to {sums[worst]:.4g} (it is not linear in the output)"
+        )
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return {torch.float64: 1e-9, torch.float32: 1e-4}.get(dtype, 5e-2)
 
 
 def _variable(leaf: Any, keep: bool) -> Any:

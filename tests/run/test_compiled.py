@@ -55,7 +55,7 @@ def test_by_the_default_compiler() -> None:
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("PyTorch's compiler needs a C++ compiler on the CPU, and there is none")
     explainer = lrpfx.Explainer(network(), X, "epsilon_plus")
-    expected = explainer(X, [0, 1])
+    expected = explainer(X, [0, 1], ledger=True)
     assert explainer.compile() is explainer
     for _ in range(2):
         got = explainer(X, [0, 1], ledger=False)
@@ -67,14 +67,14 @@ def test_by_the_default_compiler() -> None:
 def test_by_the_tracer_alone(frozen: bool) -> None:
     explainer = lrpfx.Explainer(network(), X, "epsilon_alpha2_beta1", freeze=frozen)
     explainer.compile(backend="eager")
-    expected = explainer(X, [0, 1])
+    expected = explainer(X, [0, 1], ledger=True)
     for _ in range(2):
         assert same(explainer(X, [0, 1], ledger=False), expected)
 
 
 def test_graphs_are_made_once_for_a_form_of_inputs(made: list[fx.GraphModule]) -> None:
     explainer = lrpfx.Explainer(network(), X, "epsilon_plus")
-    expected = {n: explainer(X[:n], 1) for n in (1, 2)}
+    expected = {n: explainer(X[:n], 1, ledger=True) for n in (1, 2)}
     explainer.compile()
     for n, graphs in [(2, 2), (2, 2), (1, 4), (2, 4), (1, 4)]:
         assert same(explainer(X[:n], 1, ledger=False), expected[n])
@@ -93,12 +93,12 @@ def test_forms_beyond_the_limit_run_uncompiled(
     explainer(X, 1, ledger=False)
     with pytest.warns(UserWarning, match="padding the last batch"):
         got = explainer(X[:1], 1, ledger=False)
-    assert same(got, explainer(X[:1], 1)) and len(made) == 2
+    assert same(got, explainer(X[:1], 1, ledger=True)) and len(made) == 2
 
 
 def test_what_is_not_compiled(made: list[fx.GraphModule]) -> None:
     explainer = lrpfx.Explainer(network(), X).compile()
-    assert explainer(X, 1).report.has_ledger
+    assert explainer(X, 1, ledger=True).report.has_ledger
     x = X.clone().requires_grad_()
     assert explainer(x, 1, create_graph=True).relevance.requires_grad
     explainer(X, "all")
@@ -131,7 +131,7 @@ def test_seeds_on_one_output_and_on_another(made: list[fx.GraphModule]) -> None:
 
 def test_layers(made: list[fx.GraphModule]) -> None:
     explainer = lrpfx.Explainer(network(), X, "epsilon_plus")
-    expected = explainer(X, 1, layers=["*"])
+    expected = explainer(X, 1, layers=["*"], ledger=True)
     explainer.compile()
     for _ in range(2):
         got = explainer(X, 1, layers=["*"], ledger=False)
@@ -154,7 +154,7 @@ def test_parameters_may_change() -> None:
             else:
                 model[4].weight = nn.Parameter(model[4].weight.flip(0))
         got = explainer(X, 0, ledger=False)
-        assert same(got, explainer(X, 0)) and not same(got, before)
+        assert same(got, explainer(X, 0, ledger=True)) and not same(got, before)
         before = got
 
 
@@ -177,7 +177,7 @@ def test_tensors_that_rules_hold(made: list[fx.GraphModule]) -> None:
     low, high = X.amin((0, 2, 3), keepdim=True), X.amax((0, 2, 3), keepdim=True)
     rules = [("conv", lrpfx.ZBox(low, high)), ("linear", lrpfx.Epsilon(lambda z: z + 0.1))]
     explainer = lrpfx.Explainer(network(), X, rules)
-    expected = explainer(X, 1)
+    expected = explainer(X, 1, ledger=True)
     explainer.compile()
     for _ in range(2):
         assert same(explainer(X, 1, ledger=False), expected)
@@ -278,9 +278,9 @@ def test_a_compiler_that_fails_or_is_wrong(backend: Any, said: str) -> None:
     for _ in range(2):  # nothing is kept of it
         with assert_untouched(model, X), pytest.raises(CompileError, match=said):
             explainer(X, 1, ledger=False)
-    assert explainer(X, 1).report.has_ledger
+    assert explainer(X, 1, ledger=True).report.has_ledger
     explainer.compile(backend="eager")
-    assert same(explainer(X, 1, ledger=False), explainer(X, 1))
+    assert same(explainer(X, 1), explainer(X, 1, ledger=True))
 
 
 def test_rules_that_write_in_place() -> None:
@@ -308,7 +308,7 @@ def test_rules_that_write_in_place() -> None:
 
     for frozen in (False, True):
         explainer = lrpfx.Explainer(network(), X, [("relu", Half(False))], freeze=frozen)
-        expected = explainer(X, 1)
+        expected = explainer(X, 1, ledger=True)
         explainer.compile(backend="eager")
         for _ in range(3):
             assert same(explainer(X, 1, ledger=False), expected)

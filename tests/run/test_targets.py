@@ -87,6 +87,11 @@ FORMS: list[tuple[str, str, Any, Seed]] = [
     ("int", "classes", 3, at((ALL, 3))),
     ("numpy int", "classes", np.int64(3), at((ALL, 3))),
     ("tensor without dimensions", "classes", torch.tensor(3), at((ALL, 3))),
+    ("from the end", "classes", -1, at((ALL, 3))),
+    ("numpy int from the end", "classes", np.int64(-2), at((ALL, 2))),
+    ("classes from the end", "classes", [-1, 0, -1], PER_SAMPLE),
+    ("index from the end", "classes", (-1,), at((ALL, 3))),
+    ("pixel from the end", "maps", (-1, 0, np.int64(-1)), at((ALL, 3, 0, 1))),
     ("list", "classes", [3, 0, 3], PER_SAMPLE),
     ("range", "classes", range(1, 4), at((0, 1), (1, 2), (2, 3))),
     ("int64", "classes", torch.tensor([3, 0, 3]), PER_SAMPLE),
@@ -154,6 +159,7 @@ def test_none_is_the_largest_output_of_each_sample(
     ("target", "expected"),
     [
         pytest.param(2, [2, 2, 2], id="int"),
+        pytest.param([-1, 0, -4], [3, 0, 0], id="from the end"),
         pytest.param([3, 0, 3], [3, 0, 3], id="list"),
         pytest.param(torch.tensor([3, 0, 3]), [3, 0, 3], id="tensor"),
         pytest.param((2,), None, id="tuple"),
@@ -253,7 +259,7 @@ def raises(out: Tensor) -> Tensor:
 WRONG: list[tuple[str, str, Any, str]] = [
     # name, model, target, what the message must say
     ("class too large", "classes", 4, r"\[4\].* 4 classes, 0 to 3"),
-    ("class negative", "classes", -1, r"\[-1\].*0 to 3"),
+    ("class before the first", "classes", -5, r"\[-5\].*0 to 3"),
     ("one class too large", "classes", [0, 7, 1], r"\[7\]"),
     ("a new dimension", "classes", (None,), "None is no index"),
     ("class beyond int64", "classes", 2**70, "."),
@@ -277,8 +283,8 @@ WRONG: list[tuple[str, str, Any, str]] = [
     ("numpy backwards", "classes", np.arange(3.0)[::-1], "."),
     ("index too large", "classes", (4,), r"\(4,\)"),
     ("index of None in a tuple", "classes", ((None, 0),), "None"),
-    ("index negative", "classes", (-1,), r"\(-1,\)"),
-    ("numpy index negative", "classes", (np.int64(-1),), "-1"),
+    ("index before the first", "classes", (-5,), r"\(-5,\)"),
+    ("numpy index before the first", "classes", (np.int64(-5),), "-5"),
     ("index too deep", "classes", (0, 0), r"\(0, 0\)"),
     ("index of bool", "classes", (True,), "True"),
     ("index of str", "classes", ("cat",), "'cat'"),
@@ -493,9 +499,6 @@ def test_one_hot_rows_are_not_taken_for_classes() -> None:
     assert explainer(torch.randn(2, 4), [[0, 1, 2], [2, 1, 0]]).relevance.shape == (3, 2, 4)
 
 
-def test_of_three_dimensions_the_report_says_which_an_index_is_of() -> None:
-    model = nn.Linear(4, 6)
-    target = lrpfx.explain(model, torch.randn(2, 3, 4), 1).report.target
-    assert target == "class 1 (dimension 1, all of [6]), one-hot times output"
-    with pytest.raises(lrpfx.errors.TargetError, match=r"\(2, 3, 6\)(.|\n)*position, token"):
-        lrpfx.explain(model, torch.randn(2, 3, 4), 5)
+def test_of_a_map_the_report_says_which_dimension_a_class_is_of() -> None:
+    target = lrpfx.explain(nn.Conv2d(4, 6, 1), torch.randn(2, 4, 3, 3), 1).report.target
+    assert target == "class 1 (dimension 1, all of [3, 3]), one-hot times output"
