@@ -103,7 +103,7 @@ def _shown(r: Tensor, x: Tensor, report: Report, named: Sequence[str] | None) ->
         return f"{text}<p><small>token ids; show_tokens(tokenizer) shows the words</small></p>"
     titled = named if named is not None and len(named) == len(r) else None
     try:
-        picture = heatmap(r, inputs=x, titles=titled, kind=layout(report.rows, r))
+        picture = heatmap(r, inputs=x, titles=titled, kind=layout(report.planned().rows, r))
     except LrpError as error:
         why = f"no picture: {error.what} {error.fix}".replace("give ", "plot() takes ", 1)
         return f"<p><small>{html.escape(why)}</small></p>"

@@ -202,7 +202,7 @@ class Explanation(Generic[_Form]):
             inputs=image,
             titles=titles if titles is not None else self._titles(len(relevance)),
             path=path,
-            kind=kind or layout(self.report.rows, relevance),
+            kind=kind or layout(self.report.planned().rows, relevance),
             feature_names=feature_names,
             top=top,
             sort=sort,
