@@ -203,7 +203,7 @@ class Explainer:
         self._books = Books(
             self._module, self._plan, self._current, self._for_books, self._explanation
         )
-        self._state = State(model, fixed)
+        self._state = State(model, fixed, self._captured.read)
         self._pointed: tuple[dict[str, Tensor], int] = {}, 0
         self._compiled: Compiled | None = None
         leaves = flatten_inputs(inputs)[0]

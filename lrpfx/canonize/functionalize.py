@@ -30,9 +30,10 @@ def functionalize(program: ExportedProgram, module: fx.GraphModule) -> fx.GraphM
         module: The same, ``unlifted``.
     """
     compound = {node.target for node in module.graph.nodes if node.target in _COMPOUND}
-    regions = any(_is_region(node, "autocast") for node in module.graph.nodes)
-    bodies = [m for m in module.modules() if isinstance(m, fx.GraphModule) and m is not module]
-    regions = regions or any(writes(node) for body in bodies for node in body.graph.nodes)
+    bodies = [m for m in module.modules() if isinstance(m, fx.GraphModule)]
+    regions = any(_is_region(node, "autocast") for body in bodies for node in body.graph.nodes)
+    inner = [body for body in bodies if body is not module]
+    regions = regions or any(writes(node) for body in inner for node in body.graph.nodes)
     private = all(_is_private(node) for node in module.graph.nodes if writes(node))
     if private and not regions and not compound:
         for node in [n for n in module.graph.nodes if writes(n)]:

@@ -9,9 +9,9 @@ import logging
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from lrpfx.capture.constants import Answers
 from lrpfx.capture.inputs import (
     Inputs,
     Signature,
@@ -34,7 +35,7 @@ from lrpfx.capture.inputs import (
 )
 from lrpfx.capture.lines import raised_at, sizes_fixed
 from lrpfx.capture.outputs import AsDict, from_dicts, is_dataclass, tensors_in
-from lrpfx.capture.preserve import preserved
+from lrpfx.capture.preserve import preserved, reachable_only
 from lrpfx.errors import CaptureError, InputError, TrainingModeError, some
 from lrpfx.ops import letters_of
 
@@ -54,6 +55,7 @@ class Captured:
             dicts; else None.
         why_static: Why the batch size is fixed, "" if it is not.
         training: Whether each module was in training mode.
+        read: Copies of the parameters and buffers that a branch has been taken by.
     """
 
     model: nn.Module
@@ -61,6 +63,7 @@ class Captured:
     training: tuple[tuple[nn.Module, bool], ...]
     output: Any = None
     why_static: str = ""
+    read: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def batch_varies(self) -> bool:
@@ -146,7 +149,7 @@ def capture(model: nn.Module, inputs: Inputs, dynamic: Sequence[int] = ()) -> Tr
         expected = copies(tensors_in(output))  # the output may be a buffer that is to be restored
     traced = AsDict(model) if any(map(is_dataclass, pytree.tree_leaves(output))) else None
     with preserved(model):
-        program, why_static = _export(traced or model, detached, spec, batch, dynamic)
+        program, why_static, read = _export(traced or model, detached, spec, batch, dynamic)
     forms = _forms(program, detached)
     keywords = tuple(split_inputs(inputs)[1])
     captured = Captured(
@@ -155,6 +158,7 @@ def capture(model: nn.Module, inputs: Inputs, dynamic: Sequence[int] = ()) -> Tr
         training=tuple((module, module.training) for module in model.modules()),
         output=output if traced else None,
         why_static=why_static,
+        read={name.removeprefix("model.") if traced else name: t for name, t in read.items()},
     )
     return Trace(captured, program, expected)
 
@@ -292,19 +296,23 @@ def _export(
     spec: pytree.TreeSpec,
     batch: int | None,
     dynamic: Sequence[int],
-) -> tuple[ExportedProgram, str]:
-    """The exported model, and why its batch size is fixed ("" if it is not)."""
+) -> tuple[ExportedProgram, str, dict[str, Tensor]]:
+    """The exported model, why its batch size is fixed ("" if it is not), and what it has read."""
     why = "no explained input has a batch dimension"
     for batched in _batchings(leaves, batch):
         if not batched:
             break
         with sizes_fixed() as lines:
             try:
-                return _export_once(model, _widened(leaves, batched), spec, batched, dynamic), ""
+                program, read = _export_once(
+                    model, _widened(leaves, batched), spec, batched, dynamic
+                )
+                return program, "", read
             except Exception as error:  # whatever the tracer raises: the next attempt may do
                 why = _why_static(error, lines)
     try:
-        return _export_once(model, list(leaves), spec, set(), dynamic), why
+        program, read = _export_once(model, list(leaves), spec, set(), dynamic)
+        return program, why, read
     except Exception as error:
         raise _capture_error(model, error) from error
 
@@ -342,7 +350,7 @@ def _export_once(
     spec: pytree.TreeSpec,
     batched: set[int],
     further: Sequence[int],
-) -> ExportedProgram:
+) -> tuple[ExportedProgram, dict[str, Tensor]]:
     # Fresh copies: the tracer marks the dimensions of the tensors it is given as dynamic.
     args, kwargs = pytree.tree_unflatten(copies(leaves), spec)
     dynamic = None
@@ -352,8 +360,16 @@ def _export_once(
         # torch.export wants the shapes by parameter of forward(), *args and **kwargs gathered.
         bound = inspect.signature(model.forward).bind(*shapes_args, **shapes_kwargs)
         dynamic = dict(bound.arguments)
-    with tracing():
-        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
+    answers = Answers(model)
+    with (
+        tracing(),
+        reachable_only(model),
+        torch.inference_mode(False),  # whatever stands around the call is no part of the model
+        torch.enable_grad(),
+        answers,
+    ):
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic, strict=False)
+    return program, answers.read
 
 
 def _shapes(spec: pytree.TreeSpec, dims: Iterator[Any]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sysconfig
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,11 +18,20 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 _NOT_THE_USERS = tuple(
     str(folder) + os.sep for folder in (Path(torch.__file__).parent, Path(__file__).parents[1])
 )
+#: Packages are installed inside.
+_PYTHON = sysconfig.get_path("stdlib") + os.sep
+
+
+def _is_users(file: str) -> bool:
+    """Whether a file is neither PyTorch's, nor this library's, nor Python's."""
+    if file.startswith(_PYTHON) and "-packages" not in file:
+        return False
+    return not file.startswith((*_NOT_THE_USERS, "<"))
 
 
 def innermost(stack: Iterable[traceback.FrameSummary]) -> list[str]:
     """The innermost line of the user's code, if there is one."""
-    own = [f for f in stack if not f.filename.startswith((*_NOT_THE_USERS, "<"))]
+    own = [f for f in stack if _is_users(f.filename)]
     return [f"{own[-1].filename}:{own[-1].lineno}   {own[-1].line}"] if own else []
 
 

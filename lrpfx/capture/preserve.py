@@ -40,6 +40,27 @@ def preserved(model: nn.Module) -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
 
 
+@contextmanager
+def reachable_only(model: nn.Module) -> Iterator[None]:
+    """Without submodules that are named like a method, which no attribute reaches.
+
+    PyTorch registers them, and its tracer looks for their parameters by that name.
+    """
+    before = []
+    for module in list(model.modules()):
+        hidden = [name for name in module._modules if hasattr(type(module), name)]
+        if hidden:
+            before.append((module._modules, dict(module._modules)))
+        for name in hidden:
+            del module._modules[name]
+    try:
+        yield
+    finally:
+        for modules, items in before:
+            modules.clear()
+            modules.update(items)
+
+
 def _remember(value: Any, undo: list[Callable[[], None]], seen: set[int]) -> None:
     """Append to ``undo`` what brings ``value``, and all that it reaches, back to this moment."""
     if id(value) in seen or isinstance(value, (type, str, bytes, int, float, complex, type(None))):

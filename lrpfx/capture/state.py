@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lrpfx.errors import CaptureError, some
@@ -32,10 +33,13 @@ class State:
     Args:
         model: The model.
         fixed: What they are promised to stay, None if they may change.
+        read: Copies of those whose values the graph holds, as a branch was taken by them.
     """
 
-    def __init__(self, model: nn.Module, fixed: Versions | None) -> None:
-        self._model, self.fixed = model, fixed
+    def __init__(
+        self, model: nn.Module, fixed: Versions | None, read: Mapping[str, Tensor]
+    ) -> None:
+        self._model, self.fixed, self._read = model, fixed, read
         self._forms = _forms(state_of(model))
         self._current: dict[str, Tensor] = {}
         self._modules: list[nn.Module] = []
@@ -46,9 +50,10 @@ class State:
 
         Raises:
             CaptureError: They have another form than when the model was captured, or were promised
-                to stay and have not.
+                to stay and have not, or forward() branches on them.
         """
         if self._seen and self._seen == self._glance():
+            self._check_read()
             return self._current
         state = state_of(self._model)
         forms = _forms(state)
@@ -67,7 +72,17 @@ class State:
             )
         self._modules, self._current = list(self._model.modules()), state
         self._seen = self._glance()
+        self._check_read()
         return state
+
+    def _check_read(self) -> None:
+        changed = [n for n, t in self._read.items() if not torch.equal(t, self._current[n])]
+        if changed:
+            raise CaptureError(
+                "forward() branches on values of parameters or buffers that have changed since.",
+                where=some(changed),
+                fix="make a new Explainer.",
+            )
 
     def _glance(self) -> list[Any]:
         """What differs if anything has changed; by names, a large model takes ten times as long.

@@ -166,8 +166,8 @@ def used_nodes(graph: fx.Graph) -> set[fx.Node]:
 
 
 #: Ops that take shape and type from their input, and no values.
-_SHAPE_ONLY = {aten.zeros_like.default, aten.ones_like.default, aten.full_like.default}
-_SHAPE_ONLY |= {aten.new_zeros.default, aten.new_ones.default, aten.new_full.default}
+SHAPE_ONLY = {aten.zeros_like.default, aten.ones_like.default, aten.full_like.default}
+SHAPE_ONLY |= {aten.new_zeros.default, aten.new_ones.default, aten.new_full.default}
 
 
 def varying(graph: fx.Graph) -> set[fx.Node]:
@@ -176,7 +176,7 @@ def varying(graph: fx.Graph) -> set[fx.Node]:
     for node in graph.nodes:
         value = node.meta.get("val")
         depends = node.op == "placeholder" or found.intersection(node.all_input_nodes)
-        depends = depends and node.target not in _SHAPE_ONLY
+        depends = depends and node.target not in SHAPE_ONLY
         if depends and isinstance(value, (Tensor, tuple, list)) and HELD not in node.meta:
             found.add(node)
     return found
