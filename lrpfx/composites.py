@@ -43,6 +43,7 @@ Selector = str | type[nn.Module] | Callable[[Record], bool] | tuple[Any, ...]
 Entry = tuple[Selector, Rule]
 #: The names of the composites; ``NAMED`` has the same.
 CompositeName = Literal[
+    "auto",
     "epsilon_all",
     "attnlrp",
     "cplrp",
@@ -87,9 +88,45 @@ class First:
         return f"first {' or '.join(self.kinds)}"
 
 
+@dataclass(frozen=True)
+class Attending:
+    """Selects the nodes of a kind, or family, that some attention stands before or behind.
+
+    Attention is a softmax beside products of matrices.
+    """
+
+    kind: str
+
+    def __call__(self, node: Record) -> bool:
+        """Whether the node is of the kind, and attention on a way through it."""
+        return node.attending and self.kind in (node.kind, node.family)
+
+    def __str__(self) -> str:
+        return f"{self.kind} beside attention"
+
+
 def gates(node: Record) -> bool:
     """Selects the activations that gate a product, such as silu(a) in silu(a) * b."""
     return node.gate
+
+
+def recurrent_gates(node: Record) -> bool:
+    """Selects the gates of recurrent layers, PyTorch's own and those written by hand.
+
+    They are sigmoids (or hard ones, or clamps from zero) by which a state or a signal is
+    multiplied, and whose weights gate again, later on, what they have gated. Those of gated MLPs
+    and of squeeze and excitation do not.
+    """
+    return node.recurrent
+
+
+def patch_embeddings(node: Record) -> bool:
+    """Selects first convolutions whose output enters attention as it is: those of a ViT's patches.
+
+    Only linear layers read it, moved, normalised or shifted maybe; no activation, pooling or
+    further convolution.
+    """
+    return node.first and node.embedding
 
 
 class Composite:
@@ -142,7 +179,7 @@ def describe(selector: Selector) -> str:
         return " or ".join(map(describe, selector))
     if isinstance(selector, str):
         return repr(selector)
-    if isinstance(selector, First):
+    if isinstance(selector, (First, Attending)):
         return str(selector)
     return getattr(selector, "__name__", repr(selector))
 
@@ -240,6 +277,53 @@ class Named(Composite):
     def __add__(self, entries: Entries) -> Composite:
         """Entries of one's own, laid over the composite."""
         return Composite(entries, over=self)
+
+
+class Auto(Named):
+    """The default: for each op the rule that is right for it where it stands.
+
+    - Convolutions: ZPlus, as under EpsilonPlus. First convolutions that cut an image into patches
+      for attention are linear layers of these, with Epsilon.
+    - Attention, and all linear layers, norms and sums on a way through it: as under AttnLRP, which
+      adds nothing to a denominator.
+    - Linear layers, norms and sums elsewhere: Epsilon and Norm, as under EpsilonPlus.
+    - Gates of recurrent layers: constants, so that the signal takes all. Shared evenly between
+      gate and signal, as other products are, relevance would grow with each step.
+
+    A convolutional network is explained as under EpsilonPlus, a transformer as under AttnLRP, an
+    MLP as under EpsilonAll.
+
+    Args:
+        epsilon: Of Epsilon, where there is no attention.
+        stabilizer: Of every other rule, where there is no attention.
+        attention: Of every rule where there is, but for convolutions.
+        zero_params: Parameters ("bias", "weight" or both) that the rule takes as zero; the
+            forward pass keeps them.
+
+    Source: Kohlbrenner et al. 2020 (LRP-CMP); Achtibat et al. 2024 (arXiv 2402.05602); Arras et al.
+    2017 (arXiv 1706.07206), sect. 3.1, and Arras et al. 2019 (arXiv 1909.12114), LRP-all.
+    """
+
+    def __init__(
+        self,
+        epsilon: StabilizerLike = 1e-6,
+        stabilizer: StabilizerLike = 1e-6,
+        attention: StabilizerLike = 0.0,
+        zero_params: ZeroParams = None,
+    ) -> None:
+        conv = ZPlus(stabilizer, zero_params=zero_params)
+        exact = Epsilon(attention, zero_params=zero_params)
+        own: list[Entry] = [
+            (recurrent_gates, Stop()),
+            (patch_embeddings, exact),
+            ("conv", conv),
+            (Attending("linear"), exact),
+            (Attending("affine"), Norm(attention)),
+            (Attending("affine"), exact),
+            (Attending("normalize"), Norm(attention)),
+            (Attending("matmul"), Bilinear(attention)),
+        ]
+        super().__init__([*own, *_conv_and_linear(conv, epsilon, stabilizer, zero_params)])
 
 
 class EpsilonAll(Named):
@@ -504,6 +588,7 @@ def _flat_first(stabilizer: StabilizerLike, zero_params: ZeroParams) -> Entry:
 
 
 NAMED: dict[str, type[Composite]] = {
+    "auto": Auto,
     "epsilon_all": EpsilonAll,
     "attnlrp": AttnLRP,
     "cplrp": CPLRP,

@@ -73,16 +73,15 @@ def prepare(
     check_faithful(captured, module, inputs, expected)
     plan = assign(records(graph), rules, model)
     notes = list(plan.notes)
-    kinds = {a.record.kind for a in plan.assignments.values()}
     released = plan.by_gradient and release(graph)
     if released:
         live = annotate(graph, starts, prefix, (), released)
-        plan = assign(records(graph), rules, model, kinds=kinds)
+        plan = assign(records(graph), rules, model, again=True)
     stopped = [a.record for a in plan.assignments.values() if isinstance(a.rule, Stop)]
     if stopped:
         live = annotate(graph, starts, prefix, {r.name for r in stopped}, released)
         _check_live(graph, live, starts, captured, stopped)
-        plan = assign(records(graph), rules, model, kinds=kinds, stop=False)
+        plan = assign(records(graph), rules, model, again=True, stop=False)
         which = ", ".join(sorted({r.kind for r in stopped}))
         notes.append(f"{len(stopped)} nodes count as constants by rule Stop: {which}")
     notes += notes_of(graph, captured, starts)

@@ -60,6 +60,9 @@ class Record:
         first: Whether the input reaches this node through no other conv or linear.
         nonneg: Whether the output is proven non-negative.
         gate: Whether this is the one activation among the factors of a product.
+        recurrent: Whether it is such a gate of a recurrent layer.
+        attending: Whether some attention stands before or behind this node.
+        embedding: Whether this is a convolution whose values enter attention as they are.
         site: How to run the op again.
     """
 
@@ -75,6 +78,9 @@ class Record:
     first: bool
     nonneg: bool
     gate: bool
+    recurrent: bool
+    attending: bool
+    embedding: bool
     site: Site
 
     @property

@@ -39,6 +39,7 @@ from lrpfx.ops import (
     zero_padding,
 )
 from lrpfx.plan.factors import factors_of, find_gates, find_scores
+from lrpfx.plan.places import find_places
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,12 @@ def annotate_known(
         if node in carrying and (known[node] is _UNKNOWN or _is_complex(node))
     ]
     flowing = {node: known[node] for node in carrying}
-    gates, scores = find_gates(flowing), find_scores(graph, flowing)
+    gates = set().union(*find_gates(flowing).values())
+    scores = find_scores(graph, flowing)
+    # Where a node stands does not change by what rules hold constant.
+    whole = _liveness(graph, starts, (), by_gradient) if held else known
+    whole = {node: whole[node] for node in _carrying(graph, whole)}
+    places = find_places(graph, whole, [n for n in whole if n in starts])
     nonneg: set[fx.Node] = set()
     mixed: set[fx.Node] = set()  # what some conv or linear layer stands before
     for node in graph.nodes:
@@ -166,6 +172,9 @@ def annotate_known(
                 _record(node, op, carrying, nonneg, prefix, letters),
                 first=not before,
                 gate=node in gates,
+                recurrent=node in places.recurrent,
+                attending=node in places.attending,
+                embedding=node in places.embedding,
             )
             counts: tuple[int, ...] = ()
             if op.kind == "product":
@@ -249,6 +258,9 @@ def _record(
         dtype=_first_tensor(node.meta["val"]).dtype,
         first=False,
         gate=False,
+        recurrent=False,
+        attending=False,
+        embedding=False,
         nonneg=op.nonneg(bound_arguments(node), all(n in nonneg for n in signed)),
         site=_site(op, node, carrying, nonneg),
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lrpfx import ops
-from lrpfx.composites import First, Offered, Selector, describe
+from lrpfx.composites import Attending, First, Offered, Selector, describe
 from lrpfx.errors import RuleError, SelectorError, some
 from lrpfx.ops import FAMILIES, Record
 from lrpfx.plan.resolve import RulesLike, resolve
@@ -48,7 +48,7 @@ def assign(
     rules: RulesLike,
     model: nn.Module,
     *,
-    kinds: set[str] | None = None,
+    again: bool = False,
     stop: bool = True,
 ) -> Plan:
     """Give every record the rule of the first entry that matches it and fits it.
@@ -57,8 +57,8 @@ def assign(
         records: All live nodes.
         rules: See ``lrpfx.explain``.
         model: The model, for selectors that are module classes.
-        kinds: Op kinds of the whole graph, where nodes have been stopped since: the default is
-            picked by these, and entries need not match what is left.
+        again: Whether nodes have become constants, or live, since rules were given to them once;
+            entries need not match what is left.
         stop: Whether entries with the rule Stop count. They do once: where what they stopped is
             constant, another node may be first, or the gate of a product.
 
@@ -66,7 +66,7 @@ def assign(
         SelectorError: An entry of the user's own matches nothing, or a name is unknown.
         RuleError: A rule is laid on ops named outright that it does not fit.
     """
-    layers, reading = resolve(rules, kinds or {r.kind for r in records})
+    layers, reading = resolve(rules)
     chosen: dict[str, Assignment] = {}
     notes: list[str] = []
     for composite in layers:
@@ -76,10 +76,10 @@ def assign(
                 continue
             matched = [r for r in records if _matches(selector, r, model)]
             reasons = {r.name: rule.fits(r.op) for r in matched}
-            own = not isinstance(entry, Offered) and kinds is None
+            own = not isinstance(entry, Offered) and not again
             if own:
                 notes += _check(selector, rule, matched, reasons, records, model)
-            elif not matched and kinds is None and _is_path(selector):
+            elif not matched and not again and _is_path(selector):
                 notes.append(
                     f"{composite.name} lays {rule} on modules {selector!r}, and here are none"
                 )
@@ -128,7 +128,7 @@ def _why(selector: Selector) -> str:
         if selector in FAMILIES:
             return f"family {selector}"
         return f"kind {selector}" if selector in ops.kinds() else f"path {selector!r}"
-    if isinstance(selector, First):
+    if isinstance(selector, (First, Attending)):
         return str(selector)
     if isinstance(selector, type):
         return f"class {selector.__name__}"

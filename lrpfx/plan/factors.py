@@ -73,8 +73,8 @@ def _is_kind(op: Op | str, kind: str) -> bool:
     return isinstance(op, Op) and op.kind == kind
 
 
-def find_gates(known: Mapping[fx.Node, Op | str]) -> set[fx.Node]:
-    """The activations that gate products: of each those of one factor, if one stands out.
+def find_gates(known: Mapping[fx.Node, Op | str]) -> dict[fx.Node, set[fx.Node]]:
+    """The activations that gate each product: those of one factor, if one stands out.
 
     Moves, and constant factors and summands, as in ``2 * sigmoid(x)`` or ``1 - sigmoid(x)``, aside.
     Of several factors it is the only sigmoid, as in an LSTM's ``sigmoid(i) * tanh(g)``, or all if
@@ -84,21 +84,32 @@ def find_gates(known: Mapping[fx.Node, Op | str]) -> set[fx.Node]:
     """
     products = [node for node, op in known.items() if _is_kind(op, "product")]
     inner = {_nested(n, known) for node in products for n in node.all_input_nodes}
-    found: set[fx.Node] = set()
+    found = {}
     for node in products:
         if node in inner:
             continue
         factors = list(chain(*factors_of(node, known)))
         if not any(_is_softmaxed(factor, known) for factor in factors):
-            found.update(_gate(factors, known))
+            found[node] = set(_gate(factors, known))
     return found
+
+
+def is_bounded(node: fx.Node, known: Mapping[fx.Node, Op | str]) -> bool:
+    """Whether a node is a sigmoid, a hard one, or a clamp between 0 and a number."""
+    return _is_sigmoid(node, known) or _is_from_zero(node)
+
+
+def _is_sigmoid(node: fx.Node, known: Mapping[fx.Node, Op | str]) -> bool:
+    """Whether a node is a sigmoid or a hard one, which a clamp between 0 and 1 is, too."""
+    unit = _is_from_zero(node) and list(bound_arguments(node).values())[2] == 1
+    return unit or _kind(node, known) in ("sigmoid", "hardsigmoid")
 
 
 def _gate(factors: Sequence[fx.Node], known: Mapping[fx.Node, Op | str]) -> Iterable[fx.Node]:
     """The activations of the factor that gates the others."""
     ends = {factor: _ends(factor, known) for factor in factors}
     bent = {tuple(end): factor for factor, end in ends.items() if end}
-    sigmoids = [end for end in bent if all("sigmoid" in _kind(n, known) for n in end)]
+    sigmoids = [end for end in bent if all(_is_sigmoid(n, known) for n in end)]
     if len(sigmoids) > 1 and len(sigmoids) == len({*map(tuple, ends.values())}) - 1:
         return list(chain(*sigmoids))
     if len(sigmoids) != 1:
@@ -166,6 +177,6 @@ def _ends(factor: fx.Node, known: Mapping[fx.Node, Op | str]) -> list[fx.Node]:
     picks = not isinstance(op, Op) or op.family == "select"
     if inputs and (picks or _kind(factor, known) in ("reduction", "avg_pool", "sum")):
         parts = [_ends(n, known) for n in inputs]
-        if all(part and all("sigmoid" in _kind(n, known) for n in part) for part in parts):
+        if all(part and all(_is_sigmoid(n, known) for n in part) for part in parts):
             return list(chain(*parts))
     return clamp

@@ -1,4 +1,4 @@
-"""``rules=`` -> the composites it stands for, the default by what is in the graph."""
+"""``rules=`` -> the composites it stands for."""
 
 from __future__ import annotations
 
@@ -7,16 +7,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from lrpfx.composites import (
-    NAMED,
-    AttnLRP,
-    Composite,
-    CompositeName,
-    Entries,
-    EpsilonAll,
-    EpsilonPlus,
-    Named,
-)
+from lrpfx.composites import NAMED, Auto, Composite, CompositeName, Entries, Named
 from lrpfx.errors import RuleError, SelectorError
 from lrpfx.rules import Rule
 
@@ -95,30 +86,23 @@ def _is_base(last: Any) -> bool:
     return isinstance(last, Composite) or (isinstance(last, type) and issubclass(last, Composite))
 
 
-def resolve(rules: RulesLike, kinds: set[str]) -> tuple[tuple[Composite, ...], str]:
+def resolve(rules: RulesLike) -> tuple[tuple[Composite, ...], str]:
     """The layers of composites that ``rules`` stands for, uppermost first, and how it was read.
 
     Args:
         rules: What the user gave.
-        kinds: Op kinds in the graph, by which the default is picked.
 
     Raises:
         SelectorError: Unknown name.
         RuleError: ``rules`` is nothing that can be read as rules.
     """
-    default: Composite
-    if {"softmax", "matmul"} <= kinds:
-        default, reason = AttnLRP(), "the graph has attention"
-    elif "conv" in kinds:
-        default, reason = EpsilonPlus(), "the graph has convolutions"
-    else:
-        default, reason = EpsilonAll(), "the graph has no convolutions"
+    default = Auto()
     if rules is None:
-        return (default,), f"{default.name} (default: {reason})"
+        return (default,), f"{default.name} (default)"
     composite = read(rules)
     if isinstance(composite, Named):
         return (composite,), composite.name
     reading = f"{len(composite.entries)} entries over"
     if composite.over is not None:
         return (composite, composite.over), f"{reading} {composite.over.name}"
-    return (composite, default), f"{reading} {default.name} (default: {reason})"
+    return (composite, default), f"{reading} {default.name} (default)"
