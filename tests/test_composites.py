@@ -162,3 +162,30 @@ def test_laid_over_is_one_rule_after_the_other() -> None:
     s2 = shared(conv(xp, down, bias_down) + conv(xn, up), z < 0)
     want = xp * (back(s1, up) + back(s2, down)) + xn * (back(s1, down) + back(s2, up))
     torch.testing.assert_close(whole.relevance, want)
+
+
+@pytest.mark.parametrize(
+    ("composite", "note"),
+    [
+        ("epsilon_plus", "epsilon_plus lays ZPlus on 'conv', and here are none"),
+        (
+            composites.EpsilonGammaBox(-3, 3),
+            "epsilon_gamma_box lays ZBox(low=-3, high=3) on first conv, and here are none",
+        ),
+        ("guided_backprop", "guided_backprop lays ReLUGuidedBackprop on 'relu', and here are none"),
+        ("cplrp", "cplrp lays Stop on gates, and here are none"),
+        ("excitation_backprop", ""),
+        ("attnlrp", ""),
+        ("epsilon_all", ""),
+        (None, ""),
+    ],
+)
+def test_a_part_of_a_composite_that_matches_nothing_is_noted(composite: Any, note: str) -> None:
+    with traced_once(TRACES):
+        report = lrpfx.Explainer(linear(), torch.ones(2, 3).double(), composite).report
+    assert (note in report.notes) if note else not report.notes
+
+
+@functools.cache
+def linear() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 3), nn.GELU(), nn.Linear(3, 2)).double().eval()

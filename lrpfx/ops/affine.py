@@ -101,7 +101,8 @@ class AffineMap:
         kept: dict[str, Any] | None = None if self.kept is None else {}
         found = replace(self, bias=None, kept=kept) if "bias" in names else self
         if "weight" in names and self.weight is not None:
-            return found.with_weight(torch.zeros_like, "zeros")
+            zero = found.with_weight(torch.zeros_like, "zeros")
+            return replace(zero, flat=lambda: zero)  # nor do they count as ones
         return found
 
     def _keep(self, name: str, make: Callable[[], Any]) -> Any:

@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from torch import nn
 
 from lrpfx import ops
-from lrpfx.composites import Attending, First, Offered, Selector, describe
+from lrpfx.composites import (
+    Attending,
+    Auto,
+    Composite,
+    Entry,
+    First,
+    Offered,
+    Selector,
+    describe,
+)
 from lrpfx.errors import RuleError, SelectorError, some
 from lrpfx.ops import FAMILIES, Record
 from lrpfx.plan.resolve import RulesLike, resolve
@@ -79,10 +88,9 @@ def assign(
             own = not isinstance(entry, Offered) and not again
             if own:
                 notes += _check(selector, rule, matched, reasons, records, model)
-            elif not matched and not again and _is_path(selector):
-                notes.append(
-                    f"{composite.name} lays {rule} on modules {selector!r}, and here are none"
-                )
+            elif not matched and not again and _is_a_part(entry, composite):
+                which = ("modules " if _is_path(selector) else "") + describe(selector)
+                notes.append(f"{composite.name} lays {rule} on {which}, and here are none")
             decided = [r for r in matched if not reasons[r.name] and r.name not in chosen]
             for r in decided:
                 chosen[r.name] = Assignment(r, rule, f"{composite.name}: {_why(selector)}")
@@ -162,6 +170,16 @@ def _matches(selector: Selector, r: Record, model: nn.Module) -> bool:
             where=[str(r)],
             fix="a predicate takes a node record; see lrpfx.ops.Record for what it has.",
         ) from error
+
+
+def _is_a_part(entry: Entry, composite: Composite) -> bool:
+    """Whether an entry makes a composite what it is: it alone has its rule, and is no base."""
+    selector, rule = entry
+    if isinstance(composite, Auto):  # it has a part for every model
+        return False
+    elsewhere = any(other is not entry and other[1] == rule for other in composite.entries)
+    base = isinstance(selector, str) and selector in {"*", *FAMILIES}
+    return isinstance(rule, Stop) or not (base or elsewhere)
 
 
 def _is_path(selector: Selector) -> bool:

@@ -13,7 +13,7 @@ from torch import fx
 
 from lrpfx.ops import explained_leaves, nodes_in, record, slot_nodes
 from lrpfx.plan.assign import Assignment
-from lrpfx.rules import Carry, Pass
+from lrpfx.rules import Carry
 
 
 def find_carriers(
@@ -74,4 +74,5 @@ def _cuts(user: fx.Node, plan: Mapping[str, Assignment]) -> bool:
     """Whether the user hands multipliers only to where its input is positive."""
     if user.name not in plan:
         return False
-    return plan[user.name].record.kind == "relu" and isinstance(plan[user.name].rule, Pass)
+    rule, site = plan[user.name].rule, plan[user.name].record.site
+    return site.op.kind == "relu" and rule.gradient_shares(site) is not None

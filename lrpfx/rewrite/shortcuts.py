@@ -28,7 +28,7 @@ from lrpfx.rewrite.fused import Fused, attend, find_fused, is_of_sizes, mask_for
 from lrpfx.rewrite.masks import Edits
 from lrpfx.rewrite.streams import Streams
 from lrpfx.rewrite.twins import Step
-from lrpfx.rules import AffineRule, Gradient
+from lrpfx.rules import Gradient
 
 aten = torch.ops.aten
 #: Elements from which on a weight is computed again in the place of being kept.
@@ -298,8 +298,7 @@ class FastStreams(Streams):
         rule, site = assignment.rule, assignment.record.site
         if rule.carries(site, takes):
             return rule.needs(site, takes)
-        reads_input = rule.reads_input and not (isinstance(rule, Gradient) and site.op.linear)
-        return reads_input, rule.reads_output or takes
+        return rule.reads(site), rule.reads_output or takes
 
     def _one_relu(self, node: fx.Node) -> fx.Node | None:
         """The ReLU that all relevance of an affine node comes through, if only that of y > 0 does.
@@ -308,9 +307,8 @@ class FastStreams(Streams):
         """
         users = [user for user in node.users if user in self.live]
         rule, carry = self.plan[node.name].rule, self.carriers[node]
-        if len(users) != 1 or not carry.above or not isinstance(rule, AffineRule):
-            return None
-        return users[0] if rule.multiplies_by_output else None
+        alone = len(users) == 1 and carry.above
+        return users[0] if alone and rule.multiplies_by_output else None
 
     def _summand(self, relu: fx.Node) -> fx.Node | None:
         """Of a residual sum the summand z that nothing else reads, and whose rule multiplies by z.
@@ -329,7 +327,6 @@ class FastStreams(Streams):
             other = _other(total, n).meta["val"]
             if (
                 self.carriers[n].takes
-                and isinstance(rule, AffineRule)
                 and rule.multiplies_by_output
                 and rule.needs(site, True)[1]
                 and form.dtype in (torch.float32, torch.float64)

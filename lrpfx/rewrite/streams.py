@@ -11,7 +11,6 @@ from lrpfx.ops import reachable, record, slot_nodes
 from lrpfx.plan import Assignment
 from lrpfx.rewrite.masks import UNCHANGED, Conditions, Edits
 from lrpfx.rewrite.twins import Step, Twin, begin
-from lrpfx.rules import Gradient
 
 
 class Streams:
@@ -106,8 +105,7 @@ class Streams:
         """The twin of a node with a rule."""
         assignment = self.plan[node.name]
         rule, site = assignment.rule, assignment.record.site
-        # A linear op has the same Jacobian everywhere: its gradient needs no activation kept.
-        reads_input = rule.reads_input and not (isinstance(rule, Gradient) and site.op.linear)
+        reads_input = rule.reads(site)
         place = str(assignment.record)
         step = Twin(node.name, len(site.live), rule.reads_output, rule, site, reads_input, place)
         return self.beside(step, self.clean[node], *self.read(node, reads_input))

@@ -226,6 +226,11 @@ class Flow:
     absorbed: Callable[[], Absorbed] = field(default=dict)
 
 
+def _definer(cls: type, name: str) -> int:
+    """How far up among the bases of a class, itself first, what it calls ``name`` is defined."""
+    return next((i for i, base in enumerate(cls.__mro__) if name in vars(base)), len(cls.__mro__))
+
+
 @dataclass(frozen=True)
 class Rule:
     """Base of all rules: an immutable value whose fields are the rule's parameters."""
@@ -233,6 +238,43 @@ class Rule:
     #: Whether the rule reads the clean activations at the inputs / at the output of the node.
     reads_input: ClassVar[bool] = True
     reads_output: ClassVar[bool] = False
+
+    #: By method that says the formula, what holds for this formula and no other: what it reads, and
+    #: how it is computed fast.
+    _of_formula: ClassVar[dict[str, tuple[str, ...]]] = {
+        "propagate": (
+            "reads_input",
+            "reads",
+            "accepts",
+            "carries",
+            "gradient_shares",
+            "needs",
+            "multiply",
+            "relevance",
+            "weigh",
+            "multiplies_by_output",
+        )
+    }
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Forget what holds for the formula of a base only, if the class has another formula.
+
+        Raises:
+            RuleError: The class says anew how its base is computed fast, and not what.
+        """
+        super().__init_subclass__(**options)
+        again = {"multiply", "relevance", "gradient_shares"} & {*vars(cls)}
+        if again and _definer(cls, "propagate") > 0:
+            raise RuleError(
+                f"{cls.__name__} overrides {' and '.join(sorted(again))}, by which is computed "
+                "fast, without a ledger, what propagate says.",
+                fix="override propagate instead (or terms, of an affine rule): it serves always.",
+            )
+        for formula, others in cls._of_formula.items():
+            for name in others:
+                if _definer(cls, name) > _definer(cls, formula):
+                    first = [base for base in cls.__mro__ if name in vars(base)][-1]
+                    setattr(cls, name, vars(first)[name])
 
     def fits(self, op: Op) -> str:
         """Return "" if the rule can be laid on ``op``, else the reason why it cannot."""
@@ -265,6 +307,10 @@ class Rule:
         """
         return ""
 
+    def reads(self, site: Site) -> bool:
+        """Whether ``propagate`` reads the inputs' values at this node."""
+        return self.reads_input
+
     @property
     def by_sample(self) -> bool:
         """Whether a stabilizer takes the first dimension for that of the samples."""
@@ -294,6 +340,11 @@ class Rule:
         """Whether ``multiply`` reads the values of inputs and output."""
         return True, True
 
+    @property
+    def multiplies_by_output(self) -> bool:
+        """Whether ``multiply`` reads z only as a factor of the multiplier that arrives."""
+        return False
+
     def multiply(
         self, call: Call, x: tuple[Tensor, ...], z: Tensor, m: Any, carry: Carry
     ) -> tuple[Tensor, ...]:
@@ -307,7 +358,7 @@ class Rule:
         self, call: Call, x: tuple[Tensor, ...], z: Tensor, m: Any, carry: Carry
     ) -> tuple[Tensor, ...]:
         """The relevance of each live input, where no multipliers are handed on."""
-        return self.propagate(call, x, z, z * m if carry.takes else m).relevance
+        return self.propagate(call, x, z, finite(z) * m if carry.takes else m).relevance
 
     def weigh(self, a: Tensor, c: Tensor) -> Tensor:
         """R_x = a c, where relevance is to be handed to an input."""
@@ -347,6 +398,10 @@ class Gradient(Rule):
             return {call.op.gradient_loss: lost}
 
         return Flow(relevance, absorbed)
+
+    def reads(self, site: Site) -> bool:
+        """A linear op has the same Jacobian everywhere: its gradient needs no activation kept."""
+        return not site.op.linear
 
     def carries(self, site: Site, taken: bool) -> bool:
         """Where values are moved or picked, z c = J'(x c), so c follows the gradient, too."""

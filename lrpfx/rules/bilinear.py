@@ -50,13 +50,17 @@ class Uniform(Rule):
     ) -> Flow:
         """R_i = R n_i / n, n_i the factors that x_i stands for."""
         assert isinstance(R, Tensor)
-        shares = self.gradient_shares(call.site)
+        shares = self.shares(call.site)
         return Flow(tuple((R * c).sum_to_size(t.shape) for c, t in zip(shares, x, strict=True)))
 
-    def gradient_shares(self, site: Site) -> tuple[float, ...]:
+    def shares(self, site: Site) -> tuple[float, ...]:
         """n_i / n, or by the order of the products."""
         counts = (1,) * len(site.live) if self.pairwise else site.factors
         return tuple(count / sum(counts) for count in counts)
+
+    def gradient_shares(self, site: Site) -> tuple[float, ...]:
+        """The shares: c_a = b c n_a / n."""
+        return self.shares(site)
 
     def carries(self, site: Site, taken: bool) -> bool:
         """R / n = a (b c / n)."""
@@ -70,7 +74,7 @@ class Uniform(Rule):
         self, call: Call, x: tuple[Tensor, ...], z: Tensor, m: Any, carry: Carry
     ) -> tuple[Tensor, ...]:
         """c_a = b c n_a / n."""
-        shares = zip(self.gradient_shares(call.site), call.pull_back(x, m), strict=True)
+        shares = zip(self.shares(call.site), call.pull_back(x, m), strict=True)
         return tuple(c * part for part, c in shares)
 
 

@@ -128,6 +128,10 @@ class AffineRule(Rule):
     divides_by_output: ClassVar[bool] = False
     #: Whether the fast form takes z for more than a factor of the multiplier that arrives.
     fast_reads_output: ClassVar[bool] = True
+    _of_formula: ClassVar[dict[str, tuple[str, ...]]] = {
+        **Rule._of_formula,
+        "terms": ("reads_input", "proportional", "divides_by_output", "fast_reads_output"),
+    }
 
     def __post_init__(self) -> None:
         """Check the parameters."""
@@ -232,8 +236,6 @@ class AffineRule(Rule):
         self, call: Call, x: tuple[Tensor, ...], z: Tensor, m: Any, carry: Carry
     ) -> tuple[Tensor, ...]:
         """R_x = sum over terms and parts of x_i * (W_i's)."""
-        if type(self).propagate is not AffineRule.propagate:  # a rule that says it itself
-            return super().relevance(call, x, z, m, carry)
         f = self._parameters(call.affine(x))
         # Without a multiplier z is not there.
         given = Input(x, call.nonneg, carry.takes, carry.above, call.padding)
