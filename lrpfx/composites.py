@@ -325,6 +325,18 @@ class Auto(Named):
         ]
         super().__init__([*own, *_conv_and_linear(conv, epsilon, stabilizer, zero_params)])
 
+    @staticmethod
+    def parts(nodes: Iterable[Record]) -> str:
+        """What the composite comes to for these nodes, in the names of others."""
+        conv = attention = recurrent = False
+        for node in nodes:
+            conv |= node.kind == "conv" and not patch_embeddings(node)
+            attention |= node.attending
+            recurrent |= node.recurrent
+        said = ["convolutions as epsilon_plus"] * conv + ["attention as attnlrp"] * attention
+        said = said or ["no convolutions, as epsilon_all"]
+        return "; ".join([*said, *["recurrent gates as constants"] * recurrent])
+
 
 class EpsilonAll(Named):
     """Epsilon on every affine op and residual sum.

@@ -76,12 +76,12 @@ def prepare(
     released = plan.by_gradient and release(graph)
     if released:
         live = annotate(graph, starts, prefix, (), released)
-        plan = assign(records(graph), rules, model, again=True)
+        plan = assign(records(graph), rules, model, again=plan)
     stopped = [a.record for a in plan.assignments.values() if isinstance(a.rule, Stop)]
     if stopped:
         live = annotate(graph, starts, prefix, {r.name for r in stopped}, released)
         _check_live(graph, live, starts, captured, stopped)
-        plan = assign(records(graph), rules, model, again=True, stop=False)
+        plan = assign(records(graph), rules, model, again=plan, stop=False)
         which = ", ".join(sorted({r.kind for r in stopped}))
         notes.append(f"{len(stopped)} nodes count as constants by rule Stop: {which}")
     notes += notes_of(graph, captured, starts)

@@ -57,7 +57,7 @@ def assign(
     rules: RulesLike,
     model: nn.Module,
     *,
-    again: bool = False,
+    again: Plan | None = None,
     stop: bool = True,
 ) -> Plan:
     """Give every record the rule of the first entry that matches it and fits it.
@@ -66,8 +66,8 @@ def assign(
         records: All live nodes.
         rules: See ``lrpfx.explain``.
         model: The model, for selectors that are module classes.
-        again: Whether nodes have become constants, or live, since rules were given to them once;
-            entries need not match what is left.
+        again: The plan before nodes have become constants, or live; entries need not match what is
+            left.
         stop: Whether entries with the rule Stop count. They do once: where what they stopped is
             constant, another node may be first, or the gate of a product.
 
@@ -75,7 +75,8 @@ def assign(
         SelectorError: An entry of the user's own matches nothing, or a name is unknown.
         RuleError: A rule is laid on ops named outright that it does not fit.
     """
-    layers, reading = resolve(rules)
+    layers, reading = resolve(rules, records)
+    reading = reading if again is None else again.rules
     chosen: dict[str, Assignment] = {}
     notes: list[str] = []
     for composite in layers:
@@ -85,10 +86,10 @@ def assign(
                 continue
             matched = [r for r in records if _matches(selector, r, model)]
             reasons = {r.name: rule.fits(r.op) for r in matched}
-            own = not isinstance(entry, Offered) and not again
+            own = not isinstance(entry, Offered) and again is None
             if own:
                 notes += _check(selector, rule, matched, reasons, records, model)
-            elif not matched and not again and _is_a_part(entry, composite):
+            elif not matched and again is None and _is_a_part(entry, composite):
                 which = ("modules " if _is_path(selector) else "") + describe(selector)
                 notes.append(f"{composite.name} lays {rule} on {which}, and here are none")
             decided = [r for r in matched if not reasons[r.name] and r.name not in chosen]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lrpfx.composites import NAMED, Auto, Composite, CompositeName, Entries, Named
 from lrpfx.errors import RuleError, SelectorError
+from lrpfx.ops import Record
 from lrpfx.rules import Rule
 
 #: A composite, its class or its name; entries, the last of which may be what they are laid over.
@@ -86,23 +87,25 @@ def _is_base(last: Any) -> bool:
     return isinstance(last, Composite) or (isinstance(last, type) and issubclass(last, Composite))
 
 
-def resolve(rules: RulesLike) -> tuple[tuple[Composite, ...], str]:
+def resolve(rules: RulesLike, nodes: Iterable[Record]) -> tuple[tuple[Composite, ...], str]:
     """The layers of composites that ``rules`` stands for, uppermost first, and how it was read.
 
     Args:
         rules: What the user gave.
+        nodes: Of the graph, for what is said of the default.
 
     Raises:
         SelectorError: Unknown name.
         RuleError: ``rules`` is nothing that can be read as rules.
     """
     default = Auto()
+    named = f"{default.name} (default: {default.parts(nodes)})"
     if rules is None:
-        return (default,), f"{default.name} (default)"
+        return (default,), named
     composite = read(rules)
     if isinstance(composite, Named):
         return (composite,), composite.name
     reading = f"{len(composite.entries)} entries over"
     if composite.over is not None:
         return (composite, composite.over), f"{reading} {composite.over.name}"
-    return (composite, default), f"{reading} {default.name} (default)"
+    return (composite, default), f"{reading} {named}"

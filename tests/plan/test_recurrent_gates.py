@@ -166,6 +166,7 @@ def test_layers_by_hand_have_constant_gates(forward: Any, shapes: Any) -> None:
 def test_relevance_does_not_grow_with_the_steps() -> None:
     m = model(lambda m, x: m.layer(x)[0][:, -1], layer=nn.GRU(3, 4, batch_first=True))
     e = lrpfx.explain(m, inputs(10), 1, ledger=False)
+    assert "recurrent gates as constants" in e.report.rules
     assert e.relevance.abs().sum() < 3 * e.seed.abs().sum()
 
 
