@@ -50,13 +50,16 @@ from lrpfx.run import (
     condition_seeds,
     each_target,
     is_batched,
+    is_being_trained,
     is_several,
     make_seed,
+    mode_notes,
     refuse_if_the_model_does,
     refuse_relevance,
     refuse_seed,
     reported,
     target_per_condition,
+    without_graph,
 )
 
 #: The form of the inputs, which the relevance has, too.
@@ -106,7 +109,8 @@ def explain(
         layers: Module paths (globs allowed), or names of nodes in the report, whose relevance and
             activation are returned, too.
         create_graph: Keep the graph of the relevance, so that it can be differentiated with
-            respect to inputs and parameters.
+            respect to inputs and parameters: a loss of it trains the model. Forgotten while the
+            model is in training mode, ``backward()`` ends in an error that says so.
         ledger: When the sums of relevance at each node are computed, for the report. None: once
             the report is asked for them, by the plain form of all rules, run on inputs and
             parameters as they were (the explanation keeps the model for that; a change since is an
@@ -150,7 +154,9 @@ class Explainer:
 
     It reads the model's live parameters: an optimizer step, ``load_state_dict`` or a change of
     ``.data`` between calls is seen. Other attributes of the model's modules are constants of the
-    graph, and so is its mode: after changing one, make a new Explainer. At a batch size, or
+    graph: after changing one, make a new Explainer. So is the mode: made in evaluation mode and
+    called while the model trains, it explains the model with running statistics and without
+    dropout, and the report says so; its parameters are those of the moment. At a batch size, or
     another size that may vary, which it has not met before, the graph is compared with the model.
     Calls from several threads do not disturb each other.
 
@@ -309,9 +315,13 @@ class Explainer:
         Source: Achtibat et al. 2023 (CRP), https://doi.org/10.1038/s42256-023-00711-8, eq. 4 and 5.
         """
         asked = _Asked(conditions, pairing, through, start, init)
+        a_loss_may_follow = torch.is_grad_enabled() and not create_graph
         # Autograd is off for good in what inference mode creates, so the work happens outside.
         with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
-            return self._explain(inputs, target, layers, create_graph, ledger, asked)
+            explanation = self._explain(inputs, target, layers, create_graph, ledger, asked)
+        if a_loss_may_follow and is_being_trained(self._captured):
+            return replace(explanation, relevance=without_graph(explanation.relevance))
+        return explanation
 
     def _explain(
         self,
@@ -379,7 +389,8 @@ class Explainer:
                     inputs, leaves, run.clean, seed, pulled.starts, at, report
                 )
                 parts.append(part)
-        told, notes = seeds[0].description, conditions.notes() if conditions is not None else []
+        told, notes = seeds[0].description, mode_notes(self._captured)
+        notes += conditions.notes() if conditions is not None else []
         if several:
             what = "targets" if conditions is None else "conditions"
             told = f"{len(parts)} {what} of each sample, {told if conditions else _ONE_HOT}"

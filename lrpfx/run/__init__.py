@@ -6,6 +6,7 @@ from lrpfx.run.books import Books, Made
 from lrpfx.run.compiled import Compiled, CompiledRun
 from lrpfx.run.conditioned import Init, condition_seeds, target_per_condition
 from lrpfx.run.gather import Bookings, Calls, Gather, by_layer, reported
+from lrpfx.run.mode import is_being_trained, mode_notes, without_graph
 from lrpfx.run.refuse import refuse_if_the_model_does, refuse_relevance, refuse_seed
 from lrpfx.run.samples import is_batched
 from lrpfx.run.targets import Target, each_target, is_several, make_seed
@@ -29,11 +30,14 @@ __all__ = [
     "condition_seeds",
     "each_target",
     "is_batched",
+    "is_being_trained",
     "is_several",
     "make_seed",
+    "mode_notes",
     "refuse_if_the_model_does",
     "refuse_relevance",
     "refuse_seed",
     "reported",
     "target_per_condition",
+    "without_graph",
 ]
