@@ -2,11 +2,12 @@
 # make examples  a vision transformer, a language model, a sentence encoder with its real weights, concepts
 # make test      what CI runs: lint, format, types, layers, tests
 # make nightly   tests with more and new examples, then the models of three libraries (hours)
+# make mutants   plant faults in a copy of the library: do the tests see each? (minutes)
 # make processors  the tests with the kernels of older processors, on two threads each
 # make bench     what explanations cost: refreshes docs/performance.md (a quarter of an hour)
 # make compiled  what they cost compiled: its section of docs/performance.md (as long again)
 # make dist      wheel and sdist in dist/, each installed and run outside of the checkout
-# make clean     remove the environment and everything generated
+# make clean     remove the environments and everything generated
 #
 # PYTHON names the interpreter (3.10 or newer) that the environment is made with. pip takes its
 # own settings from the environment as usual; the CPU build of torch, for instance, comes with
@@ -15,22 +16,25 @@
 PYTHON ?= python3
 VENV   ?= .venv
 JOBS   ?= 2
+# Of the examples alone, as users have it. The tests' own holds torchvision, which transformers
+# imports where it is installed, and which need not be of the same build as torch.
+EXAMPLES ?= .venv-examples
 
 BIN     := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -c constraints.txt
 
-.PHONY: demo examples test check nightly processors bench compiled dist clean
+.PHONY: demo examples test check nightly mutants processors bench compiled dist clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/quickstart.py examples/out/quickstart.png
 	@echo "The picture is in examples/out/quickstart.png"
 
 # Small models are faster on one thread.
-examples: $(VENV)/.installed-examples
-	OMP_NUM_THREADS=1 $(BIN)/python examples/vit.py examples/out/vit.png
-	OMP_NUM_THREADS=1 $(BIN)/python examples/llm.py
-	$(BIN)/python examples/sentences.py
-	$(BIN)/python examples/concepts.py examples/out
+examples: $(EXAMPLES)/.installed
+	OMP_NUM_THREADS=1 $(EXAMPLES)/bin/python examples/vit.py examples/out/vit.png
+	OMP_NUM_THREADS=1 $(EXAMPLES)/bin/python examples/llm.py
+	$(EXAMPLES)/bin/python examples/sentences.py
+	$(EXAMPLES)/bin/python examples/concepts.py examples/out
 
 # One thread per worker: pytest-xdist already fills the cores. A file's tests stay together as far
 # as that leaves no worker idle, as they share traces.
@@ -44,11 +48,15 @@ test: $(VENV)/.installed-test
 check: test
 
 # The coverage of every library is measured, also if that of another falls short.
-nightly: processors $(VENV)/.installed-test $(VENV)/.installed-nightly
+nightly: processors mutants $(VENV)/.installed-test $(VENV)/.installed-nightly
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal -m "" --hypothesis-profile nightly
 	failed=; for zoo in torchvision timm transformers; do \
 		$(BIN)/python -m benchmarks.coverage $$zoo || failed="$$failed $$zoo"; \
 	done; test -z "$$failed"
+
+# MUTANTS="mask sign" plants those with one of the words in their names.
+mutants: $(VENV)/.installed-test
+	$(BIN)/python -m tests.mutants $(MUTANTS)
 
 # What passes here passes on other processors: kernels differ in the order of their sums.
 processors: $(VENV)/.installed-test
@@ -89,10 +97,15 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e ".[$*]"
 	@touch $@
 
+$(EXAMPLES)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(EXAMPLES)
+	$(EXAMPLES)/bin/python -m pip install -c constraints.txt -e ".[examples]"
+	@touch $@
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info examples/out
+	rm -rf $(VENV) $(EXAMPLES) build dist *.egg-info examples/out
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -49,7 +49,11 @@ DETECTORS += ["ssd300_vgg16", "ssdlite320_mobilenet_v3_large"]
 
 
 def declare_missing_ops() -> None:
-    """torchvision's wheel needs two ops of its own that a CPU build of torch does not load."""
+    """Let PyPI's wheel of torchvision be imported beside a CPU build of torch.
+
+    There it cannot load its own ops, and then fails to give two of them a meta function. No
+    classifier calls them: declaring them is enough.
+    """
     try:
         import torchvision  # noqa: F401
     except RuntimeError:

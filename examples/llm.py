@@ -9,7 +9,6 @@ and relevance has to point at that value.
 
 import sys
 
-import declare_ops  # noqa: F401  (before transformers)
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

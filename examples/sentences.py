@@ -9,7 +9,6 @@ their embeddings, and both sentences are explained. Red words make them alike, b
 
 import sys
 
-import declare_ops  # noqa: F401  (before transformers)
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, logging

@@ -1,5 +1,6 @@
 """Hypothesis profiles, and what several test files need: `Apply` and `assert_untouched`."""
 
+import gc
 import os
 import random
 from collections import deque
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
 from torch.utils import _pytree as pytree
 
+from benchmarks.zoos import declare_missing_ops
 from lrpfx.capture.export import Trace, capture
 
 # Derandomized, so that CI fails for changes of the code only; "nightly" looks for new examples:
@@ -24,6 +26,9 @@ from lrpfx.capture.export import Trace, capture
 settings.register_profile("ci", derandomize=True, deadline=None, max_examples=30)
 settings.register_profile("nightly", derandomize=False, deadline=None, max_examples=500)
 settings.load_profile("ci")
+
+# Before torchvision is imported, by transformers and zennit as well.
+declare_missing_ops()
 
 # The models here are tiny, and pytest-xdist fills the cores already. OMP_NUM_THREADS=2 shows what
 # hangs on the number of threads.
@@ -35,6 +40,12 @@ def seed() -> None:
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is looked through by no collection of garbage to come."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collectstart() -> None:

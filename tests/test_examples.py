@@ -8,17 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from torch import Tensor, nn
+from transformers.models.bert import modeling_bert
 
 import lrpfx
 from lrpfx.composites import AttnLRP
 from tests.capture.test_transformers import Secant, attention, half, layer_norm
-from tests.oracle import zoo  # noqa: F401  (before transformers, see there)
 from tests.oracle.families import draw, error
-
-# isort: split
-import transformers as tf
-from transformers.models.bert import modeling_bert
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)

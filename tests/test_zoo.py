@@ -25,11 +25,11 @@ from lrpfx.ops.graph import live_names, record
 
 aten = torch.ops.aten
 
-#: What is fast, and different from the others and from those of tests/oracle/families.py.
-TRANSFORMERS = "deberta-v2 convnextv2".split()
+#: One of each make, and some that differ from those of tests/oracle/families.py.
+TRANSFORMERS = "deberta-v2 convnextv2 llama mixtral vit regnet poolformer wavlm".split()
 TORCHVISION = ["squeezenet1_1"]
-#: Some more of each make.
-NIGHTLY = "llama mixtral vit regnet poolformer wavlm".split()
+
+pytestmark = pytest.mark.usefixtures("one_trace")
 
 # -- every row of the op table -------------------------------------------------------------
 
@@ -344,19 +344,21 @@ def of_one_sample(x: Tensor, w: Weight) -> Sequence[Tensor]:
 
 MIXED = [convolutions, pools, sums, writes, views, moves, constants, selections, sorts, activations]
 MIXED += [norms_and_products, of_one_sample]
+MIXED_NAMES = [parts.__name__ for parts in MIXED]
 
 
 def cases() -> dict[str, Case]:
     """The sample of the zoo, images of 32 x 32, and the models above."""
     found = {}
-    for zoo, names in (("transformers", [*TRANSFORMERS, *NIGHTLY]), ("torchvision", TORCHVISION)):
+    for zoo, names in (("transformers", TRANSFORMERS), ("torchvision", TORCHVISION)):
         found |= {case.name: case for case in ZOOS[zoo]() if case.name in names}
         assert found.keys() >= set(names)
     for name in TORCHVISION:
         found[name] = replace(found[name], inputs=images(3, 32, 32))
     for parts in MIXED:
         name = parts.__name__
-        found[name] = Case(name, functools.partial(Mixed, parts), images(4, 6, 6))
+        make = functools.cache(functools.partial(Mixed, parts))
+        found[name] = Case(name, make, images(4, 6, 6))
     return found
 
 
@@ -377,7 +379,7 @@ def reached(case: Case) -> set[tuple[object, frozenset[str]]]:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[pytest.mark.nightly] if n in NIGHTLY else []) for n in CASES],
+    [pytest.param(n, marks=[] if n in MIXED_NAMES else [pytest.mark.nightly]) for n in CASES],
 )
 def test_a_model_agrees_with_every_oracle(name: str) -> None:
     row = measure(CASES[name])

@@ -4,14 +4,16 @@ Tolerances stand beside the numbers measured; relevance is compared as whole map
 norm, because single entries cancel to almost nothing.
 """
 
-import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import masking_utils
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lrpfx
 from tests.conftest import assert_untouched
@@ -36,13 +38,17 @@ from tests.oracle.families import (
     target_of,
 )
 
-# isort: split
-from transformers import masking_utils
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
 TOLERANCE_OF_BATCHES = 1e-9
 # One of each make: captures of their own for all of them would double the time.
+#: Those of make nightly; in half precision, Llama and ViT stand in rules/test_dtypes.py.
+SINGLE = {"llama", "t5", "vit"}
 OTHER_DTYPES = ["llama", "mixtral", "gpt2", "opt", "mamba", "bert", "vit"]
+
+
+def nightly_but(kept: set[str], families: Iterable[str]) -> list[Any]:
+    """Cases of which only those that are kept run in the fast suite."""
+    marks = pytest.mark.nightly
+    return [f if f in kept else pytest.param(f, marks=marks) for f in families]
 
 
 def rules_of(family: str) -> str:
@@ -126,7 +132,7 @@ def test_one_graph_for_every_batch_size(family: str, implementation: str) -> Non
 # Lengths -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", [marked(f) for f in OF_ANY_LENGTH])
+@pytest.mark.parametrize("family", nightly_but({"llama", "t5"}, OF_ANY_LENGTH))
 def test_one_graph_for_every_length(family: str) -> None:
     """At the length of its example it is compared above with the eager graph of that length."""
     model, target = model_of(family, best(family)), target_of(family)
@@ -162,21 +168,33 @@ def test_cplrp_conserves(family: str) -> None:
     Mamba has no attention: its MambaLRP conserves for the same reason, and CP-LRP would hand on
     relevance through exp and softplus, which are not zero at zero.
     """
-    model = copy.deepcopy(model_of(family, best(family)))
+    model = model_of(family, best(family))
     inputs, target = inputs_of(family), largest(family)
     if "attention_mask" in inputs:
         inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
-    rules = RULES["mambalrp" if family == "mamba" else "cplrp, gate stop"]
-    explainer = lrpfx.Explainer(model, inputs, rules)
+    rules = "mambalrp" if family == "mamba" else "cplrp, gate stop"
+    explainer = explainer_of(family, best(family), rules)
     if added := added_to_the_stream(model):
         explanation = explainer(inputs, target)
         assert (explanation.absorbed.abs() > 1e-4 * target(explanation.output)).all()
-    with torch.no_grad():
-        for parameter in added:
-            parameter.zero_()
-    explanation = explainer(inputs, target)
+    with zeroed(added):
+        explanation = explainer(inputs, target)
     # Measured: 2e-10, or 6e-7 where norms are rounded to float32 (Llama and its kin, Mamba).
     assert (explanation.absorbed.abs() < 1e-6 * target(explanation.output)).all()
+
+
+@contextmanager
+def zeroed(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """For the time being, the parameters are zero."""
+    before = [parameter.detach().clone() for parameter in parameters]
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.zero_()
+        try:
+            yield
+        finally:
+            for parameter, value in zip(parameters, before, strict=True):
+                parameter.copy_(value)
 
 
 def added_to_the_stream(model: nn.Module) -> list[nn.Parameter]:
@@ -203,7 +221,7 @@ def largest(family: str) -> Callable[[Any], Tensor]:
 # Dtypes, and what is left behind -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", [marked(f) for f in [*OTHER_DTYPES, "t5", "swin", "clip"]])
+@pytest.mark.parametrize("family", nightly_but(SINGLE, [*OTHER_DTYPES, "t5", "swin", "clip"]))
 def test_single_precision_and_the_model_is_left_as_it_was(family: str) -> None:
     rules = rules_of(family)
     model, target = model_of(family, best(family), torch.float32), target_of(family)
@@ -220,7 +238,7 @@ def test_single_precision_and_the_model_is_left_as_it_was(family: str) -> None:
     assert error(relevance.double(), expected) < 1e-4  # measured: 1e-7 to 5e-6
 
 
-@pytest.mark.parametrize("family", [marked(f) for f in OTHER_DTYPES])
+@pytest.mark.parametrize("family", nightly_but({"mamba"}, OTHER_DTYPES))
 def test_half_precision(family: str) -> None:
     """bfloat16 has 8 bits: a relative error of 4e-3 at each op, and more where summands cancel."""
     rules = rules_of(family)

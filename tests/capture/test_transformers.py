@@ -69,8 +69,9 @@ def test_gate_policies_of_cplrp_differ_where_there_are_gates(
 @pytest.mark.parametrize(
     ("family", "implementation"),
     [
-        *((family, "sdpa") for family in WRITTEN_OUT),
-        *(marked(family, "eager") for family in WRITTEN_OUT),
+        marked(family, implementation)
+        for family in WRITTEN_OUT
+        for implementation in ("eager", "sdpa")
     ],
 )
 def test_attnlrp_is_a_modified_gradient(

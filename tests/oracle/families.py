@@ -6,15 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 from torch import Tensor, nn
 
 import lrpfx
 from lrpfx.composites import CPLRP, AttnLRP, Composite, MambaLRP
+from tests.conftest import Traces, traced_once
 from tests.oracle import zoo
-
-# isort: split
-# transformers imports torchvision, which cannot be imported everywhere before zoo has been.
-import transformers as tf
 
 TOKENS, VOCABULARY = 7, 50
 SIZES = dict(
@@ -27,8 +25,8 @@ TEXT = dict(SIZES, vocab_size=VOCABULARY, max_position_embeddings=16)
 ENDS = dict(bos_token_id=0, eos_token_id=0)
 GROUPED = dict(TEXT, num_key_value_heads=2)  # two queries share a key, so keys are broadcast
 HEADS = dict(GROUPED, head_dim=8)
-ONE = dict(num_hidden_layers=1)  # time is spent on capture, and their kin have two
-GPT2 = dict(n_embd=32, n_layer=2, n_head=4, vocab_size=VOCABULARY, n_positions=16)
+ONE = dict(num_hidden_layers=1)  # time is spent on capture; Llama and BERT have two
+GPT2 = dict(n_embd=32, n_layer=1, n_head=4, vocab_size=VOCABULARY, n_positions=16)
 DISTILBERT = dict(dim=32, n_layers=2, n_heads=4, hidden_dim=64, vocab_size=VOCABULARY)
 EXPERTS = dict(num_local_experts=4, num_experts_per_tok=2, experts_implementation="batched_mm")
 OPT = dict(
@@ -40,8 +38,8 @@ OPT = dict(
     max_position_embeddings=16,
     word_embed_proj_dim=32,
 )
-MAMBA = dict(hidden_size=32, num_hidden_layers=2, vocab_size=VOCABULARY, state_size=4, expand=2)
-T5 = dict(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=VOCABULARY)
+MAMBA = dict(hidden_size=32, num_hidden_layers=1, vocab_size=VOCABULARY, state_size=4, expand=2)
+T5 = dict(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=VOCABULARY)
 IMAGES = dict(image_size=32, patch_size=8, **SIZES)
 SWIN = dict(image_size=32, patch_size=4, embed_dim=16, depths=[2], num_heads=[2], window_size=4)
 CLIP = dict(
@@ -148,10 +146,13 @@ def draw(model: nn.Module) -> None:
             parameter.normal_(0.0, 1.5 * parameter[0].numel() ** -0.5)
 
 
+_TRACES: Traces = {}
+
+
 def explainer_of(
     family: str, implementation: str, rules: str, dtype: torch.dtype = torch.float64
 ) -> lrpfx.Explainer:
-    """Return an Explainer; under AttnLRP, those with the best attention take any length."""
+    """Return an Explainer; those with the best attention take any length."""
     return _explainer_of(family, implementation, rules, dtype)
 
 
@@ -160,9 +161,10 @@ def _explainer_of(
     family: str, implementation: str, rules: str, dtype: torch.dtype
 ) -> lrpfx.Explainer:
     model = model_of(family, implementation, dtype)
-    any_length = implementation == best(family) and family in OF_ANY_LENGTH and rules == "attnlrp"
+    any_length = implementation == best(family) and family in OF_ANY_LENGTH
     dynamic = (1,) if any_length else ()
-    return lrpfx.Explainer(model, inputs_of(family, dtype=dtype), RULES[rules], dynamic=dynamic)
+    with traced_once(_TRACES):
+        return lrpfx.Explainer(model, inputs_of(family, dtype=dtype), RULES[rules], dynamic=dynamic)
 
 
 def explained(

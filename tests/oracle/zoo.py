@@ -3,17 +3,8 @@
 from collections import OrderedDict
 
 import torch
+import torchvision
 from torch import Tensor, nn
-
-try:
-    import torchvision
-except RuntimeError:
-    # PyPI's wheel of torchvision cannot load its own ops beside a CPU build of torch, and then
-    # fails to give these two a meta function. No classifier calls them: declaring them is enough.
-    for _op in ("nms", "qnms"):
-        _schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        torch.library.define(f"torchvision::{_op}", _schema)
-    import torchvision
 
 CLASSES = 10
 
@@ -37,14 +28,29 @@ def torchvision_model(name: str, seed: int = 0) -> nn.Module:
 def residual(seed: int = 0) -> nn.Module:
     """Return a residual network of torchvision's own blocks, of a thousandth of its parameters."""
     block = torchvision.models.resnet.BasicBlock
-    shortcut = nn.Sequential(nn.Conv2d(8, 16, 1, 2, bias=False), nn.BatchNorm2d(16))
+    return _of_blocks(block(8, 8), block(8, 8), block(8, 16, 2, _shortcut(8)), block(16, 16), seed)
+
+
+def bottlenecks(seed: int = 0) -> nn.Module:
+    """Return a residual network of torchvision's bottlenecks, as small."""
+    block = torchvision.models.resnet.Bottleneck
+    return _of_blocks(block(8, 2), block(8, 2), block(8, 4, 2, _shortcut(8)), block(16, 4), seed)
+
+
+def _shortcut(channels: int) -> nn.Module:
+    out = 2 * channels
+    return nn.Sequential(nn.Conv2d(channels, out, 1, 2, bias=False), nn.BatchNorm2d(out))
+
+
+def _of_blocks(a: nn.Module, b: nn.Module, c: nn.Module, d: nn.Module, seed: int) -> nn.Module:
+    """The stem and the head of a ResNet around four blocks, of 3 -> 8 -> 16 channels."""
     layers = OrderedDict(
         conv1=nn.Conv2d(3, 8, 7, 2, 3, bias=False),
         bn1=nn.BatchNorm2d(8),
         relu=nn.ReLU(inplace=True),
         maxpool=nn.MaxPool2d(3, 2, 1),
-        layer1=nn.Sequential(block(8, 8), block(8, 8)),
-        layer2=nn.Sequential(block(8, 16, 2, shortcut), block(16, 16)),
+        layer1=nn.Sequential(a, b),
+        layer2=nn.Sequential(c, d),
         avgpool=nn.AdaptiveAvgPool2d(1),
         flatten=nn.Flatten(),
         fc=nn.Linear(16, CLASSES),

@@ -1,7 +1,7 @@
 """Relevance without a ledger is computed by shortcuts; its values are those of the plain form."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 from unittest import mock
 
@@ -20,7 +20,7 @@ from lrpfx.rewrite import fused, shortcuts
 from lrpfx.rules.base import Carry
 from lrpfx.rules.terms import AffineRule
 from lrpfx.run import backward
-from tests.conftest import Apply, traced_once
+from tests.conftest import Apply, Traces, traced_once
 from tests.oracle import laws, zoo
 from tests.rules.test_laws import cases
 
@@ -66,9 +66,15 @@ COMPOSITES = [
 CONVOLUTIONAL = {
     "residual": zoo.residual,
     "mobilenet_v3_small": lambda: zoo.torchvision_model("mobilenet_v3_small"),
-    "squeezenet1_1": lambda: zoo.torchvision_model("squeezenet1_1"),
+    "bottlenecks": zoo.bottlenecks,
 }
-TRACES: dict[int, Any] = {}
+TRACES: Traces = {}
+
+
+def each_way(name: str, rules: Any, fast: Container[Any]) -> Any:
+    """A case that runs in ``make nightly`` unless its rules are among the fast ones."""
+    marks = [] if rules in fast else [pytest.mark.nightly]
+    return pytest.param(name, rules, marks=marks, id=f"{name}-{str(rules)[:24]}")
 
 
 @functools.cache
@@ -82,8 +88,11 @@ def explainer_of(model: nn.Module, x: Tensor, rules: Any, **options: Any) -> lrp
         return lrpfx.Explainer(model, x, rules, **options)
 
 
-@pytest.mark.parametrize("name", ["residual", "mobilenet_v3_small"])
-@pytest.mark.parametrize("rules", COMPOSITES, ids=lambda rules: str(rules)[:24])
+@pytest.mark.parametrize(
+    ("name", "rules"),
+    [each_way("residual", rules, COMPOSITES) for rules in COMPOSITES]
+    + [each_way("mobilenet_v3_small", rules, COMPOSITES[1:2]) for rules in COMPOSITES],
+)
 def test_convolutional_networks(name: str, rules: Any) -> None:
     x = zoo.images(2, 3, 32, 32)
     explicit = name == "residual"  # which takes a tenth of the other's time
@@ -166,13 +175,22 @@ KERNELS = {
 }
 
 
+#: It divides by scores and outputs, so that nothing is fused.
+DIVIDES = composites.AttnLRP(1e-6)
+#: Kernels of which each is opened in another way.
+UNLIKE = ("plain", "causal", "live bias", "grouped", "by hand")
+
+
 @functools.cache
 def block(kernel: str) -> nn.Module:
     return Block(KERNELS[kernel])
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("rules", ["attnlrp", "cplrp", composites.AttnLRP(1e-6)], ids=str)
+@pytest.mark.parametrize(
+    ("kernel", "rules"),
+    [(kernel, rules) for kernel in KERNELS for rules in ("attnlrp", "cplrp")]
+    + [each_way(kernel, DIVIDES, [DIVIDES] * (kernel in UNLIKE)) for kernel in KERNELS],
+)
 def test_attention(kernel: str, rules: Any) -> None:
     x = torch.randn(2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     assert error(explainer_of(block(kernel), x, rules), x, [0, 2]) < TOLERANCE
@@ -468,8 +486,8 @@ def test_a_wrong_shortcut_is_seen(part: str, monkeypatch: pytest.MonkeyPatch) ->
 
 BATCHED = [
     *[("residual", rules) for rules in (*COMPOSITES[:5], "epsilon_alpha2_beta1_flat")],
-    ("squeezenet1_1", "epsilon_plus"),  # convolutions of one pixel
-    ("squeezenet1_1", "epsilon_alpha2_beta1"),
+    ("bottlenecks", "epsilon_plus"),  # convolutions of one pixel
+    ("bottlenecks", "epsilon_alpha2_beta1"),
     *[("attention", rules) for rules in ("attnlrp", "cplrp", "epsilon_all")],
 ]
 

@@ -99,6 +99,7 @@ EVERY = [(model, rules) for model, (_, all_rules) in MODELS.items() for rules in
 every = pytest.mark.parametrize(("name", "rules"), EVERY)
 
 
+@functools.cache
 def model_of(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     return MODELS[name][0]().to(dtype)
 
@@ -153,6 +154,7 @@ def test_lrp_0_through_many_relus_is_rough(ledger: bool) -> None:
 # Models in a half type ---------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("one_trace")
 @EITHER
 @every
 def test_a_model_in_a_half_type(name: str, rules: str, dtype: torch.dtype) -> None:

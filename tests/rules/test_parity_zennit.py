@@ -7,26 +7,24 @@ one executed in all of these networks.
 """
 
 import copy
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import zennit.composites
+import zennit.core
+import zennit.rules
+import zennit.torchvision
 from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import lrpfx
 from lrpfx.rules import Rule
 from tests.conftest import traced_once
 from tests.oracle import zoo
-
-# isort: split
-# zennit imports torchvision, which cannot be imported everywhere before zoo has been.
-import zennit.composites
-import zennit.core
-import zennit.rules
-import zennit.torchvision
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 TOLERANCE = 1e-9
 
@@ -35,10 +33,15 @@ TOLERANCE = 1e-9
 MODELS = {
     "alexnet": 96,
     "vgg11_bn": 32,
+    "residual": 48,
+    "bottlenecks": 48,
     "resnet18": 48,
     "resnet50": 48,
     "squeezenet1_1": 64,
 }
+#: Of blocks that two others have, which are small.
+LARGE = ("resnet18", "resnet50")
+SMALL = {"residual": zoo.residual, "bottlenecks": zoo.bottlenecks}
 
 REQUIRED = {"epsilon_gamma_box": {"low": -3.0, "high": 3.0}}
 
@@ -147,10 +150,14 @@ def one_trace() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(n, marks=[pytest.mark.nightly] if n in LARGE else []) for n in MODELS],
+)
 def pair(request: pytest.FixtureRequest) -> Pair:
     size = MODELS[request.param]
-    return Pair.of(zoo.torchvision_model(request.param), zoo.images(2, 3, size, size))
+    make = SMALL.get(request.param, functools.partial(zoo.torchvision_model, request.param))
+    return Pair.of(make(), zoo.images(2, 3, size, size))
 
 
 @pytest.mark.parametrize("name", zennit.composites.COMPOSITES)

@@ -435,10 +435,12 @@ class Attending(nn.Module):
         return self.head(nn.functional.gelu(tokens).mean(1))
 
 
+attending = functools.cache(Attending)
 COMPOSITES = ["epsilon_all", "epsilon_plus_flat", "epsilon_alpha2_beta1", "attnlrp", "cplrp"]
 COMPOSITES += ["guided_backprop", lrpfx.composites.EpsilonGammaBox(-3, 3)]
 
 
+@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize(
     ("rules", "freeze", "bound"),
     [(rules, False, None) for rules in COMPOSITES]
@@ -453,7 +455,7 @@ def test_targets_at_once_are_those_one_after_the_other(
     if bound is not None:
         monkeypatch.setattr("lrpfx.run.backward.BOUND", bound)
     x = draw(2, 1, 8, 8).double()
-    explainer = lrpfx.Explainer(Attending(), x, rules, freeze=freeze)
+    explainer = lrpfx.Explainer(attending(), x, rules, freeze=freeze)
     together, alone = several(explainer, x, [4, 0, 1, 2, 0])
     torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-14)
 
