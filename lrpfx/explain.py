@@ -228,6 +228,16 @@ class Explainer:
         )
 
     @property
+    def model(self) -> nn.Module:
+        """The model that is explained."""
+        return self._captured.model
+
+    @property
+    def places(self) -> Places:
+        """Where conditions can be laid: finds places by name."""
+        return self._places
+
+    @property
     def graph_module(self) -> fx.GraphModule:
         """The rewritten graph: forward is the model's, backward puts relevance into ``x.grad``."""
         with TRACING:

@@ -2,20 +2,26 @@
 
 from lrpfx.concepts.graph import AttributionGraph, attribution_graph
 from lrpfx.concepts.prototypes import Prototype, Prototypes
+from lrpfx.concepts.scan import scan
+from lrpfx.concepts.table import ConceptTable, Reference, load
 from lrpfx.conditions import Channel, Concept, Direction, Head, Neuron, Subspace, Token
 
 __all__ = [
     "AttributionGraph",
     "Channel",
     "Concept",
+    "ConceptTable",
     "Direction",
     "Head",
     "Neuron",
     "Prototype",
     "Prototypes",
+    "Reference",
     "Subspace",
     "Token",
     "attribution_graph",
+    "load",
+    "scan",
 ]
 
 # As in lrpfx itself: what is public shows the public path.

@@ -51,6 +51,15 @@ class Concept(ABC):
             Shaped like ``relevance``.
         """
 
+    def positions(self, relevance: Tensor, activation: Tensor) -> Tensor | None:
+        """Relevance of each concept at each position, (N, C, P); None if there are no positions.
+
+        Args:
+            relevance: Shape (N, ...), at the output of an op.
+            activation: The op's output, of the same shape.
+        """
+        return None
+
     def at(self, shape: Sequence[Any], channels: int | None) -> Concept:
         """The kind as it is at a place of this shape.
 
@@ -90,8 +99,12 @@ class _Along(Concept):
 
     def encode(self, relevance: Tensor, activation: Tensor) -> Tensor:
         """Relevance of each slice, (N, C)."""
+        return self.positions(relevance, activation).sum(2)
+
+    def positions(self, relevance: Tensor, activation: Tensor) -> Tensor:
+        """Relevance of each slice at each of the others' indices, (N, C, P)."""
         moved = relevance.movedim(self._dim(), 1)
-        return moved.flatten(2).sum(2) if moved.ndim > 2 else moved
+        return moved.flatten(2) if moved.ndim > 2 else moved[:, :, None]
 
     def mask(self, relevance: Tensor, activation: Tensor, weights: Tensor) -> Tensor:
         """Each slice times its weight."""
@@ -186,8 +199,12 @@ class Head(Concept):
 
     def encode(self, relevance: Tensor, activation: Tensor) -> Tensor:
         """Relevance of each head, (N, H)."""
+        return self.positions(relevance, activation).sum(2)
+
+    def positions(self, relevance: Tensor, activation: Tensor) -> Tensor:
+        """Relevance of each head at each position and feature, (N, H, P)."""
         parts = relevance.unflatten(self._dim(), (self.heads, -1)).movedim(self._dim(), 1)
-        each: Tensor = parts.flatten(2).sum(2)
+        each: Tensor = parts.flatten(2)
         return each
 
     def mask(self, relevance: Tensor, activation: Tensor, weights: Tensor) -> Tensor:

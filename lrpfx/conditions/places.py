@@ -57,6 +57,13 @@ class Places:
         except SelectorError:
             return None
 
+    def behind(self, name: str) -> str:
+        """The name of the nonlinearity that all of a place goes into; its own if there is none."""
+        node = self.find(name).tap.relevance
+        users = [user for user in node.users if user in self.live]
+        known = record(users[0]) if len(users) == 1 else None
+        return users[0].name if known is not None and known.family == "activation" else name
+
     def find(self, name: str) -> Place:
         """The place of this name.
 
