@@ -6,6 +6,7 @@ A file is there whole or not at all: it is written beside its place, flushed, an
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
