@@ -7,16 +7,18 @@ from dataclasses import replace
 from torch import nn
 
 from lrpfx.canonize import canonize
-from lrpfx.capture import TRACING, Inputs, capture
+from lrpfx.capture import TRACING, Inputs, Wrt, capture, chosen_inputs
 from lrpfx.errors import UnsupportedOpError
 from lrpfx.explain import Explainer
 from lrpfx.ops import op_name
 from lrpfx.plan import RulesLike, Unknown, annotate_known, assign, find_starts
-from lrpfx.prepare import constants, records
+from lrpfx.prepare import constants, explained_of, records
 from lrpfx.report import Report, Row, make_report
 
 
-def coverage(model: nn.Module, inputs: Inputs, rules: RulesLike = None) -> Report:
+def coverage(
+    model: nn.Module, inputs: Inputs, rules: RulesLike = None, *, wrt: Wrt = None
+) -> Report:
     """Tell which rule each node would get, and which ops have none, without an explanation.
 
     Args:
@@ -24,6 +26,7 @@ def coverage(model: nn.Module, inputs: Inputs, rules: RulesLike = None) -> Repor
         inputs: Example inputs: a tensor, a tuple of positional or a dict of keyword arguments.
         rules: A composite, its name, or a list of (selector, rule); None picks by what the graph
             holds. Details are in the help of ``lrpfx.explain``.
+        wrt: See ``lrpfx.explain``.
 
     Returns:
         The report of an ``Explainer``. Ops that the op table does not know are no error here:
@@ -34,15 +37,15 @@ def coverage(model: nn.Module, inputs: Inputs, rules: RulesLike = None) -> Repor
         LrpError: As ``explain``, for everything else.
     """
     try:
-        return Explainer(model, inputs, rules).report
+        return Explainer(model, inputs, rules, wrt=wrt).report
     except UnsupportedOpError:
         with TRACING:
-            return _partial(model, inputs, rules)
+            return _partial(model, inputs, rules, wrt)
 
 
-def _partial(model: nn.Module, inputs: Inputs, rules: RulesLike) -> Report:
+def _partial(model: nn.Module, inputs: Inputs, rules: RulesLike, wrt: Wrt) -> Report:
     captured, program, _ = capture(model, inputs)
-    graph = canonize(program).graph
+    graph = canonize(program, explained_of(chosen_inputs(model, inputs, wrt))).graph
     live, unknown = annotate_known(graph, find_starts(graph), captured.prefix)
     plan = assign(records(graph), rules, model)
     report = make_report(plan, constants(graph, live), ())

@@ -16,6 +16,7 @@ from lrpfx.capture import (
     Inputs,
     State,
     Versions,
+    Wrt,
     check_faithful,
     check_inputs,
     flatten_inputs,
@@ -75,6 +76,7 @@ def explain(
     layers: Sequence[str] = (),
     create_graph: bool = False,
     ledger: bool | None = None,
+    wrt: Wrt = None,
 ) -> Explanation[_Form]:
     """Explain a model's output by the relevance of its inputs.
 
@@ -118,6 +120,9 @@ def explain(
             kept. Without them (and without ``create_graph``) neighbouring rules share their work,
             so that relevance costs little more than a gradient; its values are the same up to
             round-off, which is checked where the sums are computed later.
+        wrt: The inputs to explain, by name (the parameter of forward(), a key, dotted below that as
+            in "batch.pixels") or by position; the others are constants. None for all that can be
+            explained.
 
     Returns:
         The explanation; ``relevance`` is structured like ``inputs``.
@@ -130,7 +135,7 @@ def explain(
         RuleError: A rule with illegal parameters, or on an op that it does not fit.
         SelectorError: A selector, composite or layer that names nothing.
     """
-    explainer = Explainer(model, inputs, rules)
+    explainer = Explainer(model, inputs, rules, wrt=wrt)
     return explainer(inputs, target, layers=layers, create_graph=create_graph, ledger=ledger)
 
 
@@ -174,6 +179,9 @@ class Explainer:
             depends on them only is then computed once, at the cost of the memory it takes. Tensors
             that are replaced or written into are seen, and an error; writes through ``.data``,
             which PyTorch does not count, are not, and make the relevance wrong.
+        wrt: The inputs to explain, by name (the parameter of forward(), a key, dotted below that as
+            in "batch.pixels") or by position; the others are constants. None for all that can be
+            explained.
 
     Raises:
         LrpError: As ``explain``, for everything that concerns model and rules.
@@ -187,12 +195,13 @@ class Explainer:
         *,
         dynamic: Sequence[int] = (),
         freeze: bool = False,
+        wrt: Wrt = None,
     ) -> None:
         fixed = None
         if freeze and isinstance(model, nn.Module):
             fixed = versions(state_of(model))
         with TRACING:  # meanwhile another thread's trace may hold fake tensors in the model
-            self._set_up(model, inputs, rules, dynamic, fixed)
+            self._set_up(model, inputs, rules, dynamic, fixed, wrt)
 
     def _set_up(
         self,
@@ -201,8 +210,9 @@ class Explainer:
         rules: RulesLike,
         dynamic: Sequence[int],
         fixed: Versions | None,
+        wrt: Wrt,
     ) -> None:
-        prepared = prepare(model, inputs, rules, dynamic)
+        prepared = prepare(model, inputs, rules, dynamic, wrt)
         self._captured, self._module, self._starts, self._live, self._plan, self._report = prepared
         self._places = Places(self._module.graph, self._live, self._captured.prefix)
         self._gather = Gather(self._captured, self._module, self._starts)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import fx, nn
 
 from lrpfx.canonize import canonize, release
-from lrpfx.capture import Captured, Inputs, capture, check_faithful
-from lrpfx.errors import CaptureError, some
+from lrpfx.capture import Captured, Inputs, Wrt, capture, check_faithful, chosen_inputs
+from lrpfx.errors import CaptureError, InputError, some
 from lrpfx.ops import (
     HELD,
     Record,
@@ -48,7 +48,11 @@ class Prepared(NamedTuple):
 
 
 def prepare(
-    model: nn.Module, inputs: Inputs, rules: RulesLike, dynamic: Sequence[int] = ()
+    model: nn.Module,
+    inputs: Inputs,
+    rules: RulesLike,
+    dynamic: Sequence[int] = (),
+    wrt: Wrt = None,
 ) -> Prepared:
     """Capture a model, and decide what each node of its graph does with relevance.
 
@@ -60,14 +64,17 @@ def prepare(
         inputs: Example inputs.
         rules: See ``lrpfx.explain``.
         dynamic: See ``lrpfx.Explainer``.
+        wrt: See ``lrpfx.explain``.
 
     Raises:
         LrpError: As ``lrpfx.explain``, for everything that concerns model and rules.
     """
     captured, program, expected = capture(model, inputs, dynamic)
-    module = canonize(program)
+    chosen = chosen_inputs(model, inputs, wrt)
+    module = canonize(program, explained_of(chosen))
     graph, prefix = module.graph, captured.prefix
     starts = find_starts(graph)
+    _check_chosen(graph, starts, chosen, captured)
     live = annotate(graph, starts, prefix)
     _check_live(graph, live, starts, captured)
     check_faithful(captured, module, inputs, expected)
@@ -85,6 +92,8 @@ def prepare(
         which = ", ".join(sorted({r.kind for r in stopped}))
         notes.append(f"{len(stopped)} nodes count as constants by rule Stop: {which}")
     notes += notes_of(graph, captured, starts)
+    if chosen is not None:
+        notes.append(f"explained by wrt= are {', '.join(chosen)}; the other inputs are constants")
     carriers = find_carriers(graph, plan.assignments, live, starts, ())
     multipliers = {node.name: carry.takes for node, carry in carriers.items()}
     report = make_report(plan, constants(graph, live), notes, multipliers)
@@ -99,6 +108,30 @@ def records(graph: fx.Graph) -> list[Record]:
 def constants(graph: fx.Graph, live: set[fx.Node]) -> int:
     """How many nodes are computed without a live input."""
     return sum(n.op == "call_function" and n not in live for n in used_nodes(graph))
+
+
+def explained_of(chosen: Mapping[str, Sequence[int]] | None) -> set[int] | None:
+    """The flat inputs that are explained, None for all."""
+    return None if chosen is None else {i for leaves in chosen.values() for i in leaves}
+
+
+def _check_chosen(
+    graph: fx.Graph,
+    starts: Mapping[fx.Node, fx.Node],
+    chosen: Mapping[str, Sequence[int]] | None,
+    captured: Captured,
+) -> None:
+    """Raise InputError for entries of ``wrt=`` that cannot be explained."""
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    for name, leaves in (chosen or {}).items():
+        if not {inputs[i] for i in leaves} & set(starts.values()):
+            forms = captured.signature.leaves
+            raise InputError(
+                f"wrt: there is nothing to explain in {name!r}: explained are floating inputs, and "
+                "integers that an embedding is indexed by.",
+                where=[f"{captured.signature.paths[i]}: {forms[i]}" for i in leaves],
+                fix="give it as a floating tensor, or leave it out of wrt.",
+            )
 
 
 def _check_live(

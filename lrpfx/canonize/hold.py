@@ -262,5 +262,6 @@ def live_values(graph: fx.Graph) -> set[fx.Node]:
 
 def release(graph: fx.Graph) -> bool:
     """Let everything that is held be live again; return whether anything was."""
-    held = [node for node in graph.nodes if node.meta.pop(HELD, None) is not None]
+    ops = [node for node in graph.nodes if node.op != "placeholder"]
+    held = [node for node in ops if node.meta.pop(HELD, None) is not None]
     return bool(held)

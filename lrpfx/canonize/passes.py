@@ -6,7 +6,7 @@ batch norm where the algebra lets it be part of the affine op beside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, fx
@@ -28,6 +28,7 @@ from lrpfx.canonize.hold import hold_divisors, hold_statistics
 from lrpfx.canonize.parts import one_name_each, open_parts
 from lrpfx.errors import CaptureError, TrainingModeError
 from lrpfx.ops import (
+    HELD,
     bound_arguments,
     module_calls,
     nodes_in,
@@ -42,8 +43,12 @@ aten = torch.ops.aten
 Pass = Callable[[fx.GraphModule], fx.GraphModule]
 
 
-def canonize(program: ExportedProgram) -> fx.GraphModule:
+def canonize(program: ExportedProgram, explained: Collection[int] | None = None) -> fx.GraphModule:
     """Run every pass of ``PASSES`` in order and verify the graph after each.
+
+    Args:
+        program: The graph as it was captured.
+        explained: Which of the flat inputs may be explained, None for all.
 
     Raises:
         TrainingModeError: The graph is random or mixes the batch.
@@ -52,6 +57,10 @@ def canonize(program: ExportedProgram) -> fx.GraphModule:
     # While recurrent layers still tell of their dropout.
     module = functionalize(program, refuse_training(unlifted(program)))
     verify(module.graph)
+    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+    for i, node in enumerate(inputs):
+        if explained is not None and i not in explained:
+            node.meta[HELD] = "not explained"
     for canonical in PASSES:
         module = canonical(module)
         verify(module.graph)

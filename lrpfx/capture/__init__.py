@@ -1,5 +1,6 @@
 """A model and inputs -> a graph of ATen ops that computes what the model computes."""
 
+from lrpfx.capture.chosen import Wrt, chosen_inputs
 from lrpfx.capture.export import TRACING, Captured, capture, first_line, run_model, tracing
 from lrpfx.capture.faithful import check_faithful, rounded, worst_difference
 from lrpfx.capture.inputs import (
@@ -21,9 +22,11 @@ __all__ = [
     "State",
     "TRACING",
     "Versions",
+    "Wrt",
     "capture",
     "check_faithful",
     "check_inputs",
+    "chosen_inputs",
     "copies",
     "first_line",
     "flatten_inputs",

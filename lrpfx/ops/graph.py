@@ -183,7 +183,8 @@ def varying(graph: fx.Graph) -> set[fx.Node]:
         value = node.meta.get("val")
         depends = node.op == "placeholder" or found.intersection(node.all_input_nodes)
         depends = depends and node.target not in SHAPE_ONLY
-        if depends and isinstance(value, (Tensor, tuple, list)) and HELD not in node.meta:
+        held = HELD in node.meta and node.op != "placeholder"  # constants of wrt= vary all the same
+        if depends and isinstance(value, (Tensor, tuple, list)) and not held:
             found.add(node)
     return found
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from lrpfx import ops
 from lrpfx.capture import is_explained
-from lrpfx.ops import live_names, varying
+from lrpfx.ops import HELD, live_names, reachable, varying
 
 aten = torch.ops.aten
 
@@ -20,15 +20,19 @@ def find_starts(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
 
     Floating inputs are their own start. Integer inputs have none, but where they index an
     embedding, its output stands for them; also if they have been moved or renumbered before.
+    Inputs that are held, as ``wrt=`` leaves them out, have none.
     """
     changing = varying(graph)
     starts = {}
     for node in graph.nodes:
+        if node.op == "placeholder" and HELD in node.meta:
+            continue
         if node.op == "placeholder" and is_explained(node.meta.get("val")):
             starts[node] = node
         elif node.target is aten.embedding.default:
             source = _path(node, changing)[-1]
-            if source.op == "placeholder" and isinstance(source.meta.get("val"), Tensor):
+            known = source.op == "placeholder" and HELD not in source.meta
+            if known and isinstance(source.meta.get("val"), Tensor):
                 starts[node] = source
     return starts
 
@@ -37,7 +41,13 @@ def unplaced(graph: fx.Graph, starts: Container[fx.Node]) -> list[fx.Node]:
     """Embeddings of what is computed from the inputs, but not entry by entry from one of them."""
     changing = varying(graph)
     embeddings = [n for n in graph.nodes if n.target is aten.embedding.default]
-    return [n for n in embeddings if n.args[1] in changing and n not in starts]
+    unknown = [n for n in embeddings if n.args[1] in changing and n not in starts]
+    return [n for n in unknown if any(is_open(source) for source in reachable([n]))]
+
+
+def is_open(node: fx.Node) -> bool:
+    """Whether a node is an input that is not left out by ``wrt=``."""
+    return node.op == "placeholder" and HELD not in node.meta
 
 
 def _path(embedding: fx.Node, changing: Container[fx.Node]) -> list[fx.Node]:
