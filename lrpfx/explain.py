@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from lrpfx.capture import (
     TRACING,
+    By,
     Inputs,
     State,
     Versions,
@@ -29,7 +30,7 @@ from lrpfx.conditions import Condition, Conditions, Places, channels_of, read_co
 from lrpfx.errors import CaptureError, InputError, SelectorError
 from lrpfx.explanation import Explanation, Layers
 from lrpfx.plan import RulesLike
-from lrpfx.prepare import prepare
+from lrpfx.prepare import Prepared, prepare_by
 from lrpfx.report import Report
 from lrpfx.rewrite import UNCHANGED, Ledger, Tap, find_taps, instrument, rewrite
 from lrpfx.run import (
@@ -44,7 +45,9 @@ from lrpfx.run import (
     Largest,
     Made,
     Pulled,
+    RecordedRun,
     Run,
+    Runs,
     Target,
     at_a_time,
     by_layer,
@@ -77,6 +80,7 @@ def explain(
     create_graph: bool = False,
     ledger: bool | None = None,
     wrt: Wrt = None,
+    capture: By = "export",
 ) -> Explanation[_Form]:
     """Explain a model's output by the relevance of its inputs.
 
@@ -123,6 +127,9 @@ def explain(
         wrt: The inputs to explain, by name (the parameter of forward(), a key, dotted below that as
             in "batch.pixels") or by position; the others are constants. None for all that can be
             explained.
+        capture: How the model becomes a graph: "export" by torch.export; "record" by writing down
+            what one run does, which is quick and follows branches on values; "auto" records what
+            cannot be exported.
 
     Returns:
         The explanation; ``relevance`` is structured like ``inputs``.
@@ -135,8 +142,8 @@ def explain(
         RuleError: A rule with illegal parameters, or on an op that it does not fit.
         SelectorError: A selector, composite or layer that names nothing.
     """
-    explainer = Explainer(model, inputs, rules, wrt=wrt)
-    return explainer(inputs, target, layers=layers, create_graph=create_graph, ledger=ledger)
+    explainer = Explainer(model, inputs, rules, wrt=wrt, capture=capture)
+    return explainer._run(inputs, target, layers, create_graph, ledger, _Asked())
 
 
 #: How many graphs with conditions are kept at most.
@@ -147,11 +154,11 @@ _ONE_HOT = "one-hot times output"
 class _Asked(NamedTuple):
     """What is asked for beside an explanation; see ``Explainer.__call__``."""
 
-    conditions: Sequence[Condition] | None
-    pairing: str
-    through: str
-    start: str | None
-    init: Init
+    conditions: Sequence[Condition] | None = None
+    pairing: str = "each"
+    through: str = "only"
+    start: str | None = None
+    init: Init = "activation"
 
 
 class Explainer:
@@ -182,6 +189,9 @@ class Explainer:
         wrt: The inputs to explain, by name (the parameter of forward(), a key, dotted below that as
             in "batch.pixels") or by position; the others are constants. None for all that can be
             explained.
+        capture: See ``explain``. A recorded graph serves the inputs of its form (structure, shapes,
+            dtypes, what is no tensor), if its run read no values and it computes what the model
+            computes; else the call records another.
 
     Raises:
         LrpError: As ``explain``, for everything that concerns model and rules.
@@ -196,23 +206,24 @@ class Explainer:
         dynamic: Sequence[int] = (),
         freeze: bool = False,
         wrt: Wrt = None,
+        capture: By = "export",
     ) -> None:
         fixed = None
         if freeze and isinstance(model, nn.Module):
             fixed = versions(state_of(model))
         with TRACING:  # meanwhile another thread's trace may hold fake tensors in the model
-            self._set_up(model, inputs, rules, dynamic, fixed, wrt)
+            prepared = prepare_by(capture, model, inputs, rules, dynamic, wrt)
+            self._set_up(prepared, model, inputs, fixed)
+        self._rules, self._freeze, self._wrt = rules, freeze, wrt
+        self._runs: Runs[Explainer] | None = None
 
     def _set_up(
         self,
+        prepared: Prepared,
         model: nn.Module,
         inputs: Inputs,
-        rules: RulesLike,
-        dynamic: Sequence[int],
         fixed: Versions | None,
-        wrt: Wrt,
     ) -> None:
-        prepared = prepare(model, inputs, rules, dynamic, wrt)
         self._captured, self._module, self._starts, self._live, self._plan, self._report = prepared
         self._places = Places(self._module.graph, self._live, self._captured.prefix)
         self._gather = Gather(self._captured, self._module, self._starts)
@@ -335,6 +346,35 @@ class Explainer:
         Source: Achtibat et al. 2023 (CRP), https://doi.org/10.1038/s42256-023-00711-8, eq. 4 and 5.
         """
         asked = _Asked(conditions, pairing, through, start, init)
+        return self._serving(inputs)._run(inputs, target, layers, create_graph, ledger, asked)
+
+    def _serving(self, inputs: Inputs) -> Explainer:
+        """The Explainer whose graph holds for the inputs: this one, if the model was exported."""
+        if self._captured.decisions is None:
+            return self
+        with TRACING:
+            self._refresh()
+            if self._runs is None:
+                self._runs = Runs(RecordedRun(self._captured, self._module, self), self._anew)
+            return self._runs.serving(inputs)
+
+    def _anew(self, inputs: Inputs) -> RecordedRun[Explainer]:
+        """The same for another run of the model."""
+        model, rules, freeze = self._captured.model, self._rules, self._freeze
+        new = Explainer(model, inputs, rules, freeze=freeze, wrt=self._wrt, capture="record")
+        if self._compiled is not None and not new._captured.decisions:
+            new.compile(**self._compiled.options)
+        return RecordedRun(new._captured, new._module, new)
+
+    def _run(
+        self,
+        inputs: Inputs,
+        target: Target,
+        layers: Sequence[str],
+        create_graph: bool,
+        ledger: bool | None,
+        asked: _Asked,
+    ) -> Explanation:
         a_loss_may_follow = torch.is_grad_enabled() and not create_graph
         # Autograd is off for good in what inference mode creates, so the work happens outside.
         with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):

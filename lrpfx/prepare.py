@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import fx, nn
 
 from lrpfx.canonize import canonize, release
-from lrpfx.capture import Captured, Inputs, Wrt, capture, check_faithful, chosen_inputs
-from lrpfx.errors import CaptureError, InputError, some
+from lrpfx.capture import By, Captured, Inputs, Wrt, capture, check_faithful, chosen_inputs
+from lrpfx.errors import CaptureError, InputError, TrainingModeError, some
 from lrpfx.ops import (
     HELD,
     Record,
@@ -53,6 +53,7 @@ def prepare(
     rules: RulesLike,
     dynamic: Sequence[int] = (),
     wrt: Wrt = None,
+    by: Literal["export", "record"] = "export",
 ) -> Prepared:
     """Capture a model, and decide what each node of its graph does with relevance.
 
@@ -65,11 +66,12 @@ def prepare(
         rules: See ``lrpfx.explain``.
         dynamic: See ``lrpfx.Explainer``.
         wrt: See ``lrpfx.explain``.
+        by: See ``capture.capture``.
 
     Raises:
         LrpError: As ``lrpfx.explain``, for everything that concerns model and rules.
     """
-    captured, program, expected = capture(model, inputs, dynamic)
+    captured, program, expected = capture(model, inputs, dynamic, by)
     chosen = chosen_inputs(model, inputs, wrt)
     module = canonize(program, explained_of(chosen))
     graph, prefix = module.graph, captured.prefix
@@ -98,6 +100,40 @@ def prepare(
     multipliers = {node.name: carry.takes for node, carry in carriers.items()}
     report = make_report(plan, constants(graph, live), notes, multipliers)
     return Prepared(captured, module, starts, live, plan, report)
+
+
+def prepare_by(
+    by: By,
+    model: nn.Module,
+    inputs: Inputs,
+    rules: RulesLike,
+    dynamic: Sequence[int] = (),
+    wrt: Wrt = None,
+) -> Prepared:
+    """As ``prepare``; "auto" is to record what cannot be exported.
+
+    Raises:
+        LrpError: As ``prepare``.
+    """
+    if by not in ("auto", "export", "record"):
+        raise InputError(
+            f"capture={by!r} is no way to capture a model.",
+            fix='give "export", "record", or "auto" to record what cannot be exported.',
+        )
+    if by != "auto":
+        return prepare(model, inputs, rules, dynamic, wrt, by)
+    try:
+        return prepare(model, inputs, rules, dynamic, wrt, "export")
+    except TrainingModeError:
+        raise
+    except CaptureError as refused:
+        try:
+            return prepare(model, inputs, rules, dynamic, wrt, "record")
+        except CaptureError as again:
+            if again.what == refused.what:
+                raise
+            where = [*refused.where, f"recording a run instead: {again.what}", *again.where]
+            raise CaptureError(refused.what, where=where, fix=again.fix) from again
 
 
 def records(graph: fx.Graph) -> list[Record]:

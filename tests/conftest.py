@@ -19,7 +19,8 @@ from torch.nn.parameter import UninitializedTensorMixin
 from torch.utils import _pytree as pytree
 
 from benchmarks.zoos import declare_missing_ops
-from lrpfx.capture.export import Trace, capture
+from lrpfx.capture.export import Trace
+from lrpfx.capture.front import capture
 
 # Derandomized, so that CI fails for changes of the code only; "nightly" looks for new examples:
 # pytest --hypothesis-profile nightly
@@ -92,13 +93,13 @@ def traced_once(known: Traces | None = None) -> Iterator[None]:
     """
     traces: Traces = {} if known is None else known
 
-    def once(model: nn.Module, inputs: Any, dynamic: Any) -> Trace:
+    def once(model: nn.Module, inputs: Any, dynamic: Any, by: Any) -> Trace:
         leaves, spec = pytree.tree_flatten(inputs)
         form = (
             (leaf.dtype, *leaf.shape) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves
         )
-        key = (id(model), model.training, str(dynamic), str(spec), *form)
-        found = traces.pop(key, None) or (model, capture(model, inputs, dynamic))
+        key = (id(model), model.training, by, str(dynamic), str(spec), *form)
+        found = traces.pop(key, None) or (model, capture(model, inputs, dynamic, by))
         traces[key] = found
         while len(traces) > 100:
             del traces[next(iter(traces))]

@@ -8,17 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
-from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from lrpfx.capture import first_line, tracing
+from lrpfx.capture import Program, first_line, tracing
 from lrpfx.errors import CaptureError
 from lrpfx.ops import argument_names, bound_arguments, nodes_in, source_line
 
 aten = torch.ops.aten
 
 
-def functionalize(program: ExportedProgram, module: fx.GraphModule) -> fx.GraphModule:
+def functionalize(program: Program, module: fx.GraphModule) -> fx.GraphModule:
     """``y = relu_(x)`` -> ``y = relu(x)``; writes into views -> scatters; LSTMs -> their steps.
 
     Renaming is exact where nothing reads the written storage later except through the in-place
@@ -88,7 +87,7 @@ def _detach_regions(module: fx.GraphModule) -> None:
             body.recompile()
 
 
-def unlifted(program: ExportedProgram) -> fx.GraphModule:
+def unlifted(program: Program) -> fx.GraphModule:
     """The program as a module that holds the user's own parameters."""
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)

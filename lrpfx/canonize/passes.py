@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, fx
-from torch.export import ExportedProgram
 
 from lrpfx.canonize.attention import group_heads, open_attention
 from lrpfx.canonize.by_hand import whole_functions, whole_lerps, whole_relus
@@ -26,6 +25,7 @@ from lrpfx.canonize.functionalize import (
 )
 from lrpfx.canonize.hold import hold_divisors, hold_statistics
 from lrpfx.canonize.parts import one_name_each, open_parts
+from lrpfx.capture import Program
 from lrpfx.errors import CaptureError, TrainingModeError
 from lrpfx.ops import (
     HELD,
@@ -43,7 +43,7 @@ aten = torch.ops.aten
 Pass = Callable[[fx.GraphModule], fx.GraphModule]
 
 
-def canonize(program: ExportedProgram, explained: Collection[int] | None = None) -> fx.GraphModule:
+def canonize(program: Program, explained: Collection[int] | None = None) -> fx.GraphModule:
     """Run every pass of ``PASSES`` in order and verify the graph after each.
 
     Args:

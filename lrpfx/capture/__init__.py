@@ -1,28 +1,42 @@
 """A model and inputs -> a graph of ATen ops that computes what the model computes."""
 
 from lrpfx.capture.chosen import Wrt, chosen_inputs
-from lrpfx.capture.export import TRACING, Captured, capture, first_line, run_model, tracing
-from lrpfx.capture.faithful import check_faithful, rounded, worst_difference
+from lrpfx.capture.export import TRACING, Captured, Program, first_line, run_model, tracing
+from lrpfx.capture.faithful import (
+    agrees,
+    as_captured,
+    check_faithful,
+    rounded,
+    worst_difference,
+)
+from lrpfx.capture.front import By, capture
 from lrpfx.capture.inputs import (
     Inputs,
     check_inputs,
     copies,
     flatten_inputs,
+    has_form,
     is_explained,
     is_finite,
     varying_sizes,
 )
 from lrpfx.capture.outputs import tensors_in
 from lrpfx.capture.preserve import preserved
+from lrpfx.capture.recorder import Read
 from lrpfx.capture.state import State, Versions, state_of, versions
 
 __all__ = [
+    "By",
     "Captured",
     "Inputs",
+    "Program",
+    "Read",
     "State",
     "TRACING",
     "Versions",
     "Wrt",
+    "agrees",
+    "as_captured",
     "capture",
     "check_faithful",
     "check_inputs",
@@ -30,6 +44,7 @@ __all__ = [
     "copies",
     "first_line",
     "flatten_inputs",
+    "has_form",
     "is_explained",
     "is_finite",
     "preserved",

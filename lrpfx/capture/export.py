@@ -12,11 +12,11 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
@@ -36,6 +36,7 @@ from lrpfx.capture.inputs import (
 from lrpfx.capture.lines import raised_at, sizes_fixed
 from lrpfx.capture.outputs import AsDict, from_dicts, is_dataclass, tensors_in
 from lrpfx.capture.preserve import preserved, reachable_only
+from lrpfx.capture.recorder import Read
 from lrpfx.errors import CaptureError, InputError, TrainingModeError, some
 from lrpfx.ops import letters_of
 
@@ -56,6 +57,7 @@ class Captured:
         why_static: Why the batch size is fixed, "" if it is not.
         training: Whether each module was in training mode.
         read: Copies of the parameters and buffers that a branch has been taken by.
+        decisions: Where values decided what a recorded run did; None if the model was exported.
     """
 
     model: nn.Module
@@ -64,6 +66,7 @@ class Captured:
     output: Any = None
     why_static: str = ""
     read: Mapping[str, Tensor] = field(default_factory=dict)
+    decisions: tuple[Read, ...] | None = None
 
     @property
     def batch_varies(self) -> bool:
@@ -81,6 +84,20 @@ class Captured:
         return output if self.output is None else from_dicts(self.output, output)
 
 
+class Program(Protocol):
+    """What is used of an ``ExportedProgram``; a recorded run has it, too."""
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The graph as it was traced."""
+
+    def module(self, check_guards: bool) -> fx.GraphModule | nn.Module:
+        """The graph with the model's own parameters."""
+
+    def run_decompositions(self, decomp_table: dict[Any, Any]) -> ExportedProgram:
+        """The graph without in-place ops, and without the ops of the table."""
+
+
 class Trace(NamedTuple):
     """What comes out of a capture.
 
@@ -91,11 +108,11 @@ class Trace(NamedTuple):
     """
 
     captured: Captured
-    program: ExportedProgram
+    program: Program
     expected: list[Tensor]
 
 
-def capture(model: nn.Module, inputs: Inputs, dynamic: Sequence[int] = ()) -> Trace:
+def export(model: nn.Module, inputs: Inputs, dynamic: Sequence[int] = ()) -> Trace:
     """Capture ``model`` as a graph that computes what ``model(inputs)`` computes.
 
     Args:
@@ -110,7 +127,58 @@ def capture(model: nn.Module, inputs: Inputs, dynamic: Sequence[int] = ()) -> Tr
         CaptureError: The model cannot be traced.
         InputError: No input can be explained, or the model itself fails on the inputs.
     """
+    leaves, spec = check_examples(model, inputs)
+    _check_dynamic(dynamic, leaves, inputs)
+    batch = _batch_of(leaves)
+    # Each on its own: a cache that the run fills would be a constant of the trace.
+    with preserved(model):
+        output = run_twice(model, leaves, spec)
+        expected = copies(tensors_in(output))  # the output may be a buffer that is to be restored
+    traced = AsDict(model) if any(map(is_dataclass, pytree.tree_leaves(output))) else None
+    with preserved(model):
+        program, why_static, read = _export(traced or model, leaves, spec, batch, dynamic)
+    forms = _forms(program, leaves)
+    keywords = tuple(split_inputs(inputs)[1])
+    captured = Captured(
+        model=model,
+        signature=Signature(
+            spec, forms, input_paths(inputs), keywords, batch if why_static else None
+        ),
+        training=tuple((module, module.training) for module in model.modules()),
+        output=output if traced else None,
+        why_static=why_static,
+        read={name.removeprefix("model.") if traced else name: t for name, t in read.items()},
+    )
+    return Trace(captured, program, expected)
+
+
+def check_examples(model: nn.Module, inputs: Inputs) -> tuple[list[Any], pytree.TreeSpec]:
+    """Copies of the flat inputs, and their tree, if model and inputs are such as can be captured.
+
+    Raises:
+        CaptureError: The model cannot be traced.
+        InputError: No input can be explained.
+    """
     _refuse_untraceable(model)
+    leaves, spec = flatten_inputs(inputs)
+    if not any(isinstance(leaf, Tensor) for leaf in leaves):
+        raise InputError(
+            "there is nothing to explain: no input is a tensor.",
+            where=_described(leaves, inputs),
+            fix="give at least one floating tensor, or token ids that feed an embedding.",
+        )
+    if _batch_of(leaves) == 0:
+        raise InputError("the inputs hold no samples.", fix="give a batch of at least one.")
+    return copies(leaves), spec
+
+
+def _described(leaves: Sequence[Any], inputs: Inputs) -> list[str]:
+    named = zip(input_paths(inputs), leaves, strict=True)
+    return [f"{path}: {form_of(leaf, {})}" for path, leaf in named]
+
+
+def _check_dynamic(dynamic: Any, leaves: Sequence[Any], inputs: Inputs) -> None:
+    """Raise InputError unless ``dynamic`` names dimensions of the inputs."""
     wrong = not isinstance(dynamic, (tuple, list, range)) or any(
         not isinstance(d, int) or isinstance(d, bool) or d < 1 for d in dynamic
     )
@@ -119,48 +187,20 @@ def capture(model: nn.Module, inputs: Inputs, dynamic: Sequence[int] = ()) -> Tr
             f"dynamic={dynamic!r} is no sequence of dimensions beside the batch.",
             fix="give positive numbers, such as (1,) for the tokens of (N, T, D).",
         )
-    (leaves, spec), paths = flatten_inputs(inputs), input_paths(inputs)
-    if not any(isinstance(leaf, Tensor) for leaf in leaves):
-        raise InputError(
-            "there is nothing to explain: no input is a tensor.",
-            where=[
-                f"{path}: {form_of(leaf, {})}" for path, leaf in zip(paths, leaves, strict=True)
-            ],
-            fix="give at least one floating tensor, or token ids that feed an embedding.",
-        )
-    detached = copies(leaves)
     lacking = [d for d in dynamic if all(d >= t.ndim for t in leaves if isinstance(t, Tensor))]
     if lacking:
         raise InputError(
             f"dynamic={dynamic!r}: no input has a dimension {lacking[0]}.",
-            where=[
-                f"{path}: {form_of(leaf, {})}" for path, leaf in zip(paths, leaves, strict=True)
-            ],
+            where=_described(leaves, inputs),
             fix="name dimensions that some input has; the batch, 0, varies by itself.",
         )
-    sized = [leaf for leaf in detached if isinstance(leaf, Tensor) and leaf.ndim > 0]
+
+
+def _batch_of(leaves: Sequence[Any]) -> int | None:
+    """How many samples the inputs hold; None if they have no dimensions."""
+    sized = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 0]
     sized.sort(key=lambda leaf: not is_explained(leaf))  # floating inputs tell before token ids
-    batch = sized[0].shape[0] if sized else None
-    if batch == 0:
-        raise InputError("the inputs hold no samples.", fix="give a batch of at least one.")
-    # Each on its own: a cache that the run fills would be a constant of the trace.
-    with preserved(model):
-        output = run_twice(model, detached, spec)
-        expected = copies(tensors_in(output))  # the output may be a buffer that is to be restored
-    traced = AsDict(model) if any(map(is_dataclass, pytree.tree_leaves(output))) else None
-    with preserved(model):
-        program, why_static, read = _export(traced or model, detached, spec, batch, dynamic)
-    forms = _forms(program, detached)
-    keywords = tuple(split_inputs(inputs)[1])
-    captured = Captured(
-        model=model,
-        signature=Signature(spec, forms, paths, keywords, batch if why_static else None),
-        training=tuple((module, module.training) for module in model.modules()),
-        output=output if traced else None,
-        why_static=why_static,
-        read={name.removeprefix("model.") if traced else name: t for name, t in read.items()},
-    )
-    return Trace(captured, program, expected)
+    return sized[0].shape[0] if sized else None
 
 
 def _forms(program: ExportedProgram, leaves: Sequence[Any]) -> tuple[Any, ...]:

@@ -35,16 +35,14 @@ def check_faithful(
     """
     leaves, spec = flatten_inputs(inputs)
     model = captured.model
-    with _as_captured(captured):
+    with as_captured(captured):
         if expected is None:
             expected = tensors_in(run_twice(model, leaves, spec))
-        args, kwargs = pytree.tree_unflatten(copies(leaves), spec)
-        # Not by its hooks, which hold sizes to the branches that were taken: the values tell.
-        got = tensors_in(captured.rebuild(_without_dead(module).forward(*args, **kwargs)))
+        got = _run_graph(captured, module, leaves, spec)
     worst = worst_difference(expected, got)
     if not worst <= 1.0:
         changed = [rounded(leaf) for leaf in copies(leaves)]
-        with _as_captured(captured):
+        with as_captured(captured):
             again, near = (
                 worst_difference(expected, tensors_in(run_model(model, given, spec)))
                 for given in (copies(leaves), changed)
@@ -65,6 +63,28 @@ def check_faithful(
         )
 
 
+def agrees(captured: Captured, module: fx.GraphModule, inputs: Inputs) -> bool:
+    """Whether ``module`` computes what the model computes on ``inputs`` as it is now."""
+    leaves, spec = flatten_inputs(inputs)
+    with as_captured(captured):
+        expected = copies(tensors_in(run_model(captured.model, copies(leaves), spec)))
+    with as_captured(captured):
+        try:
+            got = _run_graph(captured, module, leaves, spec)
+        except (RuntimeError, IndexError, ValueError):  # it is the graph of another run
+            return False
+    return worst_difference(expected, got) <= 1.0
+
+
+def _run_graph(
+    captured: Captured, module: fx.GraphModule, leaves: Sequence[Any], spec: pytree.TreeSpec
+) -> list[Tensor]:
+    """The tensors that the graph returns."""
+    args, kwargs = pytree.tree_unflatten(copies(leaves), spec)
+    # Not by its hooks, which hold sizes to the branches that were taken: the values tell.
+    return tensors_in(captured.rebuild(_without_dead(module).forward(*args, **kwargs)))
+
+
 def _without_dead(module: fx.GraphModule) -> fx.GraphModule:
     """The module without the layers that are kept for their names, folded ones for instance."""
     graph = fx.Graph()
@@ -75,7 +95,7 @@ def _without_dead(module: fx.GraphModule) -> fx.GraphModule:
 
 
 @contextmanager
-def _as_captured(captured: Captured) -> Iterator[None]:
+def as_captured(captured: Captured) -> Iterator[None]:
     """The model in the mode that it was captured in, and left as it was."""
     with preserved(captured.model), torch.no_grad():
         for module, training in captured.training:

@@ -166,6 +166,24 @@ def check_inputs(signature: Signature, inputs: Inputs) -> list[Any]:
     return leaves
 
 
+#: What is no tensor, and tells by comparison whether it is the same.
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+
+def has_form(signature: Signature, inputs: Inputs) -> bool:
+    """Whether the inputs are of exactly the structure, shapes, dtypes and constants captured."""
+    leaves, spec = flatten_inputs(inputs)
+    if spec != signature.spec:
+        return False
+    pairs = list(zip(leaves, signature.leaves, strict=True))
+    return all(
+        isinstance(leaf, Tensor) and _has_form(leaf, form)
+        if isinstance(form, TensorForm)
+        else type(leaf) is type(form) and isinstance(leaf, _PLAIN) and leaf == form
+        for leaf, form in pairs
+    )
+
+
 def varying_sizes(signature: Signature, leaves: Sequence[Any]) -> dict[str, set[int]]:
     """The sizes that stand for each letter of the signature."""
     sizes: dict[str, set[int]] = {}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import fx
 
 from lrpfx.canonize import DIVISOR
-from lrpfx.capture import Captured
+from lrpfx.capture import Captured, Read
+from lrpfx.errors import some
 from lrpfx.ops import HELD, final_softmax, module_calls, output_leaves, reachable, used_nodes
 from lrpfx.plan.starts import unplaced
 
@@ -27,6 +28,7 @@ def notes_of(
     """
     if captured.why_static:
         yield f"captured for a batch of {captured.signature.batch} only: {captured.why_static}"
+    yield from _notes_of_reads(captured.decisions or ())
     if any(final_softmax(leaf) for leaf in output_leaves(graph)):
         yield f"the softmax {LEFT_OUT}: explained are its logits"
     used = used_nodes(graph)
@@ -40,3 +42,27 @@ def notes_of(
     held = [n for n in graph.nodes if n.meta.get(HELD) == DIVISOR]
     if divisors := [n for n in held if not reachable([n]).isdisjoint(starts)]:
         yield f"{len(divisors)} divisors of live tensors count as constants"
+
+
+def _notes_of_reads(reads: Sequence[Read]) -> Iterator[str]:
+    """What the values that a recorded run read mean for its graph."""
+    of_inputs = [read for read in reads if read.of_inputs]
+    if of_inputs:
+        yield (
+            "recorded for these inputs alone: their values decide what forward() does, and numbers "
+            f"that are read off tensors count as constants: {_places(of_inputs)}"
+        )
+    elif reads:
+        yield (
+            "recorded for the parameters as they are: their values decide what forward() does: "
+            f"{_places(reads)}"
+        )
+    if left := [read for read in of_inputs if read.leaves]:
+        yield (
+            "what depends on the input leaves PyTorch and counts as a constant where it comes "
+            f"back: {_places(left)}"
+        )
+
+
+def _places(reads: Sequence[Read]) -> str:
+    return "; ".join(some(list(dict.fromkeys(map(str, reads))), most=3))

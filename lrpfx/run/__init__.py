@@ -7,6 +7,7 @@ from lrpfx.run.compiled import Compiled, CompiledRun
 from lrpfx.run.conditioned import Init, condition_seeds, target_per_condition
 from lrpfx.run.gather import Bookings, Calls, Gather, by_layer, reported
 from lrpfx.run.mode import is_being_trained, mode_notes, without_graph
+from lrpfx.run.recorded import RecordedRun, Runs
 from lrpfx.run.refuse import refuse_if_the_model_does, refuse_relevance, refuse_seed
 from lrpfx.run.samples import is_batched
 from lrpfx.run.targets import Target, each_target, is_several, make_seed
@@ -23,7 +24,9 @@ __all__ = [
     "Largest",
     "Made",
     "Pulled",
+    "RecordedRun",
     "Run",
+    "Runs",
     "Target",
     "at_a_time",
     "by_layer",

@@ -45,6 +45,7 @@ class Compiled:
         options: Mapping[str, Any],
     ) -> None:
         self._instrument, self._frozen = instrument, frozen
+        self.options = options
         self._options = {"fullgraph": True, "dynamic": False, **options}
         self._known: dict[Hashable, Explicit] = {}
         self._latest: dict[Hashable, Explicit] = {}

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 import lrpfx
 from lrpfx.canonize import functionalize, passes
-from lrpfx.capture.export import capture
+from lrpfx.capture.front import capture
 from lrpfx.ops.graph import used_nodes, verify
 from tests.conftest import Apply
 

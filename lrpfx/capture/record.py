@@ -1,0 +1,148 @@
+"""nn.Module -> fx graph of ATen ops, by recording one run; the user's model is left as it was."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+from torch.utils import _pytree as pytree
+
+from lrpfx.capture.export import (
+    Captured,
+    Trace,
+    check_examples,
+    first_line,
+    run_model,
+    tracing,
+)
+from lrpfx.capture.inputs import Inputs, Signature, copies, form_of, input_paths, split_inputs
+from lrpfx.capture.lines import raised_at
+from lrpfx.capture.outputs import AsDict, is_dataclass, tensors_in
+from lrpfx.capture.preserve import preserved
+from lrpfx.capture.recorder import Read, Recorder
+from lrpfx.errors import CaptureError
+
+
+class Recording:
+    """The graph of a run, in the place of an ``ExportedProgram``.
+
+    Args:
+        module: The graph, with the model's own parameters. Sizes are as they were in the run.
+        args: Positional arguments of the run.
+        kwargs: Keyword arguments.
+    """
+
+    def __init__(
+        self, module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self.graph_module, self._args, self._kwargs = module, args, kwargs
+
+    def module(self, check_guards: bool = False) -> fx.GraphModule:
+        """The graph; there are no guards to check."""
+        return self.graph_module
+
+    def run_decompositions(self, decomp_table: dict[Any, Any]) -> ExportedProgram:
+        """The graph without in-place ops, traced once more by torch.export."""
+        program: ExportedProgram = torch.export.export(
+            self.graph_module, self._args, self._kwargs, strict=False
+        )
+        functional: ExportedProgram = program.run_decompositions(decomp_table)
+        return functional
+
+
+def record(model: nn.Module, inputs: Inputs) -> Trace:
+    """Capture what ``model(inputs)`` does this once, as a graph of the ops that it calls.
+
+    Branches are taken as they are, loops are run as often as they are: the graph holds for these
+    inputs, and for others only if no value was read on the way (``Captured.decisions``).
+
+    Args:
+        model: Any module; it is not modified.
+        inputs: The inputs.
+
+    Raises:
+        CaptureError: The run cannot be recorded.
+        InputError: No input can be explained, or the model itself fails on the inputs.
+    """
+    leaves, spec = check_examples(model, inputs)
+    # Each on its own, from the same state: what a model counts or keeps is part of the run.
+    with preserved(model):
+        output = run_model(model, copies(leaves), spec)
+        expected = copies(tensors_in(output))
+    traced = AsDict(model) if any(map(is_dataclass, pytree.tree_leaves(output))) else None
+    with preserved(model):
+        _draw()  # a model that draws random numbers by Python is to give another output
+        program, reads = _record(traced or model, leaves, spec)
+    captured = Captured(
+        model=model,
+        signature=Signature(
+            spec,
+            tuple(form_of(leaf, {}) for leaf in leaves),
+            input_paths(inputs),
+            tuple(split_inputs(inputs)[1]),
+            None,
+        ),
+        training=tuple((module, module.training) for module in model.modules()),
+        output=output if traced else None,
+        decisions=reads,
+    )
+    return Trace(captured, program, expected)
+
+
+def _draw() -> None:
+    random.random(), np.random.random(), torch.rand(())
+
+
+def _record(
+    model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec
+) -> tuple[Recording, tuple[Read, ...]]:
+    """The graph of a run, and where values were read."""
+    given = copies(leaves)
+    args, kwargs = pytree.tree_unflatten(given, spec)
+    recorder = Recorder(model)
+    arguments = [*_positional(model, len(args)), *kwargs]
+    for name, leaf in zip(_leaf_names(arguments, [*args, *kwargs.values()]), given, strict=True):
+        recorder.take(name, leaf)
+    try:
+        with tracing(), recorder.recording(model):
+            output = model(*args, **kwargs)
+            reads = recorder.reads()
+            graph = recorder.finish(output)
+    except CaptureError:
+        raise
+    except Exception as error:  # whatever the model makes of being watched
+        raise CaptureError(
+            f"the run of the model cannot be recorded: {type(error).__name__}: {first_line(error)}",
+            where=raised_at(error) or [type(model).__name__],
+            fix="rewrite that line with torch ops, or explain a wrapper module around the rest.",
+        ) from error
+    out_spec = pytree.tree_structure(output)
+    graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(arguments, spec, out_spec)))
+    module = fx.GraphModule(recorder.attributes, graph)
+    module.train(model.training)
+    return Recording(module, *pytree.tree_unflatten(copies(leaves), spec)), reads
+
+
+def _positional(model: nn.Module, count: int) -> list[str]:
+    """What forward() calls its first arguments."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    named = [p.name for p in parameters if p.kind <= p.POSITIONAL_OR_KEYWORD]
+    return [*named, *(f"arg_{i}" for i in range(len(named), count))][:count]
+
+
+def _leaf_names(arguments: Sequence[str], values: Sequence[Any]) -> list[str]:
+    """A name for each leaf of the inputs, after the argument that it comes in."""
+    names: list[str] = []
+    for argument, value in zip(arguments, values, strict=True):
+        several = not pytree.tree_is_leaf(value)
+        for i in range(len(pytree.tree_leaves(value))):
+            name = f"{argument}_{i}" if several else argument
+            names.append(name + "_" * names.count(name))
+    return names

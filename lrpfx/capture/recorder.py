@@ -1,0 +1,499 @@
+"""A run of a model -> the fx graph of the ATen ops that it called, on the tensors it had."""
+
+from __future__ import annotations
+
+import linecache
+import operator
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lrpfx.capture.state import state_of
+from lrpfx.errors import CaptureError
+
+aten = torch.ops.aten
+_TORCH_CODE = str(Path(torch.__file__).parent) + os.sep
+_OWN_CODE = str(Path(__file__).parents[1]) + os.sep
+
+
+class Read(NamedTuple):
+    """A place where values of tensors, and not only their form, decided what the run did.
+
+    Args:
+        how: The op or function that read them.
+        source: Line of the user's code.
+        of_inputs: Whether they depend on the inputs, or on parameters and buffers only.
+        leaves: Whether they left PyTorch as an array or a list.
+    """
+
+    how: str
+    source: str
+    of_inputs: bool
+    leaves: bool
+
+    def __str__(self) -> str:
+        """The op, and the line where it is called."""
+        return f"{self.how} at {self.source}" if self.source else self.how
+
+
+class _Form(NamedTuple):
+    """Where in memory a tensor has its values, and of which kind."""
+
+    memory: int
+    offset: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Recorder(ProxyTorchDispatchMode):
+    """Writes down each call of an op, whole as the model made it, before autograd sees it.
+
+    A proxy mode is what PyTorch lets stand at this place of its dispatcher; proxies there are none.
+
+    Args:
+        model: The model. Its parameters and buffers become attributes of the graph, by name.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(None, "real", pre_dispatch=True)  # type: ignore[arg-type]
+        self.graph = fx.Graph()
+        self.attributes: dict[str, Tensor] = {}
+        self._reads: list[tuple[fx.Node, str, str, bool]] = []
+        #: The op that is running, None between ops.
+        self.running: fx.Node | None = None
+        #: Whether what is called now belongs to the recorder, and not to the model.
+        self.busy = False
+        #: Whether the model lets gradients pass, as it said last.
+        self.graded = True
+        self._state = state_of(model)
+        self._names: dict[int, str] = {}
+        for name, tensor in self._state.items():
+            self._names.setdefault(id(tensor), name)
+        self._nodes = WeakTensorKeyDictionary()
+        self._cut: dict[fx.Node, fx.Node | None] = {}
+        self._stack: list[tuple[str, tuple[str, str]]] = [("", ("", _type_name(model)))]
+        self._memories: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._at: dict[_Form, fx.Node] = {}
+
+    # -- what is written down ---------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        # A constant that was made for this call is seen when it is used; nobody else has it.
+        if self.busy or func is aten.lift_fresh.default:
+            return func(*args, **kwargs)
+        graded = torch.is_grad_enabled()
+        self.busy = True
+        try:
+            torch._C._set_grad_enabled(False)
+            return self._run(func, args, kwargs)
+        finally:
+            torch._C._set_grad_enabled(graded)
+            self.busy, self.running = False, None
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call an op and write it down."""
+        flat, spec = pytree.tree_flatten((args, kwargs))
+        given = [self.node(t) if isinstance(t, Tensor) else t for t in flat]
+        if not self.graded and func._schema.is_mutable:  # what is written there has no gradient
+            given[1:] = [self._passes_not(n) for n in given[1:]]
+        given_args, given_kwargs = pytree.tree_unflatten(given, spec)
+        self.running = node = self._write(func, given_args, given_kwargs)
+        out = func(*args, **kwargs)
+        self.read_by(func, flat)
+        self._cast(func, flat, spec, node, out)
+        if any(out is t for t in flat) and not func._schema.is_mutable:
+            self.graph.erase_node(node)  # such as contiguous() of what is
+        else:
+            self._keep(out, node)
+        return out
+
+    def _write(self, target: Any, args: Any = (), kwargs: Any = None) -> fx.Node:
+        name = getattr(getattr(target, "overloadpacket", target), "__name__", None)
+        node = self.graph.create_node("call_function", target, args, kwargs or {}, name)
+        node.meta["nn_module_stack"] = dict(self._stack)
+        if line := _source():
+            node.meta["stack_trace"] = line
+        return node
+
+    def _keep(self, out: Any, node: fx.Node) -> None:
+        """Remember which tensors the node computed."""
+        if isinstance(out, Tensor):
+            self._knows(out, node)
+            if not self.graded:
+                self._cut[node] = None
+        elif isinstance(out, (tuple, list)):
+            parts = [self._write(operator.getitem, (node, i)) for i in range(len(out))]
+            for part, one in zip(parts, out, strict=True):
+                self._keep(one, part)
+            node.meta["val"] = tuple(part.meta["val"] for part in parts)
+        else:
+            node.meta["val"] = out
+
+    def _form(self, tensor: Tensor) -> _Form:
+        """What the node's value will tell of the tensor, when the run is over."""
+        memory = tensor.untyped_storage()
+        # Held weakly, its address is not given to another.
+        self._memories.setdefault(memory._cdata, (StorageWeakRef(memory), memory.nbytes()))
+        return _Form(
+            memory._cdata,
+            int(tensor.storage_offset()),
+            tensor.size(),
+            tensor.stride(),
+            tensor.dtype,
+            tensor.device,
+        )
+
+    def finish(self, output: Any) -> fx.Graph:
+        """The graph, which returns ``output``; its nodes have fake tensors for their values.
+
+        Fake tensors share memory where those of the run did.
+        """
+        self.busy = True
+        leaves = [self.node(t) if isinstance(t, Tensor) else t for t in pytree.tree_leaves(output)]
+        self.graph.output(tuple(leaves))
+        for node in reversed(self.graph.nodes):
+            if node.op in ("call_function", "get_attr") and not node.users and not _acts(node):
+                self.graph.erase_node(node)
+        mode, memories = FakeTensorMode(), {}
+        for address, (_, size) in self._memories.items():
+            whole = torch.empty(size, dtype=torch.uint8, device="meta")
+            memories[address] = whole.untyped_storage()
+
+        def fake(form: Any) -> Any:
+            if not isinstance(form, _Form):
+                return tuple(map(fake, form)) if isinstance(form, tuple) else form
+            meta = torch.empty(0, dtype=form.dtype, device="meta")
+            meta.set_(memories[form.memory], form.offset, form.size, form.stride)
+            return FakeTensor(mode, meta, form.device)
+
+        for node in self.graph.nodes:
+            if "val" in node.meta:
+                node.meta["val"] = fake(node.meta["val"])
+        return self.graph
+
+    def take(self, name: str, leaf: Any) -> None:
+        """An input of the graph."""
+        node = self.graph.placeholder(name)
+        node.meta["val"] = leaf
+        if isinstance(leaf, Tensor):
+            self._knows(leaf, node)
+
+    def node(self, tensor: Tensor) -> fx.Node:
+        """What computes the tensor."""
+        found: fx.Node | None = self._nodes.get(tensor)
+        if found is None:
+            found = self._found(tensor)
+        if found not in self._cut or not self.graded:
+            return found
+        if (outside := self._cut[found]) is None:  # it leaves a region of no_grad
+            outside = self._cut[found] = self._detached(found, found.meta["val"])
+        return outside
+
+    def _detached(self, node: fx.Node, form: _Form) -> fx.Node:
+        new = self._write(aten.detach.default, (node,))
+        new.meta["val"] = form
+        return new
+
+    def _passes_not(self, given: Any) -> Any:
+        """What is written into a tensor under no_grad; numbers and places as they are."""
+        form = given.meta["val"] if isinstance(given, fx.Node) else None
+        if isinstance(form, _Form) and form.dtype.is_floating_point:
+            return self._detached(given, form)
+        return given
+
+    def _found(self, tensor: Tensor) -> fx.Node:
+        """The node of a tensor that no op of the run has made."""
+        _refuse_odd(tensor)
+        name = self._names.get(id(tensor))
+        if name is None and tensor.untyped_storage()._cdata in self._memories:
+            known = self._at.get(self._form(tensor))
+            if known is None:
+                raise CaptureError(
+                    "a tensor shares memory with another in a way that cannot be followed.",
+                    where=[where] if (where := source_of(_source())) else [],
+                    fix="write the line named with torch ops only.",
+                )
+            found = self._detached(known, self._form(tensor))
+        else:
+            if name is None:
+                name = self._fresh_name()
+                tensor_then = tensor.detach().clone()
+            else:
+                tensor_then = tensor
+            self.attributes[name] = tensor_then
+            found = self.graph.create_node("get_attr", name)
+        self._knows(tensor, found)
+        return found
+
+    def _knows(self, tensor: Tensor, node: fx.Node) -> None:
+        """Remember that the node has the tensor."""
+        form = self._form(tensor)
+        node.meta["val"], self._nodes[tensor], self._at[form] = form, node, node
+
+    def _fresh_name(self) -> str:
+        taken = {name.partition(".")[0] for name in self._names.values()} | set(self.attributes)
+        return next(n for i in range(len(taken) + 1) if (n := f"_tensor_constant{i}") not in taken)
+
+    def _cast(self, func: Any, flat: Sequence[Any], spec: Any, node: fx.Node, out: Any) -> None:
+        """Write down the casts of autocast, which take place inside of an op.
+
+        It casts all arguments or none; where the op gives another type without it, it has.
+        """
+        floating = {i: t for i, t in enumerate(flat) if _is_floating(t)}
+        if not any(torch.is_autocast_enabled(t.device.type) for t in floating.values()):
+            return
+        given = [t.to("meta") if isinstance(t, Tensor) else t for t in flat]
+        args, kwargs = pytree.tree_unflatten(given, spec)
+        types = _types(out)
+        try:
+            if not types or _types(func(*args, **kwargs)) == types:
+                return
+        except Exception:  # of types that do not go together
+            pass
+        nodes, _ = pytree.tree_flatten((node.args, node.kwargs))
+        with self.graph.inserting_before(node):
+            for i, tensor in floating.items():
+                if tensor.dtype != types[0]:
+                    cast = self._write(aten.to.dtype, (nodes[i], types[0]))
+                    cast.meta["val"] = self._form(tensor.to(types[0]))
+                    nodes[i] = cast
+        node.args, node.kwargs = pytree.tree_unflatten(nodes, spec)
+
+    # -- values that are read ---------------------------------------------------------------------
+
+    def read_by(self, func: Any, flat: Sequence[Any]) -> None:
+        """Note an op whose result, or the size of it, depends on values."""
+        if takes_values(func, flat):
+            assert self.running is not None
+            self.read(self.running, str(func))
+
+    def read(self, node: fx.Node, how: str, leaves: bool = False) -> None:
+        """Note that something reads the values of a node."""
+        self._reads.append((node, how, source_of(_source()), leaves))
+
+    def reads(self) -> tuple[Read, ...]:
+        """Where values were read that other inputs or other parameters might have changed.
+
+        To be asked for before ``finish``, which drops what has no users.
+        """
+        ends = {node for node, *_ in self._reads}
+        by_inputs = _downstream(self.graph, lambda n: n.op == "placeholder") & ends
+        by_state = _downstream(self.graph, lambda n: n.op == "get_attr" and n.target in self._state)
+        found = {}
+        for node, how, source, leaves in self._reads:
+            if node in by_inputs or node in by_state:
+                found[node, leaves] = Read(how, source, node in by_inputs, leaves)
+        return tuple(dict.fromkeys(found.values()))
+
+    # -- modules ----------------------------------------------------------------------------------
+
+    @contextmanager
+    def calls(self, model: nn.Module) -> Iterator[None]:
+        """Meanwhile the calls of the model's modules are followed, by hooks, in this thread."""
+        thread = threading.get_ident()
+        times: dict[str, int] = {}
+
+        def entered(path: str, kind: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any) -> None:
+                if threading.get_ident() == thread:
+                    call = times[path] = times.get(path, -1) + 1
+                    self._stack.append((f"{path}@{call}" if call else path, (path, kind)))
+
+            return hook
+
+        def left(module: nn.Module, args: Any, output: Any) -> None:
+            if threading.get_ident() == thread:
+                self._stack.pop()
+
+        with ExitStack() as hooks:
+            for path, module in model.named_modules():
+                if path:
+                    hook = entered(path, _type_name(module))
+                    before = module.register_forward_pre_hook(hook, prepend=True)
+                    hooks.callback(before.remove)
+                    hooks.callback(module.register_forward_hook(left, always_call=True).remove)
+            yield
+
+    @contextmanager
+    def recording(self, model: nn.Module) -> Iterator[None]:
+        """Meanwhile what is computed is written down."""
+        with (
+            self.calls(model),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            enable_python_dispatcher(),
+            _Leaves(self),
+            _Functions(self),
+            self,
+        ):
+            yield
+
+
+#: Whether values decide the form of the result, for which PyTorch has no tag.
+_UNTAGGED = {aten._pack_padded_sequence.default, aten.tensor_split.tensor_indices_or_sections}
+_DECIDING = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+
+
+def takes_values(func: Any, flat: Sequence[Any]) -> bool:
+    """Whether an op's result is a number, or of a size, that values of its arguments decide."""
+    if func is aten.index.Tensor:
+        return any(isinstance(t, Tensor) and t.dtype in (torch.bool, torch.uint8) for t in flat[1:])
+    if not isinstance(func, torch._ops.OpOverload):
+        return False
+    known = func.namespace in ("aten", "prim", "prims")
+    return not known or func in _UNTAGGED or any(tag in func.tags for tag in _DECIDING)
+
+
+class _Leaves(TorchDispatchMode):
+    """Sees the ops that others are made of, for the values that these read."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._recorder = recorder
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if self._recorder.running is not None:
+            self._recorder.read_by(func, pytree.tree_leaves(args))
+        return func(*args, **kwargs or {})
+
+
+class _Functions(TorchFunctionMode):
+    """Sees what is no op: modes of autograd, and values that leave PyTorch or come by copies."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        recorder, kwargs = self._recorder, kwargs or {}
+        if recorder.busy:
+            return func(*args, **kwargs)
+        if func is torch._C._set_grad_enabled:
+            recorder.graded = args[0]
+        elif func is _GET_DATA:
+            return args[0].detach()
+        elif func is _SET_DATA:
+            tensor, value = args
+            node = recorder.node(value)
+            func(*args)
+            recorder._nodes[tensor] = recorder._detached(node, recorder._form(tensor))
+            return None
+        elif func in _COPIES and isinstance(args[0 if func is torch.tensor else 1], Tensor):
+            source = args[0 if func is torch.tensor else 1]
+            like = source if func is torch.tensor else args[0]
+            device = kwargs.get("device", source.device if func is torch.tensor else like.device)
+            return source.detach().to(device, kwargs.get("dtype", like.dtype), copy=True)
+        elif func is Tensor.__deepcopy__:
+            if args[0] in recorder._nodes:
+                return args[0].detach().clone()
+        elif func in _READERS and isinstance(args[0], Tensor):
+            recorder.read(recorder.node(args[0]), _READERS[func], leaves=True)
+        return func(*args, **kwargs)
+
+
+_GET_DATA, _SET_DATA = Tensor.data.__get__, Tensor.data.__set__  # type: ignore[attr-defined]
+_COPIES = {torch.tensor, Tensor.new_tensor}
+#: What reads a tensor's memory without an op.
+_READERS = {
+    Tensor.numpy: "numpy",
+    Tensor.__array__: "numpy",
+    Tensor.__dlpack__: "numpy or another library",
+    Tensor.tolist: "tolist",
+    Tensor.data_ptr: "data_ptr",
+    Tensor.storage: "storage",
+    Tensor.untyped_storage: "storage",
+    Tensor.__reduce_ex__: "pickle",
+}
+
+
+def _refuse_odd(tensor: Tensor) -> None:
+    """Raise CaptureError for tensors that are more than values, or less."""
+    odd = ""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        odd = "torch.func transforms such as vmap"
+    elif type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+        odd = f"tensors of class {type(tensor).__name__}"
+    elif tensor.layout != torch.strided:
+        odd = f"{tensor.layout} tensors"
+    if odd:
+        raise CaptureError(
+            f"{odd} cannot be recorded.",
+            where=[where] if (where := source_of(_source())) else [],
+            fix="write the line named with plain tensors.",
+        )
+
+
+def _downstream(graph: fx.Graph, begins: Callable[[fx.Node], bool]) -> set[fx.Node]:
+    """The nodes that depend on such as begin, themselves included."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if begins(node) or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _acts(node: fx.Node) -> bool:
+    """Whether a node does more than compute what it returns."""
+    if node.op == "get_attr" or node.target is operator.getitem:
+        return False
+    return not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _types(out: Any) -> list[torch.dtype]:
+    """The types of the floating tensors in a result."""
+    return [t.dtype for t in pytree.tree_leaves(out) if _is_floating(t)]
+
+
+def _type_name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _source() -> str:
+    """The innermost line outside torch, as a traceback shows it; "" if there is none."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith(_OWN_CODE) and file != __file__:
+            return ""
+        if not file.startswith((_TORCH_CODE, "<")) and file != __file__:
+            line = linecache.getline(file, frame.f_lineno).strip()
+            return f'File "{file}", line {frame.f_lineno}, in {frame.f_code.co_name}\n    {line}\n'
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+def source_of(trace: str) -> str:
+    """As messages show it."""
+    if not trace:
+        return ""
+    head, _, code = trace.partition("\n")
+    _, file, rest = head.split('"')
+    return f"{file}:{rest.split()[2].rstrip(',')}   {code.strip()}"
