@@ -23,7 +23,7 @@ from tests.oracle.families import tf
 
 BF16, FP16 = torch.bfloat16, torch.float16
 HALVES = [BF16, FP16]
-#: What README states: the least cosine and the largest relative error, of any sample. Measured, on
+#: In docs/supported.md: least cosine and largest relative error of any sample. Measured, on
 #: the residual network: 0.995 and 0.10 in bfloat16, 0.9993 and 0.037 in float16. Its roundings let
 #: other entries win in max pooling; transformers and the perceptron are within 0.02 and 0.014.
 TOLERANCE = {BF16: (0.99, 0.15), FP16: (0.999, 0.05)}

@@ -1,0 +1,147 @@
+"""README and pages: snippets run, reports are as shown, and what is named is there."""
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lrpfx
+from lrpfx.ops import table
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^( *)```python\n(.*?)^ *```", re.S | re.M)
+
+
+@dataclass
+class Output:
+    logits: Tensor
+
+
+class Language(nn.Module):
+    """Called as language models of transformers are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(9, 4), nn.Linear(4, 9)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = True) -> Output:
+        assert not use_cache
+        kept = self.embed(input_ids) * attention_mask[..., None]
+        return Output(self.head(kept + kept.mean(1, keepdim=True)))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps, self.head = nn.GRU(2, 3, batch_first=True), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.steps(x)[0][:, -1])
+
+
+def images(**names: nn.Module) -> dict[str, Any]:
+    """A convolutional network, of the modules that the page names, and two images."""
+    layers = names or {"0": nn.Conv2d(1, 4, 3, padding=1), "1": nn.ReLU()}
+    body, x = nn.Sequential(OrderedDict(layers)), torch.rand(2, 1, 8, 8)
+    top = {"flat": nn.Flatten(), "head": nn.Linear(body(x)[0].numel(), 10)}
+    model = nn.Sequential(OrderedDict([*layers.items(), *top.items()])).eval()
+    return {"model": model, "x": x, "torch": torch, "F": F, "lrpfx": lrpfx}
+
+
+def readme() -> dict[str, Any]:
+    names = images()
+    x, model = names["x"], names["model"]
+    return names | {
+        "loader": [(x, torch.tensor([1, 2])), (x[:1], torch.tensor([3]))],
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.01),
+        "language_model": Language().eval(),
+        "ids": torch.tensor([[1, 2, 3]]),
+        "mask": torch.ones(1, 3, dtype=torch.long),
+        "token": 4,
+        "tokenizer": ["<s>", *"abcdefgh"],
+        "classifier": nn.Linear(12, 3).eval(),
+        "rows": torch.rand(2, 12),
+        "names": [f"column {i}" for i in range(12)],
+        "recurrent": Recurrent().eval(),
+        "series": torch.rand(2, 4, 2),
+        "segmenter": nn.Conv2d(1, 3, 3, padding=1).eval(),
+    }
+
+
+def api() -> dict[str, Any]:
+    second = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())
+    return images(block1=nn.Conv2d(1, 4, 3, padding=1), block2=second)
+
+
+def concepts() -> dict[str, Any]:
+    convolutions: list[nn.Module] = [nn.Conv2d(1, 8, 3, padding=1), nn.ReLU()]
+    convolutions += [nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.ReLU()]
+    return images(features=nn.Sequential(*convolutions))
+
+
+SETUP: dict[str, Callable[[], dict[str, Any]]] = {
+    "README.md": readme,
+    "supported.md": readme,
+    "api.md": api,
+    "concepts.md": concepts,
+    "own_rule.md": lambda: {**images(), "x": torch.rand(2, 1, 8, 8)},
+}
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if BLOCK.search(p.read_text("utf-8"))],
+                         ids=lambda page: page.stem)  # fmt: skip
+def test_every_snippet_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From top to bottom; what is imported on the page stays imported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(table, "_TABLE", dict(table._TABLE))  # a page may register an op
+    matplotlib.use("agg")
+    torch.manual_seed(0)
+    names = SETUP.get(page.name, images)()
+    for indent, block in BLOCK.findall(page.read_text("utf-8")):
+        code = "".join(line.removeprefix(indent) for line in block.splitlines(keepends=True))
+        exec(compile(code, str(page), "exec"), names)
+
+
+def test_the_report_that_is_shown_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs" / "report.md").read_text("utf-8")
+    block, shown = re.search(r"```python\n(.*?)```\s+```\n(.*?)```", text, re.S).groups()
+    exec(block, {})
+    number = re.compile(r"(stabilizer|unaccounted) [-\d.e+]+")  # round-off
+    assert number.sub(r"\1", capsys.readouterr().out) == number.sub(r"\1", shown)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_a_page_names_is_there(page: Path) -> None:
+    text = page.read_text("utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
+    links += re.findall(r'src="([^"]+)"', text)
+    missing = [link for link in links if not (page.parent / link).exists()]
+    named = re.findall(r"`((?:lrpfx|tests|docs|examples|benchmarks)/[\w/.]+)`", text)
+    missing += [name for name in named if not (ROOT / name).exists()]
+    assert not missing
+
+
+def test_colours_mean_the_same_for_a_negative_output() -> None:
+    """README: red raises the output also where it is negative; from a seed of 1 they swap."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 2, bias=False)
+    ).eval()
+    x = torch.randn(1, 6)
+    for k in (0, 1):
+        value = model(x)[0, k].item()
+        relevance = lrpfx.explain(model, x, k, rules="epsilon_all").relevance
+        leaf = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(model(leaf)[0, k], leaf)
+        torch.testing.assert_close(relevance, gradient * x, rtol=1e-3, atol=1e-5)
+        one = lrpfx.explain(model, x, torch.eye(2)[[k]], rules="epsilon_all").relevance
+        torch.testing.assert_close(one * value, relevance, rtol=1e-3, atol=1e-5)
