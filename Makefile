@@ -6,6 +6,7 @@
 # make processors  the tests with the kernels of older processors, on two threads each
 # make bench     what explanations cost: refreshes docs/performance.md (a quarter of an hour)
 # make compiled  what they cost compiled: its section of docs/performance.md (as long again)
+# make docs      the pages of docs/ and the docstrings as a site, in site/
 # make dist      wheel and sdist in dist/, each installed and run outside of the checkout
 # make clean     remove the environments and everything generated
 #
@@ -23,7 +24,7 @@ EXAMPLES ?= .venv-examples
 BIN     := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -c constraints.txt
 
-.PHONY: demo examples test check nightly mutants processors bench compiled dist clean
+.PHONY: demo examples test check nightly mutants processors bench compiled docs dist clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/quickstart.py examples/out/quickstart.png
@@ -79,6 +80,11 @@ compiled: $(VENV)/.installed-test
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
 		$(BIN)/python -m benchmarks.compiled --write --seconds=3 $(BENCH)
 
+# Strict: a link that leads nowhere fails. The variable silences a notice of the theme's makers.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+	@echo "The site is in site/index.html"
+
 # A wheel that lacks a file still runs inside of the checkout; so it is run in a folder of its own,
 # by the environment of the tests with the package that was built before the one that is edited.
 dist: $(VENV)/.installed-test
@@ -106,6 +112,6 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf $(VENV) $(EXAMPLES) build dist *.egg-info examples/out
+	rm -rf site $(VENV) $(EXAMPLES) build dist *.egg-info examples/out
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,5 +1,6 @@
 """README and pages: snippets run, reports are as shown, and what is named is there."""
 
+import pkgutil
 import re
 from collections import OrderedDict
 from collections.abc import Callable
@@ -128,6 +129,13 @@ def test_what_a_page_names_is_there(page: Path) -> None:
     named = re.findall(r"`((?:lrpfx|tests|docs|examples|benchmarks)/[\w/.]+)`", text)
     missing += [name for name in named if not (ROOT / name).exists()]
     assert not missing
+
+
+def test_the_site_has_every_page_and_names_what_is_there() -> None:
+    nav = (ROOT / "mkdocs.yml").read_text("utf-8").partition("nav:")[2]
+    assert set(re.findall(r"(\w+\.md)$", nav, re.M)) == {p.name for p in PAGES[1:]}
+    for name in re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "reference.md").read_text(), re.M):
+        pkgutil.resolve_name(name)
 
 
 def test_colours_mean_the_same_for_a_negative_output() -> None:
