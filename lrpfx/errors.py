@@ -10,8 +10,10 @@ from collections.abc import Sequence
 __all__ = [
     "CaptureError",
     "CompileError",
+    "ExplosionWarning",
     "InputError",
     "LrpError",
+    "LrpWarning",
     "NonFiniteError",
     "RuleError",
     "SelectorError",
@@ -47,12 +49,20 @@ def some(places: Sequence[str], most: int = 5) -> list[str]:
     return [*places[:most], *([f"and {more} more"] if more > 0 else [])]
 
 
-def warn(text: str) -> None:
+class LrpWarning(UserWarning):
+    """Base of what lrpfx warns of: a map may tell something else than it seems to."""
+
+
+class ExplosionWarning(LrpWarning):
+    """Absolute relevance has grown a thousandfold: at a node, or from the output to the map."""
+
+
+def warn(text: str, category: type[LrpWarning] = LrpWarning) -> None:
     """Warn at the line that called the library."""
     own, frame, level = os.path.dirname(__file__) + os.sep, sys._getframe(), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(own):
         frame, level = frame.f_back, level + 1
-    warnings.warn(f"lrpfx: {text}", stacklevel=level)
+    warnings.warn(f"lrpfx: {text}", category, stacklevel=level)
 
 
 class CaptureError(LrpError):

@@ -32,8 +32,9 @@ from lrpfx.explanation import Explanation, Layers
 from lrpfx.plan import RulesLike
 from lrpfx.prepare import Prepared, prepare_by
 from lrpfx.report import Report
-from lrpfx.rewrite import UNCHANGED, Ledger, Tap, find_taps, instrument, rewrite
+from lrpfx.rewrite import UNCHANGED, Booking, Ledger, Tap, find_taps, instrument, rewrite
 from lrpfx.run import (
+    Alarm,
     Assumptions,
     Bookings,
     Books,
@@ -48,6 +49,7 @@ from lrpfx.run import (
     RecordedRun,
     Run,
     Runs,
+    Seed,
     Target,
     at_a_time,
     by_layer,
@@ -228,6 +230,7 @@ class Explainer:
         self._places = Places(self._module.graph, self._live, self._captured.prefix)
         self._gather = Gather(self._captured, self._module, self._starts)
         self._assumptions = Assumptions(self._module, self._plan.assignments)
+        self._alarm = Alarm(self._plan)
         self._books = Books(
             self._module, self._plan, self._current, self._for_books, self._explanation
         )
@@ -454,7 +457,13 @@ class Explainer:
         if several:
             what = "targets" if conditions is None else "conditions"
             told = f"{len(parts)} {what} of each sample, {told if conditions else _ONE_HOT}"
-        bookings: Bookings = book.bookings() if book else {}
+        booked = book.bookings() if book else {}
+
+        def book_now(seed: Seed) -> Mapping[str, Booking]:
+            return {} if conditions is not None else self._booked(kept, seed)
+
+        notes = [*notes, *self._alarm.notes(parts, seeds, booked, book_now)]
+        bookings: Bookings = booked
         if later:
             bookings = self._books.later(parts[0], kept, seeds[0], self._state.current())
         seed = replace(seeds[0], description=told, notes=(*notes, *seeds[0].notes))
@@ -539,6 +548,14 @@ class Explainer:
             tap, starts = Tap(node, node), list(self._starts)
             plan = self._plan.assignments
             return instrument(self._module, plan, self._live, starts, [tap], fast=fast)
+
+    def _booked(self, leaves: Sequence[Any], seed: Seed) -> Mapping[str, Booking]:
+        """The ledger of the plain form."""
+        book = Ledger()
+        with torch.no_grad():
+            run = Run(*self._for_books(fast=False, node=None)(*leaves, book))
+            list(run.pull([seed]))
+        return book.bookings()
 
     def _current(self) -> dict[str, Tensor]:
         """Parameters and buffers as they are now, to which every graph is pointed."""

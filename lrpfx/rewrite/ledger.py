@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from lrpfx.rules import Absorbed, Flow, sum_all
+from lrpfx.rules import Absorbed, Flow, size_of, sum_all
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,15 @@ class Booking:
         passed: Relevance handed to the node's live inputs.
         absorbed: What stayed, by cause ("bias", "stabilizer", "dead", "constant", "gradient"),
             computed from the rule's formula and not as a difference.
+        size_in: Absolute relevance that arrived.
+        size_out: Absolute relevance that was handed on.
     """
 
     received: float
     passed: float
     absorbed: dict[str, float]
+    size_in: float
+    size_out: float
 
     @property
     def total_absorbed(self) -> float:
@@ -38,12 +42,14 @@ class Ledger:
     """
 
     _sums: dict[str, tuple[Tensor, Tensor, Absorbed]] = field(default_factory=dict)
+    _sizes: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _kept_back: dict[str, list[tuple[Tensor, bool]]] = field(default_factory=dict)
 
     def book(self, name: str, received: tuple[Tensor, ...], flow: Flow) -> None:
         """Record what the node ``name`` made of the relevance it received."""
         absorbed = {cause: value.detach() for cause, value in flow.absorbed().items()}
         self._sums[name] = (sum_all(received), sum_all(flow.relevance), absorbed)
+        self._sizes[name] = (size_of(received), size_of(flow.relevance))
 
     def keep_back(self, name: str, came: Tensor, kept: Tensor, *, arriving: bool) -> None:
         """Record what a condition kept back of the relevance that a node received or handed on.
@@ -68,4 +74,5 @@ class Ledger:
         for gone, arriving in self._kept_back.get(name, ()):
             causes["condition"] = causes.get("condition", 0.0) + gone.item()
             came, went = (came + gone.item(), went) if arriving else (came, went - gone.item())
-        return Booking(came, went, causes)
+        size_in, size_out = (size.item() for size in self._sizes[name])
+        return Booking(came, went, causes, size_in, size_out)

@@ -12,6 +12,7 @@ from lrpfx.rules.base import (
     Stop,
     finite,
     share,
+    size_of,
     sum_all,
 )
 from lrpfx.rules.bilinear import Bilinear, Taylor, Uniform
@@ -55,5 +56,6 @@ __all__ = [
     "ZeroParams",
     "finite",
     "share",
+    "size_of",
     "sum_all",
 ]

@@ -450,6 +450,15 @@ def sum_all(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(totals).sum() if totals else torch.zeros((), dtype=torch.float64)
 
 
+def size_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Sum of the absolute values of all entries of all tensors, a float64 scalar."""
+    norms = [
+        torch.linalg.vector_norm(t.detach(), 1, dtype=torch.float32 if t.dtype in HALVES else None)
+        for t in tensors
+    ]
+    return torch.stack([n.double() for n in norms]).sum() if norms else torch.zeros(())
+
+
 def _short(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"tensor{tuple(value.shape)}"

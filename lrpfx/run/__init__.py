@@ -1,5 +1,6 @@
 """A rewritten graph, inputs and a target -> relevance, and from it an explanation."""
 
+from lrpfx.run.alarm import Alarm
 from lrpfx.run.assumptions import Assumptions
 from lrpfx.run.backward import Largest, Pulled, Run, at_a_time
 from lrpfx.run.books import Books, Made
@@ -10,9 +11,10 @@ from lrpfx.run.mode import is_being_trained, mode_notes, without_graph
 from lrpfx.run.recorded import RecordedRun, Runs
 from lrpfx.run.refuse import refuse_if_the_model_does, refuse_relevance, refuse_seed
 from lrpfx.run.samples import is_batched
-from lrpfx.run.targets import Target, each_target, is_several, make_seed
+from lrpfx.run.targets import Seed, Target, each_target, is_several, make_seed
 
 __all__ = [
+    "Alarm",
     "Assumptions",
     "Bookings",
     "Books",
@@ -27,6 +29,7 @@ __all__ = [
     "RecordedRun",
     "Run",
     "Runs",
+    "Seed",
     "Target",
     "at_a_time",
     "by_layer",

@@ -1,0 +1,104 @@
+"""Relevance that grows beyond measure is warned of, once, and noted with its place."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lrpfx
+from lrpfx.errors import ExplosionWarning
+from tests.conftest import Apply
+
+MODES: list[dict[str, Any]] = [
+    {},
+    {"ledger": True},
+    {"ledger": False},
+    {"create_graph": True},
+    {"create_graph": True, "ledger": False},
+]
+
+
+def names(mode: dict[str, Any]) -> str:
+    return " ".join(mode) or "default"
+
+
+def nearly_cancelling() -> tuple[nn.Module, Tensor]:
+    """Summands 1 and 1 - 2^-12: what is shared by their sum grows to (2 - 2^-12) 2^12 times."""
+    model = Apply(lambda m, x: torch.cat([x[:, :1] - x[:, 1:], x.sum(1, keepdim=True)], 1))
+    return model, torch.tensor([[1.0, 1 - 2.0**-12]] * 2, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("mode", MODES, ids=names)
+def test_a_node_that_hands_on_a_thousandfold_is_named(mode: dict[str, Any]) -> None:
+    model, x = nearly_cancelling()
+    explainer = lrpfx.Explainer(model, x, lrpfx.composites.EpsilonAll(epsilon=0.0))
+    with pytest.warns(ExplosionWarning, match="8.19e[+]03 times") as caught:
+        e = explainer(x, 0, **mode)
+        explainer(x, 0, **mode)
+    assert len(caught) == 1
+    (note,) = (n for n in e.report.notes if "grew" in n)
+    assert "(the model): sub, float64[N, 1] under Norm" in note
+    assert "handed on 8.19e+03 times what it got" in note
+    assert __file__ == caught[0].filename
+
+
+def test_of_several_maps_the_worst_is_told_of() -> None:
+    model, x = nearly_cancelling()
+    explainer = lrpfx.Explainer(model, x, lrpfx.composites.EpsilonAll(epsilon=0.0))
+    with pytest.warns(ExplosionWarning, match="in 1 of 2 maps.*sub, "):
+        e = explainer(x, "all")
+    assert any("in 1 of 2 maps" in note for note in e.report.notes)
+
+
+def tripling(layers: int) -> tuple[nn.Module, Tensor, Tensor]:
+    """Each layer makes (1, 1) of (1, 1), and of relevance (r, -r) three times as much."""
+    model = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(layers))).double()
+    with torch.no_grad():
+        for layer in model:
+            layer.weight.copy_(torch.tensor([[2.0, -1.0], [-1.0, 2.0]]))
+    ones = torch.ones(2, 2, dtype=torch.float64)
+    return model, ones, ones * torch.tensor([1.0, -1.0])
+
+
+@pytest.mark.parametrize("mode", MODES, ids=names)
+def test_what_grows_little_by_little_is_named_where_it_is_past_the_bound(mode: Any) -> None:
+    model, x, seed = tripling(7)
+    with pytest.warns(ExplosionWarning, match="2.19e[+]03 times.*little by little.* at 0: linear"):
+        e = lrpfx.explain(model, x, seed, **mode)
+    torch.testing.assert_close(e.relevance, 3.0**7 * seed, rtol=1e-3, atol=0)
+
+
+def test_a_node_between_is_named_where_a_ledger_is_kept() -> None:
+    """What has grown there is absorbed before it comes to the map."""
+    model = Apply(lambda m, x: (1e-4 * x + 1) - 1)
+    x = torch.ones(2, 1, dtype=torch.float64)
+    with pytest.warns(ExplosionWarning, match="on its way: .*sub.* handed on 1e[+]04 times"):
+        lrpfx.explain(model, x, 0, rules=lrpfx.composites.EpsilonAll(epsilon=0.0), ledger=True)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("mode", MODES, ids=names)
+def test_what_does_not_grow_is_silent(mode: dict[str, Any]) -> None:
+    model, x, seed = tripling(6)
+    assert not lrpfx.explain(model, x, seed, **mode).report.notes
+    model, x = nearly_cancelling()
+    assert not lrpfx.explain(model, x, 1, **mode).report.notes
+    assert not lrpfx.explain(model, x, torch.zeros_like(x), **mode).report.notes
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_gradient_has_no_measure() -> None:
+    model, x, seed = tripling(7)
+    e = lrpfx.explain(model, x, seed, rules="guided_backprop", ledger=True)
+    assert e.relevance.abs().max() > 1000
+
+
+def test_warnings_can_be_told_apart() -> None:
+    assert issubclass(ExplosionWarning, lrpfx.errors.LrpWarning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.simplefilter("ignore", ExplosionWarning)
+        model, x = nearly_cancelling()
+        lrpfx.explain(model, x, 0, rules=lrpfx.composites.EpsilonAll(epsilon=0.0))
