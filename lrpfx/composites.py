@@ -126,7 +126,15 @@ def patch_embeddings(node: Record) -> bool:
     Only linear layers read it, moved, normalised or shifted maybe; no activation, pooling or
     further convolution.
     """
-    return node.first and node.embedding
+    return node.first and node.tokenwise
+
+
+def pointwise_convolutions(node: Record) -> bool:
+    """Selects convolutions with a kernel of one that stand for linear layers of a transformer.
+
+    There no wider convolution stands before or behind them, but for patch embeddings.
+    """
+    return node.tokenwise and not node.first
 
 
 class Composite:
@@ -283,7 +291,7 @@ class Auto(Named):
     """The default: for each op the rule that is right for it where it stands.
 
     - Convolutions: ZPlus, as under EpsilonPlus. First convolutions that cut an image into patches
-      for attention are linear layers of these, with Epsilon.
+      for attention are linear layers of these, with Epsilon; so are pointwise ones of transformers.
     - Attention, and all linear layers, norms and sums on a way through it: as under AttnLRP, which
       adds nothing to a denominator.
     - Linear layers, norms and sums elsewhere: Epsilon and Norm, as under EpsilonPlus.
@@ -316,6 +324,7 @@ class Auto(Named):
         own: list[Entry] = [
             (recurrent_gates, Stop()),
             (patch_embeddings, exact),
+            (pointwise_convolutions, exact),
             ("conv", conv),
             (Attending("linear"), exact),
             (Attending("affine"), Norm(attention)),
@@ -330,7 +339,7 @@ class Auto(Named):
         """What the composite comes to for these nodes, in the names of others."""
         conv = attention = recurrent = False
         for node in nodes:
-            conv |= node.kind == "conv" and not patch_embeddings(node)
+            conv |= node.kind == "conv" and not node.tokenwise
             attention |= node.attending
             recurrent |= node.recurrent
         said = ["convolutions as epsilon_plus"] * conv + ["attention as attnlrp"] * attention

@@ -62,7 +62,7 @@ class Record:
         gate: Whether this is the one activation among the factors of a product.
         recurrent: Whether it is such a gate of a recurrent layer.
         attending: Whether some attention stands before or behind this node.
-        embedding: Whether this is a convolution whose values enter attention as they are.
+        tokenwise: Whether this is a convolution that is a linear layer of tokens.
         site: How to run the op again.
     """
 
@@ -80,7 +80,7 @@ class Record:
     gate: bool
     recurrent: bool
     attending: bool
-    embedding: bool
+    tokenwise: bool
     site: Site
 
     @property

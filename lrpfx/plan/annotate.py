@@ -174,7 +174,7 @@ def annotate_known(
                 gate=node in gates,
                 recurrent=node in places.recurrent,
                 attending=node in places.attending,
-                embedding=node in places.embedding,
+                tokenwise=node in places.tokenwise,
             )
             counts: tuple[int, ...] = ()
             if op.kind == "product":
@@ -260,7 +260,7 @@ def _record(
         gate=False,
         recurrent=False,
         attending=False,
-        embedding=False,
+        tokenwise=False,
         nonneg=op.nonneg(bound_arguments(node), all(n in nonneg for n in signed)),
         site=_site(op, node, carrying, nonneg),
     )

@@ -1,16 +1,17 @@
-"""Where a node stands: at the gates of a recurrent layer, beside attention, as a patch embedding.
+"""Where a node stands: at the gates of a recurrent layer, beside attention, as a layer of tokens.
 
 The same op needs another rule there, and so the default composite asks; see ``composites.Auto``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
-from lrpfx.ops import Op, explained_leaves, nodes_in, reachable
+from lrpfx.ops import Op, bound_arguments, explained_leaves, nodes_in, reachable
 from lrpfx.plan.factors import find_gates, is_bounded
 
 #: The nodes that carry relevance, each with what is known of it.
@@ -24,13 +25,13 @@ class Places:
     Args:
         recurrent: Gates of recurrent layers.
         attending: What some attention stands before or behind.
-        embedding: Convolutions whose values enter attention as they are: patch embeddings, if
-            they are the first ones.
+        tokenwise: Convolutions that are linear layers of tokens: patch embeddings, and pointwise
+            ones of a transformer.
     """
 
     recurrent: set[fx.Node]
     attending: set[fx.Node]
-    embedding: set[fx.Node]
+    tokenwise: set[fx.Node]
 
 
 def find_places(graph: fx.Graph, known: Known, starts: Iterable[fx.Node]) -> Places:
@@ -42,13 +43,10 @@ def find_places(graph: fx.Graph, known: Known, starts: Iterable[fx.Node]) -> Pla
         starts: The nodes that relevance is wanted for.
     """
     attending = _attending(graph, known)
-    embedding = {
-        node for node in attending if _kind(node, known) == "conv" and _gives_tokens(node, known)
-    }
     recurrent = _recurrent(graph, known)
     if not _leaves_a_way(graph, known, starts, recurrent):
         recurrent = set()
-    return Places(recurrent, attending, embedding)
+    return Places(recurrent, attending, _tokenwise(graph, known, attending))
 
 
 def _kind(node: fx.Node, known: Known) -> str:
@@ -81,6 +79,29 @@ def _on_a_way(graph: fx.Graph, known: Known, through: set[fx.Node]) -> set[fx.No
             behind.add(node)
     before = reachable(through, lambda node: [n for n in node.all_input_nodes if n in known])
     return behind | before
+
+
+def _tokenwise(graph: fx.Graph, known: Known, attending: set[fx.Node]) -> set[fx.Node]:
+    """Patch embeddings, and pointwise convolutions that no wider one stands before or behind.
+
+    A pointwise convolution among wider ones is a layer of a convolutional network.
+    """
+    convs = {node for node in known if _kind(node, known) == "conv"}
+    patches = {n for n in convs & attending if _is_first(n, known) and _gives_tokens(n, known)}
+    pointwise = {n for n in convs if all(size == 1 for size in _kernel(n))}
+    near = _on_a_way(graph, known, convs - patches - pointwise)
+    return patches | (pointwise & attending) - near
+
+
+def _kernel(conv: fx.Node) -> Sequence[int | torch.SymInt]:
+    weight = bound_arguments(conv)["weight"]
+    return weight.meta["val"].shape[2:] if isinstance(weight, fx.Node) else ()
+
+
+def _is_first(layer: fx.Node, known: Known) -> bool:
+    """Whether no convolution or linear layer stands before a layer."""
+    before = reachable([layer], lambda node: [n for n in node.all_input_nodes if n in known])
+    return all(n is layer or _kind(n, known) not in ("conv", "linear") for n in before)
 
 
 def _gives_tokens(conv: fx.Node, known: Known) -> bool:

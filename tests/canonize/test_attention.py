@@ -212,7 +212,7 @@ def test_multi_head_attention_modules_are_explained() -> None:
     model = model.double().eval()
     x = torch.randn(3, 5, 8, dtype=torch.float64)
     e = lrpfx.explain(model, x, 1)
-    assert e.report.rules.startswith("attnlrp")
+    assert "attnlrp" in e.report.rules
     torch.testing.assert_close(e.output, model(x))
     assert abs(e.report.unaccounted) < 1e-8
     singles = [lrpfx.explain(model, x[i : i + 1], 1).relevance for i in range(3)]

@@ -39,6 +39,13 @@ def attending_convolutional(m: Apply, x: Tensor) -> Tensor:
     return m.head(torch.relu(m.conv(y)).mean((2, 3)))
 
 
+def pointwise(m: Apply, x: Tensor) -> Tensor:
+    """A transformer over rows whose linear layers are convolutions with a kernel of one."""
+    tokens = block(m, m.widen(x[:, 0]).mT).mT
+    tokens = tokens + m.widen(nn.functional.gelu(m.narrow(tokens)))
+    return m.head(tokens.mean(2))
+
+
 def members(name: str) -> dict[str, Any]:
     common = {"norm": nn.LayerNorm(4), "attention": attention(4), "head": nn.Linear(4, 3)}
     if name == "vit":
@@ -46,10 +53,18 @@ def members(name: str) -> dict[str, Any]:
         token, places = nn.Parameter(torch.randn(1, 1, 4)), nn.Parameter(torch.randn(10, 4))
         mlp.append(nn.Linear(8, 4))
         return {**common, "patches": patches, "mlp": mlp, "token": token, "places": places}
+    if name == "pointwise":
+        widen, narrow = nn.Conv1d(6, 4, 1), nn.Conv1d(4, 6, 1)
+        return {**common, "widen": widen, "narrow": narrow}
     return {**common, "stem": nn.Conv2d(1, 4, 2, 2), "conv": nn.Conv2d(4, 4, 3, padding=1)}
 
 
-FORWARD = {"vit": vision_transformer, "cnn": convolutional, "both": attending_convolutional}
+FORWARD = {
+    "vit": vision_transformer,
+    "cnn": convolutional,
+    "both": attending_convolutional,
+    "pointwise": pointwise,
+}
 
 
 def model(name: str) -> nn.Module:
@@ -64,7 +79,13 @@ def images() -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("name", "composite"), [("cnn", "epsilon_plus"), ("vit", "attnlrp"), ("mlp", "epsilon_all")]
+    ("name", "composite"),
+    [
+        ("cnn", "epsilon_plus"),
+        ("vit", "attnlrp"),
+        ("pointwise", "attnlrp"),
+        ("mlp", "epsilon_all"),
+    ],
 )
 def test_a_network_of_one_kind_is_explained_by_its_composite(name: str, composite: str) -> None:
     with traced_once():
