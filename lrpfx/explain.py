@@ -82,7 +82,7 @@ def explain(
     create_graph: bool = False,
     ledger: bool | None = None,
     wrt: Wrt = None,
-    capture: By = "export",
+    capture: By = "auto",
 ) -> Explanation[_Form]:
     """Explain a model's output by the relevance of its inputs.
 
@@ -208,7 +208,7 @@ class Explainer:
         dynamic: Sequence[int] = (),
         freeze: bool = False,
         wrt: Wrt = None,
-        capture: By = "export",
+        capture: By = "auto",
     ) -> None:
         fixed = None
         if freeze and isinstance(model, nn.Module):

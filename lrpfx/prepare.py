@@ -131,7 +131,7 @@ def prepare_by(
             return prepare(model, inputs, rules, dynamic, wrt, "record")
         except CaptureError as again:
             if again.what == refused.what:
-                raise
+                raise refused from None
             where = [*refused.where, f"recording a run instead: {again.what}", *again.where]
             raise CaptureError(refused.what, where=where, fix=again.fix) from again
 
@@ -196,10 +196,11 @@ def _check_live(
         )
     raise CaptureError(
         "no output of the model depends on the explained inputs: relevance ends on the way.",
-        where=some([f"{op_name(n.target)}   {source_line(n)}" for n in _ends(graph, starts)])
+        where=[f"leaves PyTorch: {read}" for read in captured.decisions or () if read.leaves]
+        or some([f"{op_name(n.target)}   {source_line(n)}" for n in _ends(graph, starts)])
         or [f"inputs: {', '.join(captured.signature.paths)}"],
         fix="explain a wrapper module without what has no gradient there: detach(), a region of "
-        "no_grad(), argmax, rounding or quantisation.",
+        "no_grad(), argmax, rounding, quantisation or numpy.",
     )
 
 

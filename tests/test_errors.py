@@ -612,7 +612,7 @@ ALL = [
 @pytest.mark.parametrize("case", ALL)
 def test_says_what_where_and_what_to_do(case: Case) -> None:
     with pytest.raises(errors.LrpError) as caught:
-        lrpfx.explain(case.model(), case.inputs(), **case.options)
+        lrpfx.explain(case.model(), case.inputs(), **case.options, capture="export")
     error = caught.value
     assert type(error) is case.error or case.error is errors.LrpError, repr(error)
     for pattern in case.says:
@@ -634,7 +634,7 @@ def check_form(error: errors.LrpError) -> None:
 def test_failing_leaves_the_model_alone(case: Case) -> None:
     model, inputs = lived_in(case.model()), case.inputs()
     with assert_untouched(model, inputs), pytest.raises(Exception):  # noqa: B017  (see above)
-        lrpfx.explain(model, inputs, **case.options)
+        lrpfx.explain(model, inputs, **case.options, capture="export")
 
 
 @pytest.mark.parametrize("case", [c for c in ALL if c.id.startswith(("capture", "op", "training"))])
@@ -643,7 +643,7 @@ def test_fails_in_one_voice(case: Case, capfd: pytest.CaptureFixture[str]) -> No
     model = case.model()
     capfd.readouterr()
     with pytest.raises(errors.LrpError):
-        lrpfx.explain(model, case.inputs(), **case.options)
+        lrpfx.explain(model, case.inputs(), **case.options, capture="export")
     assert capfd.readouterr() == ("", "")
 
 
@@ -819,7 +819,10 @@ def returns_a_cache(m: Any, x: Tensor) -> Any:
 @pytest.mark.parametrize(
     ("call", "says"),
     [
-        (lambda m: lrpfx.explain(fc(returns_a_cache)(), x()), "Cache(.|\n)*use_cache=False"),
+        (
+            lambda m: lrpfx.explain(fc(returns_a_cache)(), x(), capture="export"),
+            "Cache(.|\n)*use_cache=False",
+        ),
         (lambda m: lrpfx.Explainer(m, x(), dynamic=1), "dynamic=1 is no sequence"),
         (lambda m: lrpfx.Explainer(m, x(), dynamic=(-1,)), r"dynamic=\(-1,\) is no sequence"),
         (lambda m: lrpfx.Explainer(m, x(), dynamic=(5,)), "no input has a dimension 5"),

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from lrpfx.capture.export import Captured, run_model, run_twice
 from lrpfx.capture.inputs import Inputs, copies, flatten_inputs
@@ -38,7 +37,7 @@ def check_faithful(
     with as_captured(captured):
         if expected is None:
             expected = tensors_in(run_twice(model, leaves, spec))
-        got = _run_graph(captured, module, leaves, spec)
+        got = _run_graph(module, leaves)
     worst = worst_difference(expected, got)
     if not worst <= 1.0:
         changed = [rounded(leaf) for leaf in copies(leaves)]
@@ -70,28 +69,21 @@ def agrees(captured: Captured, module: fx.GraphModule, inputs: Inputs) -> bool:
         expected = copies(tensors_in(run_model(captured.model, copies(leaves), spec)))
     with as_captured(captured):
         try:
-            got = _run_graph(captured, module, leaves, spec)
+            got = _run_graph(module, leaves)
         except (RuntimeError, IndexError, ValueError):  # it is the graph of another run
             return False
     return worst_difference(expected, got) <= 1.0
 
 
-def _run_graph(
-    captured: Captured, module: fx.GraphModule, leaves: Sequence[Any], spec: pytree.TreeSpec
-) -> list[Tensor]:
+def _run_graph(module: fx.GraphModule, leaves: Sequence[Any]) -> list[Tensor]:
     """The tensors that the graph returns."""
-    args, kwargs = pytree.tree_unflatten(copies(leaves), spec)
-    # Not by its hooks, which hold sizes to the branches that were taken: the values tell.
-    return tensors_in(captured.rebuild(_without_dead(module).forward(*args, **kwargs)))
-
-
-def _without_dead(module: fx.GraphModule) -> fx.GraphModule:
-    """The module without the layers that are kept for their names, folded ones for instance."""
-    graph = fx.Graph()
+    graph = fx.Graph()  # without the layers that are kept for their names, such as folded ones
     graph.output(graph.graph_copy(module.graph, {}))
-    graph.set_codegen(module.graph._codegen)
     graph.eliminate_dead_code()
-    return fx.GraphModule(module, graph)
+    # Not by its hooks, which hold sizes to the branches that were taken: the values tell. Nor by
+    # its code, of which Python would keep the lines.
+    found = fx.Interpreter(module, graph=graph).run(*copies(leaves), enable_io_processing=False)
+    return [t for t in found if isinstance(t, Tensor)]
 
 
 @contextmanager

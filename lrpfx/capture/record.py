@@ -74,11 +74,11 @@ def record(model: nn.Module, inputs: Inputs) -> Trace:
     leaves, spec = check_examples(model, inputs)
     # Each on its own, from the same state: what a model counts or keeps is part of the run.
     with preserved(model):
+        _draw()  # what the model draws at random by Python is then not what the record has
         output = run_model(model, copies(leaves), spec)
         expected = copies(tensors_in(output))
     traced = AsDict(model) if any(map(is_dataclass, pytree.tree_leaves(output))) else None
     with preserved(model):
-        _draw()  # a model that draws random numbers by Python is to give another output
         program, reads = _record(traced or model, leaves, spec)
     captured = Captured(
         model=model,
@@ -97,7 +97,10 @@ def record(model: nn.Module, inputs: Inputs) -> Trace:
 
 
 def _draw() -> None:
-    random.random(), np.random.random(), torch.rand(())
+    """Let every generator go on by one number."""
+    random.random()
+    np.random.random()
+    torch.rand(())
 
 
 def _record(

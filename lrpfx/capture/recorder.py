@@ -151,6 +151,7 @@ class Recorder(ProxyTorchDispatchMode):
 
     def _form(self, tensor: Tensor) -> _Form:
         """What the node's value will tell of the tensor, when the run is over."""
+        _refuse_odd(tensor)
         memory = tensor.untyped_storage()
         # Held weakly, its address is not given to another.
         self._memories.setdefault(memory._cdata, (StorageWeakRef(memory), memory.nbytes()))
@@ -211,6 +212,9 @@ class Recorder(ProxyTorchDispatchMode):
 
     def _detached(self, node: fx.Node, form: _Form) -> fx.Node:
         new = self._write(aten.detach.default, (node,))
+        for key in ("nn_module_stack", "stack_trace"):  # gradients end where the node was made
+            if key in node.meta:
+                new.meta[key] = node.meta[key]
         new.meta["val"] = form
         return new
 
@@ -223,8 +227,8 @@ class Recorder(ProxyTorchDispatchMode):
 
     def _found(self, tensor: Tensor) -> fx.Node:
         """The node of a tensor that no op of the run has made."""
-        _refuse_odd(tensor)
         name = self._names.get(id(tensor))
+        _refuse_odd(tensor)
         if name is None and tensor.untyped_storage()._cdata in self._memories:
             known = self._at.get(self._form(tensor))
             if known is None:
@@ -285,7 +289,8 @@ class Recorder(ProxyTorchDispatchMode):
         """Note an op whose result, or the size of it, depends on values."""
         if takes_values(func, flat):
             assert self.running is not None
-            self.read(self.running, str(func))
+            name = self.running.target.overloadpacket.__name__  # type: ignore[union-attr]
+            self.read(self.running, _HOW.get(name, name))
 
     def read(self, node: fx.Node, how: str, leaves: bool = False) -> None:
         """Note that something reads the values of a node."""
@@ -349,6 +354,8 @@ class Recorder(ProxyTorchDispatchMode):
             yield
 
 
+#: How users know an op that reads a number.
+_HOW = {"item": "a number", "is_nonzero": "a condition", "index": "a mask"}
 #: Whether values decide the form of the result, for which PyTorch has no tag.
 _UNTAGGED = {aten._pack_padded_sequence.default, aten.tensor_split.tensor_indices_or_sections}
 _DECIDING = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)

@@ -135,7 +135,7 @@ def test_branches_on_constants_are_taken_as_in_the_model(branch: Any, plain: Any
 )
 def test_branches_on_what_depends_on_the_input_are_refused(forward: Any) -> None:
     with pytest.raises(errors.CaptureError, match="branches"):
-        relevance(forward, x(2, 3), {"fc": nn.Linear(3, 3)})
+        relevance(forward, x(2, 3), {"fc": nn.Linear(3, 3)}, capture="export")
 
 
 def test_random_numbers_are_no_constants() -> None:

@@ -267,5 +267,5 @@ def torch_shapes() -> ModuleType:
 def test_lines_of_packages_beside_torch_are_the_users(torch_shapes: Any) -> None:
     model = Apply(lambda m, x: m.fc(torch_shapes.branch(x)), fc=linear(3, 2))
     with pytest.raises(errors.CaptureError, match="branches") as caught:
-        lrpfx.explain(model, x(), 1)
+        lrpfx.explain(model, x(), 1, capture="export")
     assert "torch_shapes_of_a_test/ops.py:2" in caught.value.where[0]

@@ -124,4 +124,4 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
 @pytest.mark.parametrize(("make", "error", "words"), REFUSED.values(), ids=REFUSED)
 def test_refused(make: Callable[[], nn.Module], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
-        lrpfx.explain(make(), normal(2, 6), rules=RULES["epsilon_all"])
+        lrpfx.explain(make(), normal(2, 6), rules=RULES["epsilon_all"], capture="export")
