@@ -658,7 +658,7 @@ def test_value_errors_are_value_errors() -> None:
     )
     assert all(issubclass(error, ValueError) for error in wrong_values)
     exported = [getattr(errors, name) for name in errors.__all__]
-    assert all(issubclass(error, errors.LrpError) for error in exported)
+    assert all(issubclass(error, (errors.LrpError, errors.LrpWarning)) for error in exported)
 
 
 # -- parameters of rules --------------------------------------------------------------------------
