@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from lrpfx.canonize.functionalize import insert
 from lrpfx.canonize.hold import is_inverted, live_values
@@ -149,17 +149,14 @@ def _lerp_of(node: fx.Node) -> tuple[fx.Node, fx.Node, Any] | None:
 
 
 def whole_functions(module: fx.GraphModule) -> fx.GraphModule:
-    """``exp(x) / sum(exp(x))`` -> ``softmax(x)``, ``1 / (1 + exp(-x))`` -> ``sigmoid(x)``.
+    """``1 / (1 + exp(-x))`` -> ``sigmoid(x)``, and so on.
 
     So is ``1 / (1 + exp(x))``, that of ``-x``, and ``exp(x) / (1 + exp(x))``; ``y / (1 + exp(-x))``
     is ``y * sigmoid(x)``, ``relu6(x + 3) / 6`` is ``hardsigmoid(x)``, ``log(1 + exp(x))`` is
-    ``softplus(x)``. What is subtracted of all entries of a softmax alike, such as their maximum, is
-    left out: it changes nothing but the range.
+    ``softplus(x)``.
     """
     finest = max(map(precision, output_leaves(module.graph)), default=0)
     for node in list(module.graph.nodes):
-        if _calls(node, aten.softmax.int) and _is_in_range(*node.args[:2]):
-            node.update_arg(0, node.args[0].args[0])
         if precision(node) < finest:
             continue  # it would change what comes out by more than its own round-off
         with module.graph.inserting_before(node):
@@ -170,29 +167,6 @@ def whole_functions(module: fx.GraphModule) -> fx.GraphModule:
         node.replace_all_uses_with(new)
         module.graph.erase_node(node)
     return module
-
-
-def _softmax_of(node: fx.Node) -> Found | None:
-    """Of exponentials over their sum the softmax, and its arguments."""
-    above, below = _quotient(node)
-    below = _reached(below, aten.expand.default, aten.expand_as.default)
-    places = None
-    if _calls(below, aten.unsqueeze.default):
-        below, places = below.args
-    if not _calls(above, aten.exp.default) or not _calls(below, aten.sum.dim_IntList):
-        return None
-    summed, dims, *kept = below.args
-    rank = above.meta["val"].ndim
-    twice = _calls(summed, aten.exp.default) and summed.args == above.args
-    if not (summed is above or twice) or below.kwargs or not rank or not dims or len(dims) > 1:
-        return None
-    x, form = above.args[0], str(above.meta["val"].shape)
-    if precision(x) != precision(above) or str(node.meta["val"].shape) != form:
-        return None
-    dim = dims[0] % rank
-    if (places is None) is not (kept == [True]) or (places is not None and places % rank != dim):
-        return None
-    return aten.softmax.int, (x.args[0] if _is_in_range(x, dim) else x, dim)
 
 
 def _sigmoid_of(node: fx.Node) -> Found | None:
@@ -243,7 +217,6 @@ def _softplus_of(node: fx.Node) -> Found | None:
 
 
 _FUNCTIONS: tuple[Callable[[fx.Node], Found | None], ...] = (
-    _softmax_of,
     _sigmoid_of,
     _hardsigmoid_of,
     _softplus_of,
@@ -287,17 +260,3 @@ def _quotient(node: Any) -> tuple[Any, Any]:
 def _form(node: fx.Node) -> tuple[str, torch.dtype]:
     value = node.meta["val"]
     return str(value.shape), value.dtype
-
-
-def _is_in_range(node: Any, dim: int) -> bool:
-    """Whether a node is some x less what is the same for all entries along a dimension."""
-    if not _calls(node, aten.sub.Tensor) or node.kwargs or not isinstance(node.args[0], fx.Node):
-        return False
-    x, shift = node.args
-    if _form(x) != _form(node):
-        return False
-    form = node.meta["val"].shape
-    given = shift.meta["val"] if isinstance(shift, fx.Node) else shift
-    sizes = given.shape if isinstance(given, Tensor) else ()
-    at = dim % len(form) - (len(form) - len(sizes))
-    return at < 0 or sizes[at] == 1

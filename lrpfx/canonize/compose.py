@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from typing import Literal
+
 import torch
 from torch import Tensor, fx
 
@@ -34,11 +37,8 @@ def whole_activations(module: fx.GraphModule) -> fx.GraphModule:
             continue
         entry, region = found
         with module.graph.inserting_before(node):
-            new = _call_composed(module, node, entry, region)
+            new = compose(module, node, entry, region)
         changing.add(new)
-        node.replace_all_uses_with(new)
-        for old in sorted(region, reverse=True):
-            module.graph.erase_node(old)
     return module
 
 
@@ -53,11 +53,7 @@ def whole_quantisation(module: fx.GraphModule) -> fx.GraphModule:
         several = not isinstance(node.meta["val"], Tensor)
         for end in [n for n in node.users if n.args[1] == 0] if several else [node]:
             with module.graph.inserting_before(end):
-                new = _call_composed(module, end, node.args[0], {node, end}, "fake_quantize")
-            end.replace_all_uses_with(new)
-            module.graph.erase_node(end)
-        if several and not node.users:
-            module.graph.erase_node(node)
+                compose(module, end, node.args[0], {node, end}, name="fake_quantize")
     return module
 
 
@@ -87,7 +83,7 @@ def _region(end: fx.Node, changing: set[fx.Node]) -> tuple[fx.Node, set[fx.Node]
 
 def _is_activation(node: fx.Node) -> bool:
     if isinstance(node.target, Composed):
-        return True
+        return node.target.family == "activation"
     row = ops.find(node.target, frozenset(["self"]))
     return row is not None and row.family == "activation"
 
@@ -98,9 +94,24 @@ def _is_elementwise(node: fx.Node, end: fx.Node) -> bool:
     return known and bool(node.meta["val"].shape == end.meta["val"].shape)
 
 
-def _call_composed(
-    module: fx.GraphModule, end: fx.Node, entry: fx.Node, region: set[fx.Node], name: str = ""
+def compose(
+    module: fx.GraphModule,
+    end: fx.Node,
+    entry: fx.Node,
+    region: Collection[fx.Node],
+    family: Literal["activation", "softmax"] = "activation",
+    name: str = "",
 ) -> fx.Node:
+    """A call in the place of a region that one value enters; what else it reads are constants.
+
+    Args:
+        module: What the graph belongs to.
+        end: The node of the region that the rest of the graph reads.
+        entry: The value that enters.
+        region: The nodes to be replaced.
+        family: What the whole is.
+        name: What it is called, its last nonlinearity by default.
+    """
     body = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {entry: body.placeholder("x")}
     constants: list[fx.Node] = []
@@ -113,10 +124,16 @@ def _call_composed(
     body.output(copied[end])
     cores = [op_name(n.target) for n in sorted(region) if _is_activation(n)]
     function = fx.GraphModule(module, body)
-    vanishes = not constants and _vanishes(function)
-    composed = Composed(function, name or (cores[-1] if cores else "square"), vanishes)
+    last = "square" if end.target is aten.mul.Tensor else op_name(end.target)
+    name = family if family == "softmax" else name or (cores[-1] if cores else last)
+    vanishes = family == "activation" and not constants and _vanishes(function)
+    composed = Composed(function, name, vanishes, family)
     new = module.graph.call_function(composed, (entry, constants))
     new.meta = dict(end.meta)
+    end.replace_all_uses_with(new)
+    for old in sorted(region, reverse=True):
+        if not old.users:
+            module.graph.erase_node(old)
     return new
 
 

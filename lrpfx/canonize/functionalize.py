@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -176,6 +176,12 @@ def insert(
     with mode, enable_python_dispatcher(), torch.no_grad():
         new.meta["val"] = target(*values[0], **values[1])
     return new
+
+
+def copied(node: fx.Node, other: Mapping[fx.Node, fx.Node], like: fx.Node) -> fx.Node:
+    """A node's call with others in the place of some of its inputs, as ``insert`` makes it."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: other.get(n, n))
+    return insert(like, node.target, args, kwargs)
 
 
 def _is_region(node: fx.Node, word: str = "") -> bool:

@@ -165,10 +165,11 @@ def _only_scales(
 def _inverts(node: fx.Node, statistical: set[fx.Node]) -> bool:
     if node.target is aten.div.Tensor:
         return node.args[1] in statistical
-    return _is_inverse(node)
+    return is_inverse(node)
 
 
-def _is_inverse(node: fx.Node) -> bool:
+def is_inverse(node: fx.Node) -> bool:
+    """Whether a node is the inverse of another, or of a power of it."""
     if node.target is aten.pow.Tensor_Scalar:
         return isinstance(node.args[1], (int, float)) and node.args[1] < 0
     return node.target in (aten.rsqrt.default, aten.reciprocal.default)
@@ -209,7 +210,7 @@ def hold_divisors(module: fx.GraphModule) -> fx.GraphModule:
 
 def is_inverted(node: fx.Node, live: set[fx.Node]) -> bool:
     """Whether a node is an inverse, moved or scaled maybe, a power of it, or their product."""
-    if _is_inverse(node):
+    if is_inverse(node):
         return True
     if node.target is operator.getitem:
         return is_inverted(node.all_input_nodes[0], live)

@@ -204,6 +204,14 @@ def _scatter(op: Writer, self: Any, dim: int, index: Any, src: Any, **rest: Any)
     return None if cut is src else op(op.node.target, self, dim, index, cut)
 
 
+def _scatter_reduce(
+    op: Writer, self: Any, dim: int, index: Any, src: Any, reduce: str, include_self: bool
+) -> fx.Node | None:
+    if reduce != "sum" or not include_self:
+        return None
+    return op(aten.scatter_add.default, self, dim, index, src)
+
+
 def _explicit(equation: str, ndims: list[int]) -> tuple[list[str], str]:
     """Subscripts per operand and of the output, with letters for the one ellipsis; [] for more."""
     inputs, arrow, out = equation.replace(" ", "").partition("->")
@@ -312,6 +320,16 @@ def _var_mean(
         user.replace_all_uses_with(two[0 if user.args[1] == 0 else 1])
 
 
+def _logsumexp(op: Writer, self: Any, dim: Any, keepdim: bool = False) -> fx.Node:
+    """``m + log(sum(exp(self - m)))``, m the largest, a constant."""
+    largest = op(aten.detach.default, op(aten.amax.default, self, dim, True))
+    sums = op(
+        aten.sum.dim_IntList, op(aten.exp.default, op(aten.sub.Tensor, self, largest)), dim, True
+    )
+    whole = op.sum(largest, op(aten.log.default, sums))
+    return whole if keepdim else op(aten.squeeze.dims, whole, dim)
+
+
 def _embedding(op: Writer, weight: Any, indices: Any, **rest: Any) -> fx.Node | None:
     """Rows that are picked, where the table itself depends on the input."""
     if getattr(weight.target, "__name__", "").startswith("embedding_renorm"):
@@ -358,6 +376,7 @@ _PARTS: dict[Any, Parts] = {
     aten.index.Tensor: _index,
     aten.index_select.default: _index_select,
     aten.glu.default: _glu,
+    aten.logsumexp.default: _logsumexp,
     aten.var_mean.default: _var_mean,
     aten.var_mean.dim: _var_mean,
     aten.var_mean.correction: _var_mean,
@@ -377,6 +396,7 @@ _PARTS: dict[Any, Parts] = {
     aten.index_put.default: _index_put,
     aten.scatter.src: _scatter,
     aten.scatter_add.default: _scatter,
+    aten.scatter_reduce.two: _scatter_reduce,
     aten.einsum.default: _einsum,
     aten.tensordot.default: _tensordot,
     aten.embedding_bag.padding_idx: _embedding_bag,

@@ -10,10 +10,12 @@ from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from lrpfx.canonize.attention import group_heads, open_attention
 from lrpfx.canonize.by_hand import whole_functions, whole_lerps, whole_relus
 from lrpfx.canonize.compose import whole_activations, whole_quantisation
+from lrpfx.canonize.final import leave_out_final
 from lrpfx.canonize.fold import fold_into_layers
 from lrpfx.canonize.functionalize import (
     copies_to_casts,
@@ -24,6 +26,8 @@ from lrpfx.canonize.functionalize import (
     writes,
 )
 from lrpfx.canonize.hold import hold_divisors, hold_statistics
+from lrpfx.canonize.measure import INPUTS
+from lrpfx.canonize.normalized import whole_softmaxes
 from lrpfx.canonize.parts import one_name_each, open_parts
 from lrpfx.capture import Program
 from lrpfx.errors import CaptureError, TrainingModeError
@@ -61,9 +65,11 @@ def canonize(program: Program, explained: Collection[int] | None = None) -> fx.G
     for i, node in enumerate(inputs):
         if explained is not None and i not in explained:
             node.meta[HELD] = "not explained"
+    module.meta[INPUTS] = pytree.tree_leaves(program.example_inputs)
     for canonical in PASSES:
         module = canonical(module)
         verify(module.graph)
+    del module.meta[INPUTS]
     # Twins are put beside what an output depends on; a write that is left would be lost there.
     if left := [node for node in module.graph.nodes if writes(node)]:
         raise CaptureError(
@@ -276,14 +282,16 @@ PASSES: tuple[Pass, ...] = (
     refuse_random,
     one_name_each,
     open_parts,
+    views_to_reshapes,
     whole_relus,
     whole_functions,
+    whole_softmaxes,
     group_heads,
     open_attention,
     hold_statistics,
     whole_lerps,
     whole_activations,
     hold_divisors,
-    views_to_reshapes,
     fold_into_layers,
+    leave_out_final,
 )

@@ -194,24 +194,26 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Composed:
-    """An activation written out of primitives, as one op of its one varying input.
+    """An activation or a softmax written out of primitives, as one op of its one varying input.
 
     Args:
         body: Takes x and then the constants.
         core: Name of its last nonlinearity.
         vanishes: Whether it is known to be 0 at 0, with a finite slope.
+        family: "activation" or "softmax".
     """
 
     body: fx.GraphModule
     core: str
     vanishes: bool = False
+    family: str = "activation"
 
     def __post_init__(self) -> None:
         """Name the callable for fx, which writes it into the generated code."""
         object.__setattr__(self, "__name__", f"composed_{self.core}")
 
     def __call__(self, x: Tensor, constants: Sequence[Tensor] = ()) -> Tensor:
-        """The activation of x."""
+        """The function of x."""
         value: Tensor = self.body(x, *constants)
         return value
 

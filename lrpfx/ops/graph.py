@@ -23,6 +23,8 @@ aten = torch.ops.aten
 KEY = "lrpfx"
 #: Marks nodes that count as constants for relevance, though not for gradients; says why.
 HELD = "lrpfx_held"
+#: On outputs that are a softmax or a sigmoid: the ``Final``.
+FINAL = "lrpfx_final"
 #: Ops that read only the values of their first argument, and of the second the shape or type.
 SHAPED = {aten.expand_as.default, aten.view_as.default, aten.reshape_as.default}
 SHAPED |= {aten.type_as.default, aten.to.other}
@@ -129,21 +131,29 @@ def output_leaves(graph: fx.Graph) -> list[Any]:
     return list(leaves)
 
 
-_FINAL = {aten.softmax.int, aten._softmax.default}
-_FINAL |= {aten.log_softmax.int, aten._log_softmax.default}
+@dataclass(frozen=True)
+class Final:
+    """A softmax or sigmoid at an output, which is left out.
+
+    Args:
+        name: What it is.
+        logits: What it reads, moved as its own output is.
+        again: Makes the output of the logits; None where it would need others than these.
+    """
+
+    name: str
+    logits: fx.Node
+    again: Callable[[Tensor], Tensor] | None
 
 
-def final_softmax(leaf: Any) -> bool:
-    """Whether an output is a softmax or log-softmax that nothing else uses."""
-    return isinstance(leaf, fx.Node) and leaf.target in _FINAL and len(leaf.users) == 1
+def final(leaf: Any) -> Final | None:
+    """What is left out at an output, if anything is."""
+    return leaf.meta.get(FINAL) if isinstance(leaf, fx.Node) else None
 
 
 def explained_leaves(graph: fx.Graph) -> list[Any]:
-    """The leaves that relevance starts from: what the graph returns, softmaxes at the end undone.
-
-    Classes compete in a softmax: their logits are what the network computed about each.
-    """
-    return [leaf.args[0] if final_softmax(leaf) else leaf for leaf in output_leaves(graph)]
+    """The leaves that relevance starts from: what the graph returns, or the logits of that."""
+    return [left.logits if (left := final(leaf)) else leaf for leaf in output_leaves(graph)]
 
 
 def reachable(
@@ -167,8 +177,8 @@ def reachable(
 
 
 def used_nodes(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes that some output depends on."""
-    return reachable(nodes_in(output_leaves(graph)))
+    """The nodes that some output depends on, or the logits of one."""
+    return reachable(nodes_in([*output_leaves(graph), *explained_leaves(graph)]))
 
 
 #: Ops that take shape and type from their input, and no values.

@@ -16,7 +16,10 @@ from lrpfx.ops.call import Composed, Op, Sign, always, einsum, hardsigmoid, inhe
 
 aten = torch.ops.aten
 
-_COMPOSED = Op("composed", "activation", (frozenset(["x"]),))
+_COMPOSED = {
+    "activation": Op("composed", "activation", (frozenset(["x"]),)),
+    "softmax": Op("softmax", "softmax", (frozenset(["x"]),), nonneg=always),
+}
 _TABLE: dict[Any, list[Op]] = {}
 #: The kinds with f(0) = 0 for all their parameters, and a finite slope there.
 _VANISHING = {"relu", "relu6", "leaky_relu", "prelu", "elu", "selu", "celu", "gelu"}
@@ -26,7 +29,8 @@ _VANISHING |= {"square", "erf"}
 
 def find(target: Any, live: frozenset[str]) -> Op | None:
     """The row for a call of ``target`` whose live arguments are exactly ``live``."""
-    rows = (_COMPOSED,) if isinstance(target, Composed) else _TABLE.get(target, ())
+    composed = isinstance(target, Composed)
+    rows = (_COMPOSED[target.family],) if composed else _TABLE.get(target, ())
     return next((op for op in rows if live in op.live), None)
 
 
@@ -37,7 +41,7 @@ def rows() -> Iterable[tuple[Any, Op]]:
 
 def kinds() -> set[str]:
     """All kinds in the table."""
-    return {op.kind for _, op in rows()} | {_COMPOSED.kind}
+    return {op.kind for _, op in rows()} | {op.kind for op in _COMPOSED.values()}
 
 
 #: Families that an op can be added to: their rules need to know no more of it than its row.

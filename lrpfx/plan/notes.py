@@ -9,7 +9,7 @@ from torch import fx
 from lrpfx.canonize import DIVISOR
 from lrpfx.capture import Captured, Read
 from lrpfx.errors import some
-from lrpfx.ops import HELD, final_softmax, module_calls, output_leaves, reachable, used_nodes
+from lrpfx.ops import HELD, final, module_calls, output_leaves, reachable, used_nodes
 from lrpfx.plan.starts import unplaced
 
 #: Of the function that the model ends in.
@@ -29,8 +29,15 @@ def notes_of(
     if captured.why_static:
         yield f"captured for a batch of {captured.signature.batch} only: {captured.why_static}"
     yield from _notes_of_reads(captured.decisions or ())
-    if any(final_softmax(leaf) for leaf in output_leaves(graph)):
-        yield f"the softmax {LEFT_OUT}: explained are its logits"
+    left = {f.name: f for leaf in output_leaves(graph) if (f := final(leaf)) is not None}
+    for name, function in left.items():
+        if function.again is not None:
+            yield f"the {name} {LEFT_OUT}: explained are its logits"
+        else:
+            yield (
+                f"the {name}, of which a part is the output, is left out: explained are its "
+                "logits, which a callable target gets, too"
+            )
     used = used_nodes(graph)
     if placeless := [n for n in unplaced(graph, starts) if n in used]:
         calls = [module_calls(n, captured.prefix) for n in placeless]

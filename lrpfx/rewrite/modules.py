@@ -47,10 +47,10 @@ def rewrite(
     """
     graph = fx.Graph()
     graph.set_codegen(copy.copy(module.graph._codegen))
-    leaves = output_leaves(module.graph)
+    leaves, explained = output_leaves(module.graph), explained_leaves(module.graph)
     own = [n for n in live if n.op == "placeholder"]
     streams = Streams(graph, plan, live, {}, own)
-    streams.run(module.graph, nodes_in(leaves))
+    streams.run(module.graph, nodes_in([*leaves, *explained]))
 
     def joined(node: fx.Node, explained: fx.Node) -> fx.Node:
         clean = streams.clean[node]
@@ -59,7 +59,7 @@ def rewrite(
         join = Join(f"output_{node.name}", arity=1, reads_output=False)
         return streams.beside(join, clean, [streams.phantoms[explained]])
 
-    pairs = zip(leaves, explained_leaves(module.graph), strict=True)
+    pairs = zip(leaves, explained, strict=True)
     graph.output(tuple(joined(n, e) if isinstance(n, fx.Node) else n for n, e in pairs))
     return _finish(module, graph)
 
@@ -113,7 +113,7 @@ def instrument(
         )
     else:
         streams = Streams(graph, plan, live, copied, ledger=ledger, edits=edits)
-    streams.run(module.graph, [*nodes_in(leaves), *(tap.activation for tap in taps)])
+    streams.run(module.graph, [*nodes_in([*leaves, *explained]), *(tap.activation for tap in taps)])
     clean, phantoms = streams.result, streams.phantoms
     ends = [
         streams.seeded.get(n, phantoms.get(n)) if isinstance(n, fx.Node) else None

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lrpfx.ops import Call, Op, Site
+from lrpfx.ops import Call, Composed, Op, Site
 from lrpfx.rules.base import (
     Absorbed,
     Carry,
@@ -142,9 +142,10 @@ class Bilinear(Rule):
 
 @dataclass(frozen=True)
 class Taylor(Rule):
-    """Softmax expanded at x: R_x = x * (R - y * sum R), entries of -infinity get nothing.
+    """Softmax y expanded at x: R_x = x * J'(R / y), entries of -infinity get nothing.
 
-    Relevance is not conserved here: the ledger books what the expansion leaves over.
+    J is the Jacobian of y, so over one dimension this is R_x = x * (R - y * sum R). Relevance is
+    not conserved here: the ledger books what the expansion leaves over.
 
     Source: Achtibat et al. 2024 (AttnLRP, arXiv 2402.05602), Prop. 3.1, eq. 12.
     """
@@ -158,9 +159,9 @@ class Taylor(Rule):
     def propagate(
         self, call: Call, x: tuple[Tensor, ...], z: Tensor, R: Tensor | tuple[Tensor, ...]
     ) -> Flow:
-        """R_x = x * (R - y * sum R)."""
+        """R_x = x * J'(R / y)."""
         assert isinstance(R, Tensor)
-        R_x = self.weigh(x[0], R - z * R.sum(call.argument("dim"), keepdim=True))
+        R_x = self.weigh(x[0], _expanded(call, x, z, R))
 
         def absorbed() -> Absorbed:
             return {"softmax": sum_all([R]) - sum_all([R_x])}
@@ -176,12 +177,19 @@ class Taylor(Rule):
         return (1.0,)
 
     def needs(self, site: Site, taken: bool) -> tuple[bool, bool]:
-        """The output is enough."""
-        return False, True
+        """Over one dimension the output is enough."""
+        return isinstance(site.target, Composed), True
 
     def multiply(
         self, call: Call, x: tuple[Tensor, ...], z: Tensor, m: Any, carry: Carry
     ) -> tuple[Tensor, ...]:
-        """c_x = R - y * sum R."""
-        R = z * m if carry.takes else m
-        return (R - z * R.sum(call.argument("dim"), keepdim=True),)
+        """c_x = J'(R / y)."""
+        return (_expanded(call, x, z, z * m if carry.takes else m),)
+
+
+def _expanded(call: Call, x: tuple[Tensor, ...], y: Tensor, R: Tensor) -> Tensor:
+    """J'(R / y), which is R - y * sum R over one dimension; where y is zero, R is, too."""
+    if isinstance(call.site.target, Composed):
+        (c,) = call.pull_back(x, divide(R, y, 0.0)[0])
+        return c
+    return R - y * R.sum(call.argument("dim"), keepdim=True)

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from lrpfx.capture import Captured, Inputs
 from lrpfx.explanation import Explanation, LayerCalls, LayerRelevance, Layers, stacked
-from lrpfx.ops import final_softmax, output_leaves
+from lrpfx.ops import final, output_leaves
 from lrpfx.plan import LEFT_OUT, index_places
 from lrpfx.report import Report, with_ledger
 from lrpfx.rewrite import Booking
@@ -49,10 +49,8 @@ class Gather:
 
     def finish(self, explained: Sequence[Any]) -> Any:
         """The model's own output from the explained leaves: callables see probabilities."""
-        leaves = zip(output_leaves(self._graph), explained, strict=True)
-        return self._rebuild(
-            [n.target(v, *n.args[1:], **n.kwargs) if final_softmax(n) else v for n, v in leaves]
-        )
+        leaves = zip(map(final, output_leaves(self._graph)), explained, strict=True)
+        return self._rebuild([f.again(v) if f is not None and f.again else v for f, v in leaves])
 
     def explanation(
         self,

@@ -1,0 +1,112 @@
+"""A softmax or sigmoid at the output is left out, whatever moves stand behind it."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lrpfx
+from lrpfx import composites
+from tests.conftest import Apply, traced_once
+
+RULES = composites.EpsilonAll(0.0)
+X = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+#: Each makes an output (N, 3, ...), from which the second class is explained.
+SOFTMAXES: dict[str, Callable[[Tensor], Tensor]] = {
+    "plain": lambda z: z.softmax(1),
+    "unsqueezed and squeezed": lambda z: z.unsqueeze(1).softmax(-1).squeeze(1),
+    "viewed": lambda z: z.softmax(1).view(-1, 3, 1),
+    "permuted": lambda z: z[None].softmax(2).permute(1, 2, 0),
+    "transposed": lambda z: z[:, None].softmax(2).transpose(1, 2),
+    "cast": lambda z: z.softmax(1).float(),
+    "with a guard": lambda z: (e := z.exp()) / (e.sum(1, keepdim=True) + 1e-12),
+}
+LOGARITHMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "viewed": lambda z: z.log_softmax(1).view(-1, 3),
+    "indexed": lambda z: F.log_softmax(z, 1)[:, :, None],
+    "by logsumexp": lambda z: z - z.logsumexp(1, keepdim=True),
+}
+SIGMOIDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "plain": torch.sigmoid,
+    "moved": lambda z: z.view(-1, 3, 1).sigmoid().transpose(1, 2)[:, 0],
+    "by hand": lambda z: 1 / (1 + torch.exp(-z)),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_trace() -> Iterator[None]:
+    with traced_once():
+        yield
+
+
+@functools.cache
+def model(end: Callable[[Tensor], Tensor]) -> nn.Module:
+    torch.manual_seed(0)
+    return Apply(lambda m, x: end(m.layer(x)), layer=nn.Linear(4, 3).double())
+
+
+def itself(z: Tensor) -> Tensor:
+    return z
+
+
+def relevance(end: Callable, target: Any = None) -> tuple[Tensor, tuple[str, ...]]:
+    found = lrpfx.explain(model(end), X, target, rules=RULES)
+    torch.testing.assert_close(found.output, end(model(itself)(X)))
+    return found.relevance.double(), found.report.notes
+
+
+@pytest.mark.parametrize(
+    ("end", "function", "name"),
+    [(end, lambda z: z.softmax(1), "softmax") for end in SOFTMAXES.values()]
+    + [(end, lambda z: z.log_softmax(1), "log-softmax") for end in LOGARITHMS.values()]
+    + [(end, torch.sigmoid, "sigmoid") for end in SIGMOIDS.values()],
+    ids=[
+        *SOFTMAXES,
+        *(f"log {key}" for key in LOGARITHMS),
+        *(f"sigmoid {key}" for key in SIGMOIDS),
+    ],
+)
+def test_what_is_explained_are_the_logits(end: Callable, function: Callable, name: str) -> None:
+    tolerance = 1e-6 if end(torch.zeros(1, 3).double()).dtype == torch.float32 else 1e-9
+    found, notes = relevance(end, 1)
+    expected, _ = relevance(itself, 1)
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    assert len(notes) == 1 and notes[0].startswith(f"the {name} at the output is left out")
+    # To a callable it is part of what the target computes.
+    found, _ = relevance(end, lambda out: out.flatten(1)[:, 1])
+    expected, _ = relevance(itself, lambda z: function(z)[:, 1])
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "end", [lambda z: z.softmax(1)[:, 1], lambda z: z.softmax(1).split(1, 1)[1].squeeze(1)]
+)
+def test_of_one_probability_the_logit_is_explained_whatever_the_target(end: Callable) -> None:
+    expected, _ = relevance(itself, 1)
+    for target in (None, lambda out: out):
+        found, notes = relevance(end, target)
+        torch.testing.assert_close(found, expected)
+        assert notes[0].endswith("explained are its logits, which a callable target gets, too")
+
+
+def test_a_softmax_beside_its_own_argmax_is_left_out() -> None:
+    both = model(lambda z: {"p": (p := z.softmax(1)), "class": p.argmax(1)})
+    expected, _ = relevance(itself, 1)
+    torch.testing.assert_close(lrpfx.explain(both, X, 1, rules=RULES).relevance, expected)
+
+
+def test_a_sigmoid_with_a_negative_logit_keeps_the_sign_of_the_relevance() -> None:
+    x = X[:1]
+    logit = model(lambda z: -z.square().sum(1, keepdim=True))
+    through = model(lambda z: (-z.square().sum(1, keepdim=True)).sigmoid())
+    expected, found = (lrpfx.explain(m, x, rules=RULES).relevance for m in (logit, through))
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_gate_at_the_output_is_none_to_leave_out() -> None:
+    assert relevance(lambda z: z * z.sigmoid(), 1)[1] == ()
