@@ -137,6 +137,14 @@ def pointwise_convolutions(node: Record) -> bool:
     return node.tokenwise and not node.first
 
 
+def input_scales(node: Record) -> bool:
+    """Selects what shifts or scales an input by channel before its first layer.
+
+    Such as ``(x - mean) / std``, ``x * 2 - 1``, ``x / 255``, or a batch norm.
+    """
+    return node.preparing
+
+
 class Composite:
     """An ordered list of (selector, rule), which may be laid over another one.
 
@@ -257,7 +265,8 @@ def base_map(stabilizer: StabilizerLike, affine: Rule) -> list[Entry]:
     Activations Pass; residual sums, average pooling, batch norm that could not be folded, constant
     factors and summands Norm; layer, group and instance norm Norm with their 1 / std as a
     constant; products of live tensors Uniform, matrix products Bilinear, softmax Taylor; moves
-    and selections follow the gradient.
+    and selections follow the gradient. Shifts and scales of an input before its first layer Pass:
+    relevance of the normalised pixel is the pixel's.
 
     Args:
         stabilizer: Of Norm.
@@ -265,6 +274,7 @@ def base_map(stabilizer: StabilizerLike, affine: Rule) -> list[Entry]:
     """
     return [
         ("activation", Pass()),
+        (input_scales, Pass()),
         ("affine", Norm(stabilizer)),
         ("affine", affine),
         ("normalize", Norm(stabilizer)),
@@ -326,6 +336,7 @@ class Auto(Named):
             (patch_embeddings, exact),
             (pointwise_convolutions, exact),
             ("conv", conv),
+            (input_scales, Pass()),
             (Attending("linear"), exact),
             (Attending("affine"), Norm(attention)),
             (Attending("affine"), exact),

@@ -91,6 +91,10 @@ class Program(Protocol):
     def graph_module(self) -> fx.GraphModule:
         """The graph as it was traced."""
 
+    @property
+    def example_inputs(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """What it was traced with: positional arguments and keywords."""
+
     def module(self, check_guards: bool) -> fx.GraphModule | nn.Module:
         """The graph with the model's own parameters."""
 

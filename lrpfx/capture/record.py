@@ -43,6 +43,7 @@ class Recording:
         self, module: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         self.graph_module, self._args, self._kwargs = module, args, kwargs
+        self.example_inputs = args, kwargs
 
     def module(self, check_guards: bool = False) -> fx.GraphModule:
         """The graph; there are no guards to check."""

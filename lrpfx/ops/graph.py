@@ -65,6 +65,7 @@ class Record:
         recurrent: Whether it is such a gate of a recurrent layer.
         attending: Whether some attention stands before or behind this node.
         tokenwise: Whether this is a convolution that is a linear layer of tokens.
+        preparing: Whether this shifts or scales an input's channels before its first layers.
         site: How to run the op again.
     """
 
@@ -83,6 +84,7 @@ class Record:
     recurrent: bool
     attending: bool
     tokenwise: bool
+    preparing: bool
     site: Site
 
     @property

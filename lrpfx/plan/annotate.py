@@ -175,6 +175,7 @@ def annotate_known(
                 recurrent=node in places.recurrent,
                 attending=node in places.attending,
                 tokenwise=node in places.tokenwise,
+                preparing=node in places.preparing,
             )
             counts: tuple[int, ...] = ()
             if op.kind == "product":
@@ -261,6 +262,7 @@ def _record(
         recurrent=False,
         attending=False,
         tokenwise=False,
+        preparing=False,
         nonneg=op.nonneg(bound_arguments(node), all(n in nonneg for n in signed)),
         site=_site(op, node, carrying, nonneg),
     )

@@ -9,7 +9,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from lrpfx.ops import Op, bound_arguments, explained_leaves, nodes_in, reachable
 from lrpfx.plan.factors import find_gates, is_bounded
@@ -27,11 +27,13 @@ class Places:
         attending: What some attention stands before or behind.
         tokenwise: Convolutions that are linear layers of tokens: patch embeddings, and pointwise
             ones of a transformer.
+        preparing: Shifts and scales of an input's channels that its first layers read.
     """
 
     recurrent: set[fx.Node]
     attending: set[fx.Node]
     tokenwise: set[fx.Node]
+    preparing: set[fx.Node]
 
 
 def find_places(graph: fx.Graph, known: Known, starts: Iterable[fx.Node]) -> Places:
@@ -46,7 +48,8 @@ def find_places(graph: fx.Graph, known: Known, starts: Iterable[fx.Node]) -> Pla
     recurrent = _recurrent(graph, known)
     if not _leaves_a_way(graph, known, starts, recurrent):
         recurrent = set()
-    return Places(recurrent, attending, _tokenwise(graph, known, attending))
+    tokenwise = _tokenwise(graph, known, attending)
+    return Places(recurrent, attending, tokenwise, _preparing(graph, known, starts))
 
 
 def _kind(node: fx.Node, known: Known) -> str:
@@ -195,3 +198,41 @@ def _leaves_a_way(
         if node in known and node not in stopped and not open_.isdisjoint(node.all_input_nodes):
             open_.add(node)
     return not open_.isdisjoint(nodes_in(explained_leaves(graph)))
+
+
+# -- inputs
+
+
+def _preparing(graph: fx.Graph, known: Known, starts: Iterable[fx.Node]) -> set[fx.Node]:
+    """What shifts or scales an input by channel before its first layers, by batch norm maybe.
+
+    Tokens that are shifted by their positions are none, nor is an input without such a layer.
+    """
+    inputs = {node for node in starts if node.op == "placeholder"}
+    before, found = set(inputs), set[fx.Node]()
+    for node in graph.nodes:
+        if node not in known or node in inputs or before.isdisjoint(node.all_input_nodes):
+            continue
+        changes = _kind(node, known) in ("shift", "scale", "batch_norm")
+        if changes and _is_by_channel(node, known):
+            found.add(node)
+        elif not _passes(node, known, "pad") or _kind(node, known).endswith("norm"):
+            continue
+        before.add(node)
+    layers = {n for n in known if _kind(n, known) in ("conv", "linear")}
+    read = {n for layer in layers for n in layer.all_input_nodes} & before
+    return found & reachable(read, lambda n: [] if n in inputs else n.all_input_nodes)
+
+
+def _is_by_channel(node: fx.Node, known: Known) -> bool:
+    """Whether a shift or scale has one number for each channel, or one for all."""
+    if _kind(node, known) == "batch_norm":
+        return True
+    (x,) = (n for n in node.all_input_nodes if n in known)
+    shapes = [
+        n.meta["val"].shape
+        for n in node.all_input_nodes
+        if n is not x and isinstance(n.meta["val"], Tensor)
+    ]
+    alike = str(x.meta["val"].shape) == str(node.meta["val"].shape)
+    return alike and all(sum(size != 1 for size in shape) <= 1 for shape in shapes)
