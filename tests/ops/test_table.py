@@ -316,7 +316,9 @@ SHIFTS: dict[str, tuple[Fn, float, float]] = {
 @pytest.mark.parametrize(("fn", "gain", "bias"), SHIFTS.values(), ids=SHIFTS)
 def test_constant_summands_absorb_their_share(fn: Fn, gain: float, bias: float) -> None:
     model, x = Between(fn, ROW), samples(ROW)
-    e = lrpfx.explain(model, x, 0, rules=lrpfx.composites.EpsilonAll(epsilon=0.0))
+    # Named, as directly at the input it is the input's own.
+    rules = lrpfx.composites.EpsilonAll(epsilon=0.0) + [("affine", lrpfx.Norm(0.0))]
+    e = lrpfx.explain(model, x, 0, rules=rules)
     y = x * model.gain.detach()
     z = fn(y)
     R = z * model.head.weight[0].detach()
