@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
+def preserved(model: nn.Module) -> Iterator[Callable[[], None]]:
     """Leave the model and the random states as they were, also when an error passes.
+
+    Yields what brings back the model, and not the random states, before the end.
 
     Running or tracing a model can fill caches (with fake tensors), count calls, register hooks,
     update buffers and even rescale weights. Everything that the modules' attributes reach is
@@ -28,11 +30,15 @@ def preserved(model: nn.Module) -> Iterator[None]:
         _remember(module, undo, seen)
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    try:
-        yield
-    finally:
+
+    def bring_back() -> None:
         for restore in undo:
             restore()
+
+    try:
+        yield bring_back
+    finally:
+        bring_back()
         torch.set_rng_state(states[0])
         random.setstate(states[1])
         np.random.set_state(states[2])

@@ -73,13 +73,12 @@ def record(model: nn.Module, inputs: Inputs) -> Trace:
         InputError: No input can be explained, or the model itself fails on the inputs.
     """
     leaves, spec = check_examples(model, inputs)
-    # Each on its own, from the same state: what a model counts or keeps is part of the run.
-    with preserved(model):
+    with preserved(model) as bring_back:
         _draw()  # what the model draws at random by Python is then not what the record has
         output = run_model(model, copies(leaves), spec)
         expected = copies(tensors_in(output))
-    traced = AsDict(model) if any(map(is_dataclass, pytree.tree_leaves(output))) else None
-    with preserved(model):
+        traced = AsDict(model) if any(map(is_dataclass, pytree.tree_leaves(output))) else None
+        bring_back()  # what a model counts or keeps is part of the run
         program, reads = _record(traced or model, leaves, spec)
     captured = Captured(
         model=model,
