@@ -167,7 +167,7 @@ def check_inputs(signature: Signature, inputs: Inputs) -> list[Any]:
 
 
 #: What is no tensor, and tells by comparison whether it is the same.
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
 def has_form(signature: Signature, inputs: Inputs) -> bool:
@@ -179,7 +179,7 @@ def has_form(signature: Signature, inputs: Inputs) -> bool:
     return all(
         isinstance(leaf, Tensor) and _has_form(leaf, form)
         if isinstance(form, TensorForm)
-        else type(leaf) is type(form) and isinstance(leaf, _PLAIN) and leaf == form
+        else type(leaf) is type(form) and isinstance(leaf, PLAIN) and leaf == form
         for leaf, form in pairs
     )
 

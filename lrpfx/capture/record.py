@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
@@ -22,7 +22,15 @@ from lrpfx.capture.export import (
     run_model,
     tracing,
 )
-from lrpfx.capture.inputs import Inputs, Signature, copies, form_of, input_paths, split_inputs
+from lrpfx.capture.inputs import (
+    PLAIN,
+    Inputs,
+    Signature,
+    copies,
+    form_of,
+    input_paths,
+    split_inputs,
+)
 from lrpfx.capture.lines import raised_at
 from lrpfx.capture.outputs import AsDict, is_dataclass, tensors_in
 from lrpfx.capture.preserve import preserved
@@ -73,6 +81,7 @@ def record(model: nn.Module, inputs: Inputs) -> Trace:
         InputError: No input can be explained, or the model itself fails on the inputs.
     """
     leaves, spec = check_examples(model, inputs)
+    _refuse_objects(leaves, "the inputs hold", "give its tensors, and make it in a wrapper module.")
     with preserved(model) as bring_back:
         _draw()  # what the model draws at random by Python is then not what the record has
         output = run_model(model, copies(leaves), spec)
@@ -96,6 +105,12 @@ def record(model: nn.Module, inputs: Inputs) -> Trace:
     return Trace(captured, program, expected)
 
 
+def _refuse_objects(leaves: Sequence[Any], who: str, fix: str) -> None:
+    """Raise CaptureError for what is no tensor and no constant: the run may write into it."""
+    if odd := [type(v).__name__ for v in leaves if not isinstance(v, (Tensor, *PLAIN))]:
+        raise CaptureError(f"{who} a {odd[0]}, which a recorded graph cannot hold.", fix=fix)
+
+
 def _draw() -> None:
     """Let every generator go on by one number."""
     random.random()
@@ -116,6 +131,12 @@ def _record(
     try:
         with tracing(), recorder.recording(model):
             output = model(*args, **kwargs)
+            _refuse_objects(
+                pytree.tree_leaves(output),
+                "the model returns",
+                "return tensors only, from a wrapper module; of a language model give "
+                "use_cache=False with the inputs.",
+            )
             reads = recorder.reads()
             graph = recorder.finish(output)
     except CaptureError:
