@@ -8,15 +8,31 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from lrpfx.canonize.commute import (
+    AFFINE,
+    PRODUCTS,
+    TRANSPOSED,
+    Blocked,
+    batch_norm_constants,
+    name_of,
+    note_of,
+    way_from_layers,
+    weight_of,
+)
 from lrpfx.canonize.functionalize import insert
-from lrpfx.ops import CONVS, bound_arguments, module_calls, output_leaves, precision, reachable
+from lrpfx.ops import (
+    CONVS,
+    KEPT,
+    KEPT_NOTE,
+    bound_arguments,
+    module_calls,
+    output_leaves,
+    precision,
+    reachable,
+)
 
 aten = torch.ops.aten
 
-_TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input}
-_TRANSPOSED |= {aten.conv_transpose3d.input}
-_AFFINE = CONVS | _TRANSPOSED | {aten.linear.default}
-_PRODUCTS = {aten.matmul.default, aten.mm.default}
 _COMMUTE = {aten.add.Tensor, aten.mul.Tensor}
 
 
@@ -40,12 +56,32 @@ def fold_into_layers(module: fx.GraphModule) -> fx.GraphModule:
         source = node.args[0]
         if bound_arguments(node)["running_mean"] is None:
             continue  # it standardises a weight
-        if source.target in _AFFINE and len(source.users) == 1 and _channels_match(source):
+        if source.target in AFFINE and len(source.users) == 1 and _channels_match(source):
             with node.graph.inserting_before(node):
-                _fold_back(node, source, *_scale_and_shift(node))
+                _fold_back(node, source, *batch_norm_constants(node))
         elif len(node.users) == 1 and _takes_shift(user := next(iter(node.users)), node):
             _fold_ahead(node, user)
+        else:
+            _say_why(node, source)
     return module
+
+
+def _say_why(bn: fx.Node, source: fx.Node) -> None:
+    """Note why a batch norm stays by itself, for its row of the report."""
+    way, (user, *more) = way_from_layers(source), (*bn.users, None)
+    if isinstance(way, Blocked):
+        behind = way.why
+        if note := note_of(bn, way):
+            bn.meta[KEPT_NOTE] = note, way.by
+    else:
+        behind = bn.meta.get(KEPT, "its channels are not those of the layer before it")
+    if len(more) > 1:
+        ahead = "it is read several times"
+    elif user is not None and user.target in CONVS and user.args[0] is bn:
+        ahead = f"{name_of(user)} behind it pads with zeros"
+    else:
+        ahead = "there is no layer directly behind it"
+    bn.meta[KEPT] = f"{behind}; {ahead}"
 
 
 def _constant_behind(node: fx.Node, finest: int) -> tuple[fx.Node, fx.Node] | None:
@@ -62,21 +98,15 @@ def _constant_behind(node: fx.Node, finest: int) -> tuple[fx.Node, fx.Node] | No
             return None
         while layer.target is aten.to.dtype and len(layer.users) == 1:
             layer = layer.all_input_nodes[0]
-        if layer.target not in _AFFINE | _PRODUCTS or len(layer.users) > 1:
+        if layer.target not in AFFINE | PRODUCTS or len(layer.users) > 1:
             continue
         same = layer.meta["val"].dtype == node.meta["val"].dtype
         known = same or precision(node) > precision(layer) >= finest
         known = known and _is_per_channel(constant, layer)
-        leaves = reachable([constant, _weight(layer)]) if known else ()
+        leaves = reachable([constant, weight_of(layer)]) if known else ()
         if known and not any(n.op == "placeholder" for n in leaves):
             return layer, constant
     return None
-
-
-def _weight(layer: fx.Node) -> fx.Node:
-    _, weight, *_ = bound_arguments(layer).values()
-    assert isinstance(weight, fx.Node)
-    return weight
 
 
 def _is_per_channel(constant: fx.Node, layer: fx.Node) -> bool:
@@ -84,8 +114,8 @@ def _is_per_channel(constant: fx.Node, layer: fx.Node) -> bool:
     if not isinstance(constant.meta["val"], Tensor):  # a size
         return False
     given, out = constant.meta["val"].shape, layer.meta["val"].shape
-    weight = _weight(layer).meta["val"]
-    if len(given) > len(out) or weight.ndim < 2 or (layer.target in _PRODUCTS and weight.ndim > 2):
+    weight = weight_of(layer).meta["val"]
+    if len(given) > len(out) or weight.ndim < 2 or (layer.target in PRODUCTS and weight.ndim > 2):
         return False
     expected = [1] * len(out)
     channels = len(out) - (weight.ndim - 1)
@@ -97,7 +127,7 @@ def _fold_constant(node: fx.Node, layer: fx.Node, constant: fx.Node) -> None:
     """The layer with the constant in its weight, or in its bias."""
     with node.graph.inserting_before(node):
         given = _like(layer, insert(node, aten.reshape.default, (constant, [-1])))
-        if layer.target in _PRODUCTS:
+        if layer.target in PRODUCTS:
             x, weight = bound_arguments(layer).values()
             transposed = insert(node, aten.t.default, (weight,))
             product, layer = layer, insert(layer, aten.linear.default, (x, transposed))
@@ -129,19 +159,6 @@ def _takes_shift(node: fx.Node, bn: fx.Node) -> bool:
     return padding == "valid" or (padding != "same" and not any(padding))
 
 
-def _scale_and_shift(bn: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """Nodes for gamma / sqrt(var + eps) and beta - mean * that, both (C,)."""
-    a = bound_arguments(bn)
-    shifted = insert(bn, aten.add.Tensor, (a["running_var"], a["eps"]))
-    scale = insert(bn, aten.rsqrt.default, (shifted,))
-    if a["weight"] is not None:
-        scale = insert(bn, aten.mul.Tensor, (scale, a["weight"]))
-    moved = insert(bn, aten.mul.Tensor, (a["running_mean"], scale))
-    if a["bias"] is not None:
-        return scale, insert(bn, aten.sub.Tensor, (a["bias"], moved))
-    return scale, insert(bn, aten.neg.default, (moved,))
-
-
 def _fold_back(
     node: fx.Node, affine: fx.Node, scale: fx.Node | None, shift: fx.Node | None
 ) -> None:
@@ -167,7 +184,7 @@ def _scaled_outputs(like: fx.Node, affine: fx.Node, scale: fx.Node) -> fx.Node:
     arguments = bound_arguments(affine)
     weight: fx.Node = arguments["weight"]
     shape = tuple(weight.meta["val"].shape)
-    if affine.target in _TRANSPOSED:  # (in, out / groups, ...), outputs ordered by group
+    if affine.target in TRANSPOSED:  # (in, out / groups, ...), outputs ordered by group
         groups = arguments["groups"]
         by_group = (groups, shape[0] // groups, *shape[1:])
         per_output = (groups, 1, shape[1]) + (1,) * (len(shape) - 2)
@@ -185,7 +202,7 @@ def _fold_ahead(bn: fx.Node, affine: fx.Node) -> None:
     by_group = (groups, shape[0] // groups, *shape[1:])
     per_input = (groups, 1, shape[1]) + (1,) * (len(shape) - 2)
     with bn.graph.inserting_before(affine):
-        scale, shift = _scale_and_shift(bn)
+        scale, shift = batch_norm_constants(bn)
         folded = _scaled(bn, weight, scale, by_group, per_input, shape)
         spread = _scaled(bn, weight, shift, by_group, per_input, shape)
         bias = insert(bn, aten.sum.dim_IntList, (spread, list(range(1, len(shape)))))

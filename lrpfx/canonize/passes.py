@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from lrpfx.canonize.attention import group_heads, open_attention
 from lrpfx.canonize.by_hand import whole_functions, whole_lerps, whole_relus
+from lrpfx.canonize.commute import constants_behind_layers
 from lrpfx.canonize.compose import whole_activations, whole_quantisation
 from lrpfx.canonize.final import leave_out_final
 from lrpfx.canonize.fold import fold_into_layers
@@ -292,6 +293,7 @@ PASSES: tuple[Pass, ...] = (
     whole_lerps,
     whole_activations,
     hold_divisors,
+    constants_behind_layers,
     fold_into_layers,
     leave_out_final,
 )

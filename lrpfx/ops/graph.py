@@ -23,6 +23,8 @@ aten = torch.ops.aten
 KEY = "lrpfx"
 #: Marks nodes that count as constants for relevance, though not for gradients; says why.
 HELD = "lrpfx_held"
+#: Why a batch norm or a constant could not be folded; a note on that, and the op it is about.
+KEPT, KEPT_NOTE = "lrpfx_kept", "lrpfx_kept_note"
 #: On outputs that are a softmax or a sigmoid: the ``Final``.
 FINAL = "lrpfx_final"
 #: Ops that read only the values of their first argument, and of the second the shape or type.
@@ -55,6 +57,7 @@ class Record:
         op: Its row in the op table.
         modules: The calls it was made in, outermost first.
         folded: Module calls that were folded into this node (batch norm).
+        kept: Why the node could not itself be folded into a layer, "" if nothing is said of that.
         source: "file:line   code" of the innermost line outside torch, "" if unknown.
         inputs: Names of the nodes that its relevance goes to.
         shape: Shape of the output, "N" for the batch; the first output's for several.
@@ -74,6 +77,7 @@ class Record:
     op: Op
     modules: tuple[ModuleCall, ...]
     folded: tuple[ModuleCall, ...]
+    kept: str
     source: str
     inputs: tuple[str, ...]
     shape: tuple[int | str, ...]

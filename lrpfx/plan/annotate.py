@@ -20,6 +20,7 @@ from lrpfx import ops
 from lrpfx.errors import UnsupportedOpError
 from lrpfx.ops import (
     HELD,
+    KEPT,
     KEY,
     ModuleCall,
     Op,
@@ -253,6 +254,7 @@ def _record(
         op=op,
         modules=module_calls(node, prefix),
         folded=tuple(ModuleCall(c.path.removeprefix(prefix), c.call) for c in folded),
+        kept=node.meta.get(KEPT, ""),
         source=source_line(node),
         inputs=_live_inputs(node, carrying),
         shape=_shape(node.meta["val"], letters),

@@ -9,7 +9,7 @@ from torch import fx
 from lrpfx.canonize import DIVISOR
 from lrpfx.capture import Captured, Read
 from lrpfx.errors import some
-from lrpfx.ops import HELD, final, module_calls, output_leaves, reachable, used_nodes
+from lrpfx.ops import HELD, KEPT_NOTE, final, module_calls, output_leaves, reachable, used_nodes
 from lrpfx.plan.starts import unplaced
 
 #: Of the function that the model ends in.
@@ -39,6 +39,8 @@ def notes_of(
                 "logits, which a callable target gets, too"
             )
     used = used_nodes(graph)
+    kept = [n.meta[KEPT_NOTE] for n in graph.nodes if KEPT_NOTE in n.meta]
+    yield from dict.fromkeys(note + _hooks_at(by, captured) for note, by in kept)
     if placeless := [n for n in unplaced(graph, starts) if n in used]:
         calls = [module_calls(n, captured.prefix) for n in placeless]
         paths = {str(c[-1]) if c else "(the model)" for c in calls}
@@ -73,3 +75,12 @@ def _notes_of_reads(reads: Sequence[Read]) -> Iterator[str]:
 
 def _places(reads: Sequence[Read]) -> str:
     return "; ".join(some(list(dict.fromkeys(map(str, reads))), most=3))
+
+
+def _hooks_at(node: fx.Node, captured: Captured) -> str:
+    """The forward hooks of the module that a node belongs to, whose lines traces leave out."""
+    calls = module_calls(node, captured.prefix)
+    hooks = captured.model.get_submodule(calls[-1].path)._forward_hooks.values() if calls else ()
+    codes = [getattr(hook, "__code__", None) for hook in hooks]
+    lines = [f"{c.co_name}, {c.co_filename}:{c.co_firstlineno}" for c in codes if c is not None]
+    return f"; {calls[-1].path} has a forward hook: {', '.join(lines)}" if lines else ""

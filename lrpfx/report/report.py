@@ -150,7 +150,7 @@ def make_report(
                 op=r.op_name,
                 kind=r.kind,
                 rule=str(assignment.rule),
-                why=assignment.why,
+                why=assignment.why + (f"; not folded: {r.kept}" if r.kept else ""),
                 shape=r.shape,
                 folded=_innermost([c.path for c in r.folded if c not in r.modules]),
                 source=r.source,
