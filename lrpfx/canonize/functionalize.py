@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,7 +34,14 @@ def functionalize(program: Program, module: fx.GraphModule) -> fx.GraphModule:
     regions = any(_is_region(node, "autocast") for body in bodies for node in body.graph.nodes)
     inner = [body for body in bodies if body is not module]
     regions = regions or any(writes(node) for body in inner for node in body.graph.nodes)
-    private = all(_is_private(node) for node in module.graph.nodes if writes(node))
+    memories: dict[int | None, list[fx.Node]] = {}
+    for node in module.graph.nodes:
+        memories.setdefault(_storage(node), []).append(node)
+    private = all(
+        _is_private(node, memories[_storage(nodes_in(node.args)[0])])
+        for node in module.graph.nodes
+        if writes(node)
+    )
     if private and not regions and not compound:
         for node in [n for n in module.graph.nodes if writes(n)]:
             _rename(node)
@@ -121,23 +129,15 @@ def _arguments(schema: Any) -> dict[str, str]:
     return named if "Tensor" in map(str, (r.type for r in schema.returns)) else {}
 
 
-def _is_private(node: fx.Node) -> bool:
+def _is_private(node: fx.Node, same_memory: Sequence[fx.Node]) -> bool:
     """Whether the written memory is read later through the node's own result only.
 
     The fake tensors of a trace share storage exactly where the real ones do.
     """
-    written = nodes_in(node.args)[0]
-    storage = _storage(written)
-    if storage is None or functional(node.target) is None:  # type: ignore[arg-type]
+    if _storage(same_memory[0]) is None or functional(node.target) is None:  # type: ignore[arg-type]
         return False
-    before = True
-    for other in node.graph.nodes:
-        if other is node:
-            before = False
-        elif before and _storage(other) == storage:
-            if any(user is not node and node < user for user in other.users):
-                return False
-    return True
+    before = itertools.takewhile(lambda other: other < node, same_memory)
+    return not any(user is not node and node < user for other in before for user in other.users)
 
 
 def _storage(node: fx.Node) -> int | None:
