@@ -169,10 +169,10 @@ def _number(node: fx.Node) -> float | None:
     return None
 
 
-def _changes_channels(node: fx.Node) -> tuple[fx.Node, int | None, int] | None:
+def _changes_channels(node: fx.Node) -> tuple[fx.Node, int, int] | None:
     """What a batch norm or a constant scales or shifts by channel, along which dimension.
 
-    And the sign that it has, as in ``b - x``. The dimension is None for one constant for all.
+    And the sign that it has, as in ``b - x``. One constant for all is none.
     """
     if node.target is aten.batch_norm.default:
         x = node.all_input_nodes[0]
@@ -191,10 +191,10 @@ def _changes_channels(node: fx.Node) -> tuple[fx.Node, int | None, int] | None:
         if not alike or (i and node.target is aten.div.Tensor):
             continue
         wide = [d - given.ndim for d, size in enumerate(given.shape) if size != 1]
-        if len(wide) > 1 or any(n.op == "placeholder" for n in reachable([constant])):
+        if len(wide) != 1 or any(n.op == "placeholder" for n in reachable([constant])):
             continue
         sign = -1 if i and node.target is aten.sub.Tensor else 1
-        return operand, wide[0] % value.ndim if wide else None, sign
+        return operand, wide[0] % value.ndim, sign
     return None
 
 
@@ -210,7 +210,7 @@ def _size(size: Any) -> int:
 
 
 def _places(
-    module: fx.GraphModule, way: Way, end: fx.Node, dim: int | None
+    module: fx.GraphModule, way: Way, end: fx.Node, dim: int
 ) -> dict[fx.Node, list[int]] | str:
     """By layer, for each channel its place along ``dim`` of ``end``, -1 if it is not there.
 
@@ -246,9 +246,8 @@ def _places(
         except Exception:  # it moves by values that are not known here
             return f"{name_of(node)} before it moves values by others"
     moved: Tensor = values[end]
-    size = 1 if dim is None else moved.shape[dim]
     spread = [-1 if d == dim else 1 for d in range(moved.ndim)]
-    place = torch.arange(size).reshape(spread).expand(moved.shape)
+    place = torch.arange(moved.shape[dim]).reshape(spread).expand(moved.shape)
     pairs = torch.stack([moved.flatten(), place.flatten()]).unique(dim=1)
     of = {int(number): int(at) for number, at in pairs.t()}
     if 0 in of:
