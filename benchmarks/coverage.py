@@ -73,7 +73,7 @@ STEPS = (1e-7, 1e-9, 1e-6, 1e-8, 1e-10, 1e-5, 1e-4, 1e-3, 3e-4, 3e-5)
 #: Kinds of op for which LRP-0 is gradient times input.
 PIECEWISE_LINEAR = {"conv", "linear", "batch_norm", "avg_pool", "reduction", "interpolate", "sum"}
 PIECEWISE_LINEAR |= {"shift", "scale", "relu", "leaky_relu", "prelu", "abs", "max_pool", "max"}
-PIECEWISE_LINEAR |= {"reshape", "cat", "pad", "where", "scatter"}
+PIECEWISE_LINEAR |= {"reshape", "cat", "pad", "where", "scatter", "fourier", "solve"}
 
 
 @torch.no_grad()

@@ -393,17 +393,17 @@ IN_TRAINING = [
 
 class Total(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cumsum(x, 1)
+        return torch.atan2(x, x + 1)
 
 
 class Spectrum(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return torch.fft.rfft(x, n=4).abs()
+        return torch.fft.rfft(x, n=4).angle()
 
 
 class Odds(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return x.cumprod(1)
+        return torch.linalg.pinv(x).mT
 
 
 class Unsupported(nn.Module):
@@ -424,12 +424,14 @@ UNSUPPORTED = [
         errors.UnsupportedOpError,
         Unsupported,
         says=(
-            r"cumsum\S* at total\b",
-            r"cumprod\S* at odds\b",
-            r"rfft\S* at spectrum\b",
-            LINE + r".*torch\.cumsum\(x, 1\)",
-            LINE + r".*x\.cumprod\(1\)",
-            LINE + r".*torch\.fft\.rfft\(x, n=4\)",
+            r"atan2\S* with live self and other at total\b",
+            r"linalg_pinv\S* at odds\b",
+            r"angle\S* of complex numbers at spectrum\b",
+            LINE + r".*torch\.atan2\(x, x \+ 1\)",
+            LINE + r".*torch\.linalg\.pinv\(x\)",
+            r"why: an angle does not",
+            r"why: a function of whole matrices",
+            LINE + r".*torch\.fft\.rfft\(x, n=4\)\.angle\(\)",
             "register_op",
         ),
         unsaid=r"linear\.default",
@@ -437,20 +439,21 @@ UNSUPPORTED = [
     Case(
         "complex values",
         errors.UnsupportedOpError,
-        fc(lambda m, x: torch.fft.rfft(m.fc(x)).abs()),
-        says=("rfft",),
+        fc(lambda m, x: torch.fft.rfft(m.fc(x)).angle()),
+        says=("angle", "why: an angle", "real and imaginary"),
+        unsaid="register_op",
     ),
     Case(  # relevance must not leave through the other branch without a word
         "complex values beside a live path",
         errors.UnsupportedOpError,
-        fc(lambda m, x: m.fc(x) + torch.fft.rfft(x, n=4).abs()),
-        says=("rfft",),
+        fc(lambda m, x: m.fc(x) + torch.fft.rfft(x, n=4).angle()),
+        says=("angle",),
     ),
     Case(
         "complex values in ops of the table",
         errors.UnsupportedOpError,
-        fc(lambda m, x: (m.fc(x) * (1 + 2j)).abs()),
-        says=(r"mul\.Tensor of complex numbers", "real and imaginary"),
+        fc(lambda m, x: (m.fc(x) * (1 + 2j)).exp().abs()),
+        says=(r"exp\.default of complex numbers", "real and imaginary"),
         unsaid="register_op",
     ),
     Case(

@@ -11,7 +11,8 @@ from torch import fx
 
 from lrpfx.canonize.functionalize import insert
 from lrpfx.canonize.hold import is_inverted, live_values
-from lrpfx.canonize.parts import Writer, lerp
+from lrpfx.canonize.parts import lerp
+from lrpfx.canonize.writer import Writer
 from lrpfx.ops import bound_arguments, hardsigmoid, module_calls, output_leaves, precision, varying
 
 aten = torch.ops.aten

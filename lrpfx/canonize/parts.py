@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import string
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
-from lrpfx.canonize.functionalize import insert
-from lrpfx.errors import UnsupportedOpError
-from lrpfx.ops import bound_arguments, einsum, hardsigmoid, reachable, source_line, varying
+from lrpfx.canonize import embeddings, live_weights, norms, scatters
+from lrpfx.canonize.writer import Writer
+from lrpfx.ops import bound_arguments, einsum, hardsigmoid, varying
 
 aten = torch.ops.aten
 
@@ -29,6 +30,44 @@ _ALIASES: dict[Any, Any] = {
     aten.special_expit.default: aten.sigmoid.default,
     aten.special_softmax.default: aten.softmax.int,
     aten.linalg_matmul.default: aten.matmul.default,
+    aten.multiply.Scalar: aten.mul.Scalar,
+    aten.subtract.Scalar: aten.sub.Scalar,
+    aten.divide.Scalar: aten.div.Scalar,
+    aten.true_divide.Scalar: aten.div.Scalar,
+    aten.divide.Tensor_mode: aten.div.Tensor_mode,
+    aten.divide.Scalar_mode: aten.div.Scalar_mode,
+    aten.fix.default: aten.trunc.default,
+    aten.clip.Tensor: aten.clamp.Tensor,
+    aten.ger.default: aten.outer.default,
+    aten.native_channel_shuffle.default: aten.channel_shuffle.default,
+    aten.arccos.default: aten.acos.default,
+    aten.arccosh.default: aten.acosh.default,
+    aten.arcsin.default: aten.asin.default,
+    aten.arcsinh.default: aten.asinh.default,
+    aten.arctan.default: aten.atan.default,
+    aten.arctan2.default: aten.atan2.default,
+    aten.arctanh.default: aten.atanh.default,
+    aten.special_digamma.default: aten.digamma.default,
+    aten.special_erf.default: aten.erf.default,
+    aten.special_erfc.default: aten.erfc.default,
+    aten.special_erfinv.default: aten.erfinv.default,
+    aten.special_exp2.default: aten.exp2.default,
+    aten.special_expm1.default: aten.expm1.default,
+    aten.special_gammaln.default: aten.lgamma.default,
+    aten.special_i0.default: aten.i0.default,
+    aten.special_log1p.default: aten.log1p.default,
+    aten.special_log_softmax.default: aten.log_softmax.int,
+    aten.special_logit.default: aten.logit.default,
+    aten.special_logsumexp.default: aten.logsumexp.default,
+    aten.special_multigammaln.default: aten.mvlgamma.default,
+    aten.special_polygamma.default: aten.polygamma.default,
+    aten.special_psi.default: aten.digamma.default,
+    aten.special_round.default: aten.round.decimals,
+    aten.special_sinc.default: aten.sinc.default,
+    aten.special_xlogy.default: aten.xlogy.Tensor,
+    aten.special_xlogy.self_scalar: aten.xlogy.Scalar_Self,
+    aten.special_xlogy.other_scalar: aten.xlogy.Scalar_Other,
+    aten.conj.default: aten._conj.default,
     aten.hardsigmoid.default: hardsigmoid,
     aten.mv.default: aten.matmul.default,
     aten.dot.default: aten.matmul.default,
@@ -57,52 +96,9 @@ def open_parts(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
-class Writer:
-    """Writes calls into the graph in the place of ``node``; a factor or summand of 1 or 0 falls."""
-
-    def __init__(
-        self, node: fx.Node, module: fx.GraphModule, changing: Container[fx.Node] = ()
-    ) -> None:
-        self.node, self._module, self._changing = node, module, changing
-
-    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        """A call."""
-        return insert(self.node, target, args, kwargs)
-
-    def changes(self, node: fx.Node) -> bool:
-        """Whether the values of a node, and not just its sizes, depend on the inputs."""
-        return node in self._changing
-
-    def is_parameter(self, node: fx.Node) -> bool:
-        """Whether a node is a parameter, unlike buffers such as tables of positions."""
-        if node.op != "get_attr":
-            return False
-        return isinstance(operator.attrgetter(str(node.target))(self._module), nn.Parameter)
-
-    def times(self, a: fx.Node, number: Any) -> fx.Node:
-        """``number * a``."""
-        return a if isinstance(number, (int, float)) and number == 1 else self._mul(a, number)
-
-    def _mul(self, a: Any, b: Any) -> fx.Node:
-        return self(aten.mul.Tensor, a, b)
-
-    def sum(self, a: Any, b: Any) -> fx.Node:
-        """``a + b``."""
-        return self(aten.add.Tensor, a, b)
-
-    def plus(self, a: Any, beta: Any, b: fx.Node) -> fx.Node:
-        """``beta * a + b``, where a beta of 0 drops what a holds, were it NaN, as PyTorch does."""
-        return b if beta == 0 else self.sum(self.times(a, beta), b)
-
-
 _LETTERS = string.ascii_letters
 
 Parts = Callable[..., "fx.Node | None"]
-
-
-def _varies(node: Any) -> bool:
-    """Whether the node depends on the graph's inputs."""
-    return isinstance(node, fx.Node) and any(n.op == "placeholder" for n in reachable([node]))
 
 
 def _glu(op: Writer, self: fx.Node, dim: int) -> fx.Node:
@@ -127,7 +123,7 @@ def _addcdiv(op: Writer, self: Any, tensor1: Any, tensor2: Any, value: Any) -> f
 
 def _addmm(op: Writer, self: Any, mat1: Any, mat2: Any, beta: Any, alpha: Any) -> fx.Node | None:
     """Left whole where ``self`` is a constant: then it is the bias of a linear layer."""
-    if not _varies(self) and beta != 0:
+    if beta != 0 and not op.changes(self) and not (op.changes(mat1) and op.changes(mat2)):
         return None
     return op.plus(self, beta, op.times(op(aten.matmul.default, mat1, mat2), alpha))
 
@@ -193,25 +189,6 @@ def _index_put(
     return op(aten._unsafe_index_put.default, self, indices, values, True)
 
 
-def _scatter(op: Writer, self: Any, dim: int, index: Any, src: Any, **rest: Any) -> fx.Node | None:
-    """Cuts ``src`` to what ``index`` reads of it, which PyTorch's own derivative fails to do."""
-    cut = src
-    for d, (size, read) in enumerate(
-        zip(src.meta["val"].shape, index.meta["val"].shape, strict=True)
-    ):
-        if isinstance(size, int) and isinstance(read, int) and size != read:
-            cut = op(aten.slice.Tensor, cut, d, 0, read)
-    return None if cut is src else op(op.node.target, self, dim, index, cut)
-
-
-def _scatter_reduce(
-    op: Writer, self: Any, dim: int, index: Any, src: Any, reduce: str, include_self: bool
-) -> fx.Node | None:
-    if reduce != "sum" or not include_self:
-        return None
-    return op(aten.scatter_add.default, self, dim, index, src)
-
-
 def _explicit(equation: str, ndims: list[int]) -> tuple[list[str], str]:
     """Subscripts per operand and of the output, with letters for the one ellipsis; [] for more."""
     inputs, arrow, out = equation.replace(" ", "").partition("->")
@@ -229,7 +206,7 @@ def _explicit(equation: str, ndims: list[int]) -> tuple[list[str], str]:
 def _einsum(op: Writer, equation: str, tensors: Any, path: Any) -> fx.Node | None:
     """A linear layer, if one of two operands is a constant; else left whole."""
     terms, out = _explicit(equation, [t.meta["val"].ndim for t in tensors])
-    live = [_varies(t) for t in tensors]
+    live = [op.changes(t) for t in tensors]
     if len(terms) != 2 or sum(live) != 1 or any(len(set(t)) != len(t) for t in terms):
         return None
     i = live.index(True)
@@ -266,120 +243,97 @@ def _tensordot(op: Writer, self: Any, other: Any, dims_self: Any, dims_other: An
     return op(aten.einsum.default, equation, [self, other]) if found is None else found
 
 
-def _embedding_bag(
-    op: Writer,
-    weight: Any,
-    indices: Any,
-    offsets: Any,
-    mode: int,
-    per_sample_weights: Any,
-    padding_idx: Any,
-    **rest: Any,
-) -> None:
-    """Replaces the bags' first output by an embedding and its sum, mean or maximum over a bag."""
-    if not _varies(indices):
+def _hypot(op: Writer, self: Any, other: Any) -> fx.Node:
+    squares = (op(aten.square.default, a) for a in (self, other))
+    return op(aten.sqrt.default, op.sum(*squares))
+
+
+def _xlogy(op: Writer, self: Any, other: Any) -> fx.Node:
+    """x log(y), which is 0 where x is."""
+    if isinstance(self, fx.Node):
+        if not isinstance(other, fx.Node):
+            other = op(aten.full_like.default, self, other)
+        empty = op(aten.eq.Scalar, self, 0)
+        other = op(aten.where.ScalarSelf, empty, 1.0, other)
+    return op.mul(op(aten.log.default, other), self)
+
+
+def _sign(op: Writer, self: fx.Node) -> fx.Node | None:
+    """Of a complex number it is its direction, and no constant."""
+    return None if self.meta["val"].is_complex() else op(aten.sign.default, self)
+
+
+def _quotient(op: Writer, self: Any, other: Any, rounding_mode: str | None) -> fx.Node | None:
+    return op.div(self, other) if rounding_mode is None else None
+
+
+def _quantile(
+    op: Writer, self: Any, q: Any, dim: int | None, keepdim: bool, interpolation: str
+) -> fx.Node | None:
+    """Between two of the sorted entries, by a constant weight."""
+    if dim is None:
+        self, dim, keepdim = op(aten.reshape.default, self, [-1]), 0, False
+    size = self.meta["val"].shape[dim]
+    if isinstance(q, fx.Node) or not isinstance(size, int):
         return None
-    step = offsets.args[2] if offsets.target is aten.arange.start_step else None
-    padded = padding_idx is not None and padding_idx >= 0
-    if not isinstance(step, int) or padded:
-        raise UnsupportedOpError(
-            "token ids enter an embedding bag whose bags "
-            + ("leave out a padding index." if padded else "differ in size or have offsets."),
-            where=[f"{op.node.target}   {source_line(op.node)}"],
-            fix="give ids of shape (N, T) without padding_idx, or use nn.Embedding and a sum.",
-        )
-    ids = op(aten.reshape.default, indices, [-1, step])
-    vectors = op(aten.embedding.default, weight, ids)
-    if per_sample_weights is not None:
-        shares = op(aten.reshape.default, per_sample_weights, [-1, step, 1])
-        vectors = op(aten.mul.Tensor, vectors, shares)
-    reduction = (aten.sum.dim_IntList, aten.mean.dim, aten.amax.default)[mode]
-    bags = op(reduction, vectors, [1])
-    for user in list(op.node.users):
-        if user.args[1] == 0:
-            user.replace_all_uses_with(bags)
-    return None
+    rank = q * (size - 1)
+    low, high = math.floor(rank), math.ceil(rank)
+    between = {"linear": rank - low, "lower": 0, "higher": 1, "midpoint": 0.5}
+    weight = between.get(interpolation, round(rank) - low)
+    ordered = op(operator.getitem, op(aten.sort.default, self, dim), 0)
+    ends = (op(aten.narrow.default, ordered, dim, i, 1) for i in (low, high))
+    a, b = (end if keepdim else op(aten.squeeze.dim, end, dim) for end in ends)
+    return a if weight == 0 else b if weight == 1 else lerp(op, a, b, weight)
 
 
-def _var_mean(
-    op: Writer,
-    self: Any,
-    dim: Any = None,
-    unbiased: bool = True,
-    keepdim: bool = False,
-    correction: Any = None,
-) -> None:
-    """Replaces the two outputs by what computes one each."""
-    dims = dim or list(range(self.meta["val"].ndim))
-    correction = int(unbiased) if correction is None else correction
-    two = (
-        op(aten.var.correction, self, dims, correction=correction, keepdim=keepdim),
-        op(aten.mean.dim, self, dims, keepdim),
-    )
-    for user in list(op.node.users):
-        user.replace_all_uses_with(two[0 if user.args[1] == 0 else 1])
-
-
-def _logsumexp(op: Writer, self: Any, dim: Any, keepdim: bool = False) -> fx.Node:
-    """``m + log(sum(exp(self - m)))``, m the largest, a constant."""
+def _logsumexp(op: Writer, self: Any, dim: Any, keepdim: bool = False) -> fx.Node | None:
+    """``m + log(sum(exp(x - m)))``, m the largest, where x less it is a softmax."""
+    if not any(user.target is aten.sub.Tensor and user.args[0] is self for user in op.node.users):
+        return None
     largest = op(aten.detach.default, op(aten.amax.default, self, dim, True))
-    sums = op(
-        aten.sum.dim_IntList, op(aten.exp.default, op(aten.sub.Tensor, self, largest)), dim, True
-    )
+    powers = op(aten.exp.default, op(aten.sub.Tensor, self, largest))
+    sums = op(aten.sum.dim_IntList, powers, dim, True)
     whole = op.sum(largest, op(aten.log.default, sums))
     return whole if keepdim else op(aten.squeeze.dims, whole, dim)
 
 
-def _embedding(op: Writer, weight: Any, indices: Any, **rest: Any) -> fx.Node | None:
-    """Rows that are picked, where the table itself depends on the input."""
-    if getattr(weight.target, "__name__", "").startswith("embedding_renorm"):
-        raise UnsupportedOpError(
-            "an embedding rescales its table in forward(), by max_norm.",
-            where=[f"{op.node.target}   {source_line(op.node)}"],
-            fix="rescale the table once, and set max_norm to None.",
-        )
-    return op(aten.index.Tensor, weight, [indices]) if _varies(weight) else None
-
-
-def _index(op: Writer, self: Any, indices: Any) -> fx.Node | None:
-    """An embedding, where integers from the input pick rows of a parameter."""
-    if len(indices) != 1 or not op.is_parameter(self):
-        return None
-    (ids,) = indices
-    if ids.meta["val"].dtype not in (torch.int32, torch.int64) or not op.changes(ids):
-        return None
-    rows = self.meta["val"].shape[0]
-    from_end = op(aten.add.Tensor, ids, rows)
-    ids = op(aten.where.self, op(aten.lt.Scalar, ids, 0), from_end, ids)
-    return _rows(op, self, ids)
-
-
-def _index_select(op: Writer, self: Any, dim: int, index: Any) -> fx.Node | None:
-    """Likewise."""
-    first = dim in (0, -self.meta["val"].ndim)
-    if not first or not op.is_parameter(self) or not op.changes(index):
-        return None
-    return _rows(op, self, index)
-
-
-def _rows(op: Writer, table: fx.Node, ids: fx.Node) -> fx.Node:
-    """``table[ids]`` as an embedding, whose tables have two dimensions."""
-    rows, *form = table.meta["val"].shape
-    if len(form) == 1:
-        return op(aten.embedding.default, table, ids)
-    vectors = op(aten.embedding.default, op(aten.reshape.default, table, [rows, -1]), ids)
-    return op(aten.unflatten.int, vectors, -1, form) if form else op(aten.squeeze.dim, vectors, -1)
-
+_CONVS = [aten.conv1d.default, aten.conv2d.default, aten.conv3d.default]
+_CONVS += [aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding]
+_CONVS += [aten.conv_transpose1d.default, aten.conv_transpose2d.input]
+_CONVS += [aten.conv_transpose3d.input]
+_NORMS = [aten.norm.Scalar, aten.norm.ScalarOpt_dtype]
+_NORMS += [aten.norm.ScalarOpt_dim, aten.norm.ScalarOpt_dim_dtype]
 
 _PARTS: dict[Any, Parts] = {
-    aten.embedding.default: _embedding,
-    aten.index.Tensor: _index,
-    aten.index_select.default: _index_select,
-    aten.glu.default: _glu,
+    **dict.fromkeys([*_CONVS, aten.linear.default], live_weights.layer),
+    aten.batch_norm.default: live_weights.norm_of_channels,
+    aten.group_norm.default: live_weights.norm_of_channels,
+    aten.instance_norm.default: live_weights.norm_of_channels,
+    aten.layer_norm.default: live_weights.norm_of_features,
+    aten.rms_norm.default: live_weights.norm_of_features,
+    aten.prelu.default: live_weights.prelu,
+    **dict.fromkeys(_NORMS, norms.norm),
     aten.logsumexp.default: _logsumexp,
-    aten.var_mean.default: _var_mean,
-    aten.var_mean.dim: _var_mean,
-    aten.var_mean.correction: _var_mean,
+    aten.cdist.default: norms.distances,
+    aten.renorm.default: norms.renorm,
+    aten.hypot.default: _hypot,
+    aten.xlogy.Tensor: _xlogy,
+    aten.xlogy.Scalar_Self: _xlogy,
+    aten.xlogy.Scalar_Other: _xlogy,
+    aten.div.Tensor_mode: _quotient,
+    aten.div.Scalar_mode: _quotient,
+    aten.sgn.default: _sign,
+    aten.quantile.scalar: _quantile,
+    aten.embedding.default: embeddings.embedding,
+    aten.index.Tensor: embeddings.index,
+    aten.index_select.default: embeddings.index_select,
+    aten.glu.default: _glu,
+    aten.var_mean.default: norms.moments,
+    aten.std_mean.default: norms.deviation_and_mean,
+    aten.var_mean.dim: norms.moments,
+    aten.std_mean.dim: norms.deviation_and_mean,
+    aten.var_mean.correction: norms.moments,
+    aten.std_mean.correction: norms.deviation_and_mean,
     aten.lerp.Scalar: lerp,
     aten.lerp.Tensor: lerp,
     aten.addcmul.default: _addcmul,
@@ -394,11 +348,15 @@ _PARTS: dict[Any, Parts] = {
     aten.bilinear.default: _bilinear,
     aten.cosine_similarity.default: _cosine,
     aten.index_put.default: _index_put,
-    aten.scatter.src: _scatter,
-    aten.scatter_add.default: _scatter,
-    aten.scatter_reduce.two: _scatter_reduce,
+    aten.scatter.src: scatters.cut,
+    aten.scatter_add.default: scatters.cut,
+    aten.scatter.reduce: scatters.scatter_by_name,
+    aten.scatter_reduce.two: scatters.scatter_reduce,
+    aten.index_reduce.default: scatters.index_reduce,
+    aten.segment_reduce.default: scatters.segment_reduce,
+    aten.put.default: scatters.put,
     aten.einsum.default: _einsum,
     aten.tensordot.default: _tensordot,
-    aten.embedding_bag.padding_idx: _embedding_bag,
-    aten.embedding_bag.default: _embedding_bag,
+    aten.embedding_bag.padding_idx: embeddings.bag,
+    aten.embedding_bag.default: embeddings.bag,
 }

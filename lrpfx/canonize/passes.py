@@ -16,6 +16,7 @@ from lrpfx.canonize.attention import group_heads, open_attention
 from lrpfx.canonize.by_hand import whole_functions, whole_lerps, whole_relus
 from lrpfx.canonize.commute import constants_behind_layers
 from lrpfx.canonize.compose import whole_activations, whole_quantisation
+from lrpfx.canonize.compounds import open_compounds
 from lrpfx.canonize.final import leave_out_final
 from lrpfx.canonize.fold import fold_into_layers
 from lrpfx.canonize.functionalize import (
@@ -29,7 +30,10 @@ from lrpfx.canonize.functionalize import (
 from lrpfx.canonize.hold import hold_divisors, hold_statistics
 from lrpfx.canonize.measure import INPUTS
 from lrpfx.canonize.normalized import whole_softmaxes
+from lrpfx.canonize.norms import open_statistics
+from lrpfx.canonize.pairs import pair_complex
 from lrpfx.canonize.parts import one_name_each, open_parts
+from lrpfx.canonize.simplex import whole_entmax
 from lrpfx.capture import Program
 from lrpfx.errors import CaptureError, TrainingModeError
 from lrpfx.ops import (
@@ -279,10 +283,13 @@ PASSES: tuple[Pass, ...] = (
     whole_batch_norm,
     whole_quantisation,
     copies_to_casts,
+    open_compounds,
     drop_noops,
     refuse_random,
     one_name_each,
     open_parts,
+    pair_complex,
+    whole_entmax,
     views_to_reshapes,
     whole_relus,
     whole_functions,
@@ -290,6 +297,7 @@ PASSES: tuple[Pass, ...] = (
     group_heads,
     open_attention,
     hold_statistics,
+    open_statistics,
     whole_lerps,
     whole_activations,
     hold_divisors,

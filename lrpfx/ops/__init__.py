@@ -1,17 +1,25 @@
 """An ATen overload -> what relevance needs to know: its kind, live arguments, affine map."""
 
-from lrpfx.ops.affine import HALVES, AffineMap, Signal, beside, negative, positive, widened
+from lrpfx.ops.affine import (
+    HALVES,
+    AffineMap,
+    Signal,
+    beside,
+    negative,
+    positive,
+    pull_back,
+    widened,
+)
 from lrpfx.ops.call import (
     FAMILIES,
     Call,
     Composed,
     Op,
+    Paired,
     Site,
     Slot,
     argument_names,
-    einsum,
     fill,
-    hardsigmoid,
 )
 from lrpfx.ops.graph import (
     CONVS,
@@ -45,7 +53,9 @@ from lrpfx.ops.graph import (
     verify,
     zero_padding,
 )
+from lrpfx.ops.own import einsum, entmax, hardsigmoid
 from lrpfx.ops.table import find, kinds, register_op, rows
+from lrpfx.ops.table_refused import why_not
 
 __all__ = [
     "AffineMap",
@@ -62,6 +72,7 @@ __all__ = [
     "KEY",
     "ModuleCall",
     "Op",
+    "Paired",
     "Record",
     "SHAPED",
     "SHAPE_ONLY",
@@ -72,6 +83,7 @@ __all__ = [
     "beside",
     "bound_arguments",
     "einsum",
+    "entmax",
     "explained_leaves",
     "fill",
     "final",
@@ -88,6 +100,7 @@ __all__ = [
     "output_leaves",
     "positive",
     "precision",
+    "pull_back",
     "reachable",
     "record",
     "register_op",
@@ -97,6 +110,7 @@ __all__ = [
     "used_nodes",
     "varying",
     "verify",
+    "why_not",
     "widened",
     "zero_padding",
 ]

@@ -12,6 +12,7 @@ from torch.fx.node import map_aggregate
 
 from lrpfx.ops.affine import AffineMap, pull_back
 from lrpfx.ops.maps import Builder
+from lrpfx.ops.own import OWN
 
 #: The families, and the rule that they get where nothing else is said.
 FAMILIES = {
@@ -78,9 +79,14 @@ class Op:
         return self.family in ("move", "affine")
 
     @property
+    def soft(self) -> bool:
+        """Whether values are not just picked, but added up in proportion to their exponentials."""
+        return self.kind == "logsumexp"
+
+    @property
     def gradient_loss(self) -> str:
         """What the ledger calls relevance that the rule Gradient does not hand on."""
-        return "constant" if self.family == "move" else "gradient"
+        return "constant" if self.family == "move" or self.soft else "gradient"
 
 
 @dataclass(frozen=True)
@@ -221,39 +227,79 @@ class Composed:
         return self
 
 
-def einsum(equation: str, x: Tensor, weight: Tensor) -> Tensor:
-    """An einsum of two tensors that is a linear layer: ``weight`` is a constant.
+@dataclass(frozen=True, eq=False)
+class Paired:
+    """An op of complex numbers as one of real ones, with their two parts along a last dimension.
 
     Args:
-        equation: With an arrow, and without an ellipsis.
-        x: The live one, which may stand on either side in the user's own equation.
-        weight: With sizes, not ones that broadcast.
+        target: The op itself.
+        given: Names of the arguments that are pairs.
+        returns: Whether its outputs are complex, and so come as pairs.
+        apart: Whether the op is run on real and imaginary parts by themselves, as PyTorch has no
+            derivative of some on complex numbers.
     """
-    return torch.einsum(equation, x, weight)
+
+    target: Any
+    given: frozenset[str]
+    returns: bool
+    apart: bool = False
+
+    def __post_init__(self) -> None:
+        """Name the callable for fx, which writes it into the generated code."""
+        object.__setattr__(self, "__name__", f"paired_{self.target.__name__.replace('.', '_')}")
+
+    def __call__(_, /, *args: Any, **kwargs: Any) -> Any:  # noqa: N805, an argument may be "self"
+        """The op on complex numbers made of pairs, and pairs of what it returns."""
+        named = dict(zip(argument_names(_.target), args, strict=False)) | kwargs
+        if _.apart:
+            parts = ({k: _part(v, k in _.given, i) for k, v in named.items()} for i in (0, 1))
+            return torch.stack([_.target(**part) for part in parts], -1)
+        out = _.target(**{k: _joined(v) if k in _.given else _dense(v) for k, v in named.items()})
+        if not _.returns:
+            return out
+        if isinstance(out, Tensor):
+            return torch.view_as_real(out.resolve_conj())
+        return tuple(torch.view_as_real(t.resolve_conj()) for t in out)
+
+    def __str__(self) -> str:
+        return str(self.target)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Paired:
+        return self
 
 
-def hardsigmoid(x: Tensor) -> Tensor:
-    """As ``torch.nn.functional.hardsigmoid``, whose derivative is in float32 and has none itself.
+def _part(value: Any, pair: bool, index: int) -> Any:
+    """The real (0) or the imaginary part (1) of a pair or a complex constant."""
+    if pair:
+        return value[..., index]
+    if not isinstance(value, Tensor) or not value.is_complex():
+        return value
+    return value.imag if index else value.real
 
-    Args:
-        x: Any tensor.
-    """
-    return torch.nn.functional.relu6(x + 3) / 6
+
+def _dense(value: Any) -> Any:
+    """A tensor as it may be read by strides, which a short-time Fourier transform does."""
+    return value.contiguous() if isinstance(value, Tensor) else value
 
 
-#: Ops of lrpfx's own, with the names of their arguments.
-OWN: dict[Any, list[str]] = {einsum: ["equation", "x", "weight"], hardsigmoid: ["x"]}
+def _joined(value: Any) -> Any:
+    """Complex numbers of pairs; constants among them are complex already."""
+    if not isinstance(value, Tensor):
+        return [_joined(v) for v in value]
+    return value if value.is_complex() else torch.complex(value[..., 0], value[..., 1])
 
 
 def is_op(target: Any) -> bool:
     """Whether the target of a graph's node is an op that can have a row in the table."""
-    return isinstance(target, (torch._ops.OpOverload, Composed)) or target in OWN
+    return isinstance(target, (torch._ops.OpOverload, Composed, Paired)) or target in OWN
 
 
 def argument_names(target: Any) -> list[str]:
     """Names of the arguments of an op."""
     if isinstance(target, Composed):
         return ["x", "constants"]
+    if isinstance(target, Paired):
+        return argument_names(target.target)
     if target in OWN:
         return OWN[target]
     return [argument.name for argument in target._schema.arguments]

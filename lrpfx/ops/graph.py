@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lrpfx.ops.call import Op, Site, argument_names, is_op
+from lrpfx.ops.call import Op, Paired, Site, argument_names, is_op
 
 aten = torch.ops.aten
 
@@ -120,6 +120,8 @@ class Record:
 
 def op_name(target: Any) -> str:
     """Name of an op without namespace and overload."""
+    if isinstance(target, Paired):
+        return op_name(target.target)
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.split("::")[-1]
     return getattr(target, "__name__", str(target))
@@ -222,8 +224,9 @@ def bound_arguments(node: fx.Node) -> dict[str, Any]:
     """A call's arguments by name, defaults included."""
     names = argument_names(node.target)
     values: dict[str, Any] = {}
-    if isinstance(node.target, torch._ops.OpOverload):
-        schema = node.target._schema.arguments
+    op = node.target.target if isinstance(node.target, Paired) else node.target
+    if isinstance(op, torch._ops.OpOverload):
+        schema = op._schema.arguments
         values = {a.name: a.default_value for a in schema if a.has_default_value()}
     values.update(zip(names, node.args, strict=False))
     values.update(node.kwargs)

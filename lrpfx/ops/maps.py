@@ -150,6 +150,19 @@ def linear(args: Arguments, live: Live, run: Run) -> AffineMap:
     return AffineMap(forward, backward, args["weight"], args.get("bias"))
 
 
+def by_weight(args: Arguments, live: Live, run: Run) -> AffineMap:
+    """conv, conv_transpose and linear of a constant: x is ``weight``, and W what it is laid on."""
+    of = linear
+    if "stride" in args:
+        of = transposed_convolution if "output_padding" in args else convolution
+    layer = of(args, live, run)
+
+    def forward(x: Signal, w: Any, b: Tensor | None) -> Tensor:
+        return layer.forward((w,), x[0], b)
+
+    return AffineMap(forward, None, args["input"], layer.bias, layer.bias_shape)
+
+
 def matrix_product(args: Arguments, live: Live, run: Run) -> AffineMap:
     """matmul, mm, bmm, addmm with one constant factor, on either side."""
     names = ("mat1", "mat2") if "mat1" in args else tuple(args)[:2]

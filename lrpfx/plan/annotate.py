@@ -24,6 +24,7 @@ from lrpfx.ops import (
     KEY,
     ModuleCall,
     Op,
+    Paired,
     Record,
     Site,
     Slot,
@@ -37,6 +38,7 @@ from lrpfx.ops import (
     op_name,
     record,
     source_line,
+    why_not,
     zero_padding,
 )
 from lrpfx.plan.factors import factors_of, find_gates, find_scores
@@ -76,9 +78,14 @@ class Unknown:
     def __str__(self) -> str:
         """Op, path, shape and source, as the error lists it."""
         path = self.modules[-1].path if self.modules else "(the model)"
-        return f"{self.call} at {path}, [{', '.join(map(str, self.shape))}]" + (
-            f"\n         source: {self.source}" if self.source else ""
-        )
+        place = f"{self.call} at {path}, [{', '.join(map(str, self.shape))}]"
+        more = {"source": self.source, "why": self.reason}
+        return place + "".join(f"\n         {k}: {v}" for k, v in more.items() if v)
+
+    @property
+    def reason(self) -> str:
+        """Why the op has no rule, "" if that is not known."""
+        return why_not(self.target)
 
 
 def annotate(
@@ -336,7 +343,7 @@ def _unknown(
         source=source_line(node),
         inputs=_live_inputs(node, carrying),
         shape=_shape(node.meta.get("val"), letters),
-        complex=known,
+        complex=known or isinstance(node.target, Paired),
     )
 
 

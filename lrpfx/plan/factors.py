@@ -25,7 +25,7 @@ def find_scores(graph: fx.Graph, known: Mapping[fx.Node, Op | str]) -> set[fx.No
             continue
         passes = op.family in ("move", "product", "activation")
         passes = passes or op.kind in ("shift", "scale", "sum", "reduction")
-        if op.kind == "softmax" or (node in found and passes):
+        if op.family == "softmax" or (node in found and passes):
             found.update(n for n in node.all_input_nodes if n in known)
     return found
 
@@ -153,7 +153,7 @@ def _is_softmaxed(factor: fx.Node, known: Mapping[fx.Node, Op | str]) -> bool:
         if node in seen:
             continue
         seen.add(node)
-        if _is_kind(op, "softmax"):
+        if isinstance(op, Op) and op.family == "softmax":
             return True
         through = not isinstance(op, Op) or op.family in ("move", "select")
         if through or _kind(node, known) in ("scale", "shift", "clamp", "reduction"):

@@ -69,7 +69,7 @@ def _passes(node: fx.Node, known: Known, *kinds: str) -> bool:
 def _attending(graph: fx.Graph, known: Known) -> set[fx.Node]:
     """What a softmax stands before or behind that a product of matrices stands before or behind."""
     matmuls = {node for node in known if _kind(node, known) == "matmul"}
-    softmaxes = {node for node in known if _kind(node, known) == "softmax"}
+    softmaxes = {node for node in known if _kind(node, known) in ("softmax", "entmax")}
     softmaxes &= _on_a_way(graph, known, matmuls)
     return _on_a_way(graph, known, softmaxes)
 

@@ -405,7 +405,7 @@ class Gradient(Rule):
 
     def carries(self, site: Site, taken: bool) -> bool:
         """Where values are moved or picked, z c = J'(x c), so c follows the gradient, too."""
-        return taken and site.op.family in ("move", "select")
+        return taken and site.op.family in ("move", "select") and not site.op.soft
 
     def gradient_shares(self, site: Site) -> tuple[float, ...] | None:
         """All, under the same condition."""

@@ -347,10 +347,14 @@ def test_normalisation_by_the_vector_norm_passes_relevance() -> None:
 
 
 def test_a_norm_that_is_the_output_is_not_a_constant() -> None:
-    with pytest.raises(lrpfx.errors.UnsupportedOpError, match="vector_norm"):
-        lrpfx.explain(
-            Mlp(lambda x: x.norm(dim=-1, keepdim=True).expand(-1, 6)), torch.randn(3, 4).double()
-        )
+    x = torch.randn(3, 4, dtype=torch.float64)
+    forms = (lambda x: x.norm(dim=-1, keepdim=True), lambda x: (x * x).sum(-1, True).sqrt())
+    a, b = (
+        lrpfx.explain(Mlp(lambda x, norm=norm: norm(x).expand(-1, 6)), x, 1, rules="attnlrp")
+        for norm in forms
+    )
+    assert a.relevance.any()
+    torch.testing.assert_close(a.relevance, b.relevance)
 
 
 # Tokens ------------------------------------------------------------------------------------------

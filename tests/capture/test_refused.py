@@ -34,15 +34,15 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
         errors.TrainingModeError,
         r"training mode[\s\S]*f: lstm is random",
     ),
-    "FFT": (
-        lambda: Apply(lambda m, x: torch.fft.rfft(x).real),
+    "complex output": (
+        lambda: Apply(lambda m, x: torch.fft.rfft(x)),
         errors.UnsupportedOpError,
-        r"no relevance rule[\s\S]*fft_rfft",
+        r"no relevance rule[\s\S]*fft_rfft\S* of complex numbers",
     ),
-    "FFT mixing": (
-        lambda: Apply(lambda m, x: torch.fft.fft(torch.fft.fft(x, dim=-1), dim=0).real),
+    "phases": (
+        lambda: Apply(lambda m, x: torch.fft.fft(torch.fft.fft(x, dim=-1), dim=0).angle()),
         errors.UnsupportedOpError,
-        r"no relevance rule[\s\S]*fft_fft",
+        r"no relevance rule[\s\S]*angle\S* of complex numbers[\s\S]*why: an angle",
     ),
     "grid_sample at places that depend on the input": (
         lambda: Apply(lambda m, x: F.grid_sample(x.view(-1, 1, 2, 3), x.view(-1, 3, 1, 2))),
@@ -112,10 +112,10 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
         errors.TrainingModeError,
         "dropout is random",
     ),
-    "cumsum": (
-        lambda: Apply(lambda m, x: x.cumsum(1)),
+    "a matrix function": (
+        lambda: Apply(lambda m, x: x.pinverse()),
         errors.UnsupportedOpError,
-        "aten.cumsum.default",
+        "aten.pinverse.default",
     ),
 }
 

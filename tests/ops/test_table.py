@@ -60,6 +60,15 @@ def grid(n: int) -> Tensor:
     return kernel(1, 3, 5, 2).expand(n, -1, -1, -1).tanh()
 
 
+def groups(x: Tensor) -> Tensor:
+    """Which of three groups each of 8 entries belongs to; nothing is in the second."""
+    return torch.tensor([0, 0, 2, 0, 2, 2, 0, 2]).expand(len(x), 8)
+
+
+def together(*parts: Tensor) -> Tensor:
+    return torch.cat([part.reshape(len(part), -1) for part in parts], 1)
+
+
 # Linear ops without bias: LRP-0 is gradient times input exactly, whichever way it is spelled.
 LINEAR: dict[str, tuple[tuple[int, ...], Fn]] = {
     "conv1d": (SEQUENCE, lambda x: F.conv1d(x, kernel(3, 4, 3), stride=2, padding=1)),
@@ -214,6 +223,93 @@ LINEAR: dict[str, tuple[tuple[int, ...], Fn]] = {
         ROW,
         lambda x: x.index_put((torch.arange(2)[:, None], torch.tensor([0, 0])), x[:2, 1:3], True),
     ),
+    "cumulative": (
+        ROW,
+        lambda x: together(
+            x.cumsum(1),
+            x.diff(dim=1),
+            x.diff(2, prepend=x[:, :1]),
+            torch.trapezoid(x, dx=0.5),
+            torch.cumulative_trapezoid(x),
+            torch.gradient(x, dim=1)[0],
+            x.cummax(1).values,
+            x.cummin(1).values,
+        ),
+    ),
+    "ordered": (
+        IMAGE,
+        lambda x: together(
+            x.median(1).values,
+            x.kthvalue(2, 2).values,
+            x.mode(1).values,
+            x.quantile(0.3, 1),
+            x.quantile(0.7, dim=2, keepdim=True, interpolation="lower"),
+            x.movedim(0, 3).msort().movedim(3, 0),
+            *x.aminmax(dim=3),
+            torch.fmax(x, x.flip(1)),
+        ),
+    ),
+    "in groups": (
+        ROW,
+        lambda x: together(
+            *(
+                x.new_full((len(x), 3), 2.0).scatter_reduce(1, groups(x), x, how, include_self=own)
+                for how in ("sum", "mean", "amax")
+                for own in (False,)
+            ),
+            x[:, :3].scatter_reduce(1, groups(x), x, "mean"),
+            x[:, :3].index_reduce(1, groups(x)[0], x, "mean"),
+            *(
+                torch.segment_reduce(x.T, how, lengths=torch.tensor([3, 5])).T
+                for how in ("sum", "mean", "max")
+            ),
+            torch.segment_reduce(x.T, "min", offsets=torch.tensor([0, 2, 8])).T,
+        ),
+    ),
+    "put together": (
+        ROW,
+        lambda x: together(
+            torch.column_stack([x, x[:, :2]]),
+            nn.utils.rnn.pad_sequence([x.T[:3], x.T], batch_first=True).movedim(2, 0),
+            torch.kron(x, kernel(1, 2)),
+            torch.meshgrid(x[0], x[1], indexing="ij")[1].expand(len(x), 8, 8),
+            torch.broadcast_tensors(x[:, None], kernel(2, 1))[0],
+            torch.block_diag(x[:, :1], x)[: len(x), :3],
+            x.diag_embed(1),
+            torch.atleast_3d(x),
+            torch.hsplit(x, 2)[1],
+            torch.fliplr(x),
+            F.max_unpool1d(*F.max_pool1d(x, 2, return_indices=True), 2),
+            x.masked_scatter(kernel(8) > 0, 2 * x),
+            x.put(torch.tensor([3, 1]), x[0, :2]),
+        ),
+    ),
+    "filled": (
+        ROW,
+        lambda x: together(
+            x.nan_to_num(),
+            x.index_fill(1, torch.tensor([2]), 1.0),
+            x.scatter(1, torch.zeros_like(x, dtype=torch.long), 1.0),
+            x.clone().index_fill_(1, torch.tensor([0]), 0.0),
+        ),
+    ),
+    "solved": (
+        (6, 3),
+        lambda x: together(
+            torch.linalg.solve(kernel(6, 6), x),
+            torch.linalg.cross(x, kernel(1, 6, 3)),
+            torch.linalg.vecdot(x, kernel(6, 3)),
+            torch.linalg.multi_dot([kernel(4, 6), x[0], kernel(3, 2)]).expand(len(x), 4, 2),
+        ),
+    ),
+    "kernels": (
+        (4, 5, 3),
+        lambda x: together(
+            F.conv2d(kernel(1, 4, 7, 7), x, stride=2).transpose(0, 1),
+            F.conv_transpose2d(kernel(1, 4, 3, 3), x.transpose(0, 1)).transpose(0, 1),
+            F.linear(kernel(2, 60), x.flatten(1)).T,
+        ),
+    ),
     "grid_sample": (
         IMAGE,
         lambda x: F.grid_sample(
@@ -280,6 +376,11 @@ ACTIVATIONS: dict[str, Fn] = {
     "pow": lambda x: x**3,
     "sin": torch.sin,
     "erf": torch.erf,
+    "exponentials": lambda x: torch.expm1(x) + torch.exp2(x) + 2.0**x + torch.cosh(x) + x.sinh(),
+    "logarithms": lambda x: x.abs().log2() + x.abs().log10() + torch.logit(x.sigmoid()),
+    "arcs": lambda x: torch.atan(x) + torch.asinh(x) + torch.acos(x.tanh()) + torch.asin(x.tanh()),
+    "special": lambda x: torch.erfc(x) + torch.i0(x) + torch.special.log_ndtr(x) + x.sinc(),
+    "remainders": lambda x: x.fmod(0.7) + x.remainder(0.7) + x.frac() + x.copysign(-1.0),
 }
 
 
@@ -331,6 +432,11 @@ def test_constant_summands_absorb_their_share(fn: Fn, gain: float, bias: float) 
 ELSEWHERE = {
     "matmul",  # test_attention.py
     "softmax",
+    "log_softmax",  # test_families.py
+    "logsumexp",
+    "prod",
+    "entmax",  # test_simplex.py
+    "fourier",
     "composed",
     "layer_norm",  # test_norms_and_products.py
     "group_norm",
@@ -374,18 +480,50 @@ def test_lp_pooling_shares_by_the_powers() -> None:
     )
 
 
+@torch.library.custom_op("lrpfx_tests::running_total", mutates_args=())
+def running_total(x: Tensor) -> Tensor:
+    """An op of the user's own, which is linear."""
+    return x.cumsum(1)
+
+
+running_total.register_fake(torch.empty_like)
+running_total.register_autograd(lambda ctx, g: g.flip(1).cumsum(1).flip(1))
+OWN = torch.ops.lrpfx_tests.running_total.default
+
+
 def test_a_registered_op_is_explained_and_an_unknown_one_refused() -> None:
-    model, x = Between(lambda x: x.cumsum(1), ROW), samples(ROW)
-    with pytest.raises(lrpfx.errors.UnsupportedOpError, match="cumsum"):
+    model, x = Between(running_total, ROW), samples(ROW)
+    with pytest.raises(lrpfx.errors.UnsupportedOpError, match="running_total"):
         lrpfx.explain(model, x)
-    target = torch.ops.aten.cumsum.default
-    lrpfx.register_op(target, "cumsum", "affine")
+    lrpfx.register_op(OWN, "running_total", "affine")
     try:
         rules = lrpfx.composites.EpsilonAll(epsilon=0.0)
         relevance = lrpfx.explain(model, x, 1, rules=rules).relevance
     finally:
-        ops._TABLE.pop(target)
+        ops._TABLE.pop(OWN)
     torch.testing.assert_close(relevance, gradient_times_input(model, x, 1), rtol=1e-9, atol=1e-10)
+
+
+def test_an_op_without_a_rule_says_why_it_has_none() -> None:
+    model = Between(lambda x: torch.linalg.pinv(x), (3, 3))
+    with pytest.raises(lrpfx.errors.UnsupportedOpError, match="why: a function of whole matrices"):
+        lrpfx.explain(model.eval(), samples((3, 3)))
+
+
+def test_places_that_depend_on_the_input_are_refused_or_detached() -> None:
+    def sampled(detach: bool) -> Fn:
+        def run(x: Tensor) -> Tensor:
+            places = x[:, :2].permute(0, 2, 3, 1).tanh()
+            return F.grid_sample(x, places.detach() if detach else places, align_corners=False)
+
+        return run
+
+    x = samples(IMAGE)
+    with pytest.raises(lrpfx.errors.UnsupportedOpError, match=r"places to read at.*\.detach\(\)"):
+        lrpfx.explain(Between(sampled(False), IMAGE), x)
+    model = Between(sampled(True), IMAGE)
+    got = lrpfx.explain(model, x, 1, rules=lrpfx.composites.EpsilonAll(0.0)).relevance
+    torch.testing.assert_close(got, gradient_times_input(model, x, 1), rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -403,11 +541,11 @@ def test_a_wrong_registration_says_what_is_wrong(arguments: tuple, message: str)
 
 
 def test_a_registered_activation_keeps_its_shape() -> None:
-    target = torch.ops.aten.prod.dim_int
-    lrpfx.register_op(target, "prod", "activation")
+    target = torch.ops.aten.pdist.default
+    lrpfx.register_op(target, "pdist", "activation")
     try:
-        with pytest.raises(lrpfx.errors.UnsupportedOpError, match=r"another shape[\s\S]*prod"):
-            lrpfx.explain(Between(lambda x: x.view(-1, 2, 4).prod(2), ROW), samples(ROW))
+        with pytest.raises(lrpfx.errors.UnsupportedOpError, match=r"another shape[\s\S]*pdist"):
+            lrpfx.explain(Between(lambda x: F.pdist(x.T)[None], ROW), samples(ROW))
     finally:
         ops._TABLE.pop(target)
 

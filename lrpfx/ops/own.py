@@ -1,0 +1,82 @@
+"""Ops of lrpfx's own, for what PyTorch has no single op for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrpfx.ops.affine import widened
+
+
+def einsum(equation: str, x: Tensor, weight: Tensor) -> Tensor:
+    """An einsum of two tensors that is a linear layer: ``weight`` is a constant.
+
+    Args:
+        equation: With an arrow, and without an ellipsis.
+        x: The live one, which may stand on either side in the user's own equation.
+        weight: With sizes, not ones that broadcast.
+    """
+    return torch.einsum(equation, x, weight)
+
+
+def hardsigmoid(x: Tensor) -> Tensor:
+    """As ``torch.nn.functional.hardsigmoid``, whose derivative is in float32 and has none itself.
+
+    Args:
+        x: Any tensor.
+    """
+    return torch.nn.functional.relu6(x + 3) / 6
+
+
+def entmax(x: Tensor, dim: int, power: int) -> Tensor:
+    """The sparse softmax y = max(x / power - t, 0) ** power, t such that y sums to one.
+
+    Of power 1 sparsemax, the nearest point of the simplex; of power 2 1.5-entmax. All of it can be
+    differentiated again: t is a formula of the entries that are left.
+
+    Args:
+        x: Any tensor; entries of -infinity get nothing.
+        dim: What y sums to one along.
+        power: 1 / (alpha - 1).
+
+    Source: Martins and Astudillo 2016 (arXiv 1602.02068), alg. 1; Peters et al. 2019
+    (arXiv 1905.05702), alg. 2.
+    """
+    u = widened(x) / power
+    u = u - u.detach().amax(dim, keepdim=True)  # so t lies between -1 and 0
+    left = _left(u.detach().clamp_min(-2), dim, power)
+    u = u.masked_fill(~left, 0.0)
+    count = left.sum(dim, keepdim=True).to(u.dtype)
+    mean = u.sum(dim, keepdim=True) / count
+    spread = ((u - mean).square() * left).sum(dim, keepdim=True)
+    t = _threshold(mean, spread / count, count, power)
+    y: Tensor = ((u - t).relu() ** power).masked_fill(~left, 0.0)
+    return y.to(x.dtype)
+
+
+def _left(u: Tensor, dim: int, power: int) -> Tensor:
+    """Which entries stay above the threshold: the k largest, for the largest k that fits."""
+    ordered = u.sort(dim, descending=True).values
+    count = torch.ones_like(ordered).cumsum(dim)
+    mean = ordered.cumsum(dim) / count
+    variance = ordered.square().cumsum(dim) / count - mean.square()
+    above = _threshold(mean, variance, count, power)
+    last = (above <= ordered).sum(dim, keepdim=True) - 1
+    return u > above.gather(dim, last)
+
+
+def _threshold(mean: Tensor, variance: Tensor, count: Tensor, power: int) -> Tensor:
+    """t with sum (u - t) ** power = 1, of u the mean, variance and number."""
+    if power == 1:
+        return mean - 1 / count
+    return mean - (1 / count - variance).clamp_min(0).sqrt()
+
+
+#: Names of their arguments.
+OWN: dict[Any, list[str]] = {
+    einsum: ["equation", "x", "weight"],
+    hardsigmoid: ["x"],
+    entmax: ["x", "dim", "power"],
+}
