@@ -40,7 +40,9 @@ def _paired(op: Op | None) -> Op | None:
         return replace(op, kind="matmul", family="matmul", nonneg=never)
     if op.family == "affine":
         plain = op.affine if op.affine is maps.linear_op else maps.affine_op
-        return replace(op, affine=plain, weighted=False, nonneg=never)
+        # A factor mixes the two parts, so nothing that holds for scales and shifts holds here.
+        kind = "fourier" if op.keeps_shape else op.kind
+        return replace(op, kind=kind, affine=plain, weighted=False, nonneg=never)
     return replace(op, nonneg=never) if op.family in ("move", "constant") else None
 
 

@@ -173,8 +173,8 @@ class Taylor(Rule):
     """Softmax y expanded at x: R_x = x * J'(R / y), entries of -infinity get nothing.
 
     J is the Jacobian of y, so over one dimension this is R_x = x * (R - y * sum R). A log-softmax
-    is the logarithm of one, which hands on what it gets. Relevance is not conserved here: the ledger
-    books what the expansion leaves over.
+    is the logarithm of one, which hands on what it gets. Relevance is not conserved here: the
+    ledger books what the expansion leaves over.
 
     Source: Achtibat et al. 2024 (AttnLRP, arXiv 2402.05602), Prop. 3.1, eq. 12.
     """
