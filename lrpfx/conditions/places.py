@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import difflib
 import glob
+import operator
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from lrpfx.errors import SelectorError
-from lrpfx.ops import record
+from lrpfx.ops import bound_arguments, record
 from lrpfx.rewrite import Tap, find_taps
 
+aten = torch.ops.aten
 #: Ops whose channels are in dimension 1, and those whose channels are in the last.
 _SECOND = {"conv", "batch_norm", "group_norm", "instance_norm", "max_pool", "avg_pool"}
 _LAST = {"linear", "layer_norm", "rms_norm"}
 #: Families of ops that leave channels where they are.
 _KEEP = {"activation", "affine", "product", "normalize"}
+#: Ops that part a tensor along a dimension.
+_PARTS = {aten.split.Tensor, aten.chunk.default, aten.split_with_sizes.default}
 
 
 @dataclass(frozen=True)
@@ -113,9 +118,15 @@ def channels_of(node: fx.Node, live: Collection[fx.Node]) -> int | None:
     def tell(node: fx.Node) -> int | None:
         if node not in told:
             told[node] = _own_channels(node)
-            if told[node] is None and (r := record(node)) is not None and r.family in _KEEP:
-                alike = [n for n in node.all_input_nodes if n in live and _alike(n, node)]
-                found = {tell(n) for n in alike}
+            known = record(node)
+            before = [n for n in dict.fromkeys(node.all_input_nodes) if n in live]
+            if node.target is operator.getitem and before[0].target in _PARTS:
+                told[node] = tell(before[0].all_input_nodes[0])
+            elif told[node] is None and known is not None:
+                if known.family in _KEEP:
+                    found = {tell(n) for n in before if _alike(n, node)}
+                else:
+                    found = {_moved(node, n, tell(n)) for n in before}
                 told[node] = found.pop() if len(found) == 1 else None
         return told[node]
 
@@ -128,8 +139,30 @@ def _own_channels(node: fx.Node) -> int | None:
         return None
     if value.ndim == 2 or (known is not None and known.kind in _SECOND):
         return 1
-    last = node.target is torch.ops.aten.embedding.default
+    last = node.target is aten.embedding.default
     return value.ndim - 1 if last or (known is not None and known.kind in _LAST) else None
+
+
+def _moved(node: fx.Node, before: fx.Node, dim: int | None) -> int | None:
+    """Where a move takes the dimension of the channels of what it reads, if it keeps them whole."""
+    old, new = before.meta["val"], node.meta.get("val")
+    if dim is None or not isinstance(new, Tensor):
+        return None
+    given = bound_arguments(node)
+    if node.target in (aten.permute.default, aten.transpose.int):
+        order = list(range(old.ndim))
+        if node.target is aten.transpose.int:
+            a, b = given["dim0"] % old.ndim, given["dim1"] % old.ndim
+            order[a], order[b] = order[b], order[a]
+        else:
+            order = [d % old.ndim for d in given["dims"]]
+        return int(order.index(dim))
+    if node.target in (aten.stack.default, aten.unsqueeze.default):
+        return dim + int(given["dim"] % new.ndim <= dim)
+    if node.target in (aten.view.default, aten.reshape.default, aten.flatten.using_ints):
+        last = dim == old.ndim - 1 and statically_known_true(old.shape[-1] == new.shape[-1])
+        return new.ndim - 1 if last else None
+    return dim if node.target in (aten.cat.default, aten.slice.Tensor) else None
 
 
 def _alike(a: fx.Node, b: fx.Node) -> bool:

@@ -339,14 +339,43 @@ def test_what_is_wrong_is_said(case: str, explained: tuple[nn.Module, lrpfx.Expl
         explainer(X, None if "start" in options else 1, **options)
 
 
-def test_a_channel_dimension_that_is_not_clear_is_asked_for() -> None:
-    model = Apply(
-        lambda m, x: m.fc(m.up(x).transpose(1, 2)).sum(1), up=nn.Linear(3, 4), fc=nn.Linear(5, 2)
-    )
+def test_channels_are_followed_through_moves() -> None:
+    layers = {"up": nn.Linear(3, 4), "fc": nn.Linear(5, 2)}
+    model = Apply(lambda m, x: m.fc(m.up(x).transpose(1, 2)).sum(1), **layers)
     x = draw(2, 5, 3)
     explainer = lrpfx.Explainer(fill(model), x, EXACT)
     (turned,) = [row.node for row in explainer.report.rows if row.op == "transpose"]
+    for c in range(4):
+        got = explainer(x, 1, conditions=[{turned: [c]}]).relevance
+        torch.testing.assert_close(got, explainer(x, 1, conditions=[{"up": [c]}]).relevance)
+
+
+@pytest.mark.parametrize("name", ["attention", "lstm"])
+def test_layers_that_move_their_channels_are_places(name: str) -> None:
+    layer: nn.Module = nn.LSTM(4, 3, batch_first=True)
+    if name == "attention":
+        layer = nn.MultiheadAttention(4, 2, batch_first=True)
+    size = 4 if name == "attention" else 3
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.layer(x, x, x, need_weights=False) if name == "attention" else m.layer(x)
+        return m.fc(y[0]).sum(1)
+
+    model, x = fill(Apply(forward, layer=layer, fc=nn.Linear(size, 2))), draw(2, 3, 4)
+    explainer = lrpfx.Explainer(model, x, "attnlrp")
+    whole = explainer(x, 1, layers=["layer"])
+    each = explainer(x, 1, conditions=[{"layer": [c]} for c in range(size)])
+    torch.testing.assert_close(each.relevance.sum(0), whole.relevance)
+    assert whole.concepts("layer").shape == (2, size)
+
+
+def test_a_channel_dimension_that_is_not_clear_is_asked_for() -> None:
+    layers = {"up": nn.Linear(3, 4), "fc": nn.Linear(2, 2)}
+    model = Apply(lambda m, x: m.fc(m.up(x).view(-1, 10, 2)).sum(1), **layers)
+    x = draw(2, 5, 3)
+    explainer = lrpfx.Explainer(fill(model), x, EXACT)
+    (viewed,) = [row.node for row in explainer.report.rows if row.op in ("view", "reshape")]
     with pytest.raises(lrpfx.errors.SelectorError, match=r"not clear; give Channel\(dim\)"):
-        explainer(x, 1, conditions=[{turned: [0]}])
-    got = explainer(x, 1, conditions=[{turned: (Channel(1), [2])}]).relevance
-    torch.testing.assert_close(got, explainer(x, 1, conditions=[{"up": [2]}]).relevance)
+        explainer(x, 1, conditions=[{viewed: [0]}])
+    got = explainer(x, 1, conditions=[{viewed: (Channel(1), [0, 2, 4, 6, 8])}]).relevance
+    torch.testing.assert_close(got, explainer(x, 1, conditions=[{"up": [0, 1]}]).relevance)
