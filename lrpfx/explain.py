@@ -23,6 +23,7 @@ from lrpfx.capture import (
     flatten_inputs,
     is_finite,
     state_of,
+    trim,
     varying_sizes,
     versions,
 )
@@ -218,6 +219,7 @@ class Explainer:
             self._set_up(prepared, model, inputs, fixed)
         self._rules, self._freeze, self._wrt = rules, freeze, wrt
         self._runs: Runs[Explainer] | None = None
+        trim()
 
     def _set_up(
         self,

@@ -23,6 +23,7 @@ from lrpfx.capture.inputs import (
 from lrpfx.capture.outputs import tensors_in
 from lrpfx.capture.preserve import preserved
 from lrpfx.capture.recorder import Read
+from lrpfx.capture.release import trim
 from lrpfx.capture.state import State, Versions, state_of, versions
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "state_of",
     "tensors_in",
     "tracing",
+    "trim",
     "varying_sizes",
     "versions",
     "worst_difference",

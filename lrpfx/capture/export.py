@@ -37,6 +37,7 @@ from lrpfx.capture.lines import raised_at, sizes_fixed
 from lrpfx.capture.outputs import AsDict, from_dicts, is_dataclass, tensors_in
 from lrpfx.capture.preserve import preserved, reachable_only
 from lrpfx.capture.recorder import Read
+from lrpfx.capture.release import released
 from lrpfx.errors import CaptureError, InputError, TrainingModeError, some
 from lrpfx.ops import letters_of
 
@@ -453,6 +454,7 @@ def tracing() -> Iterator[None]:
     nowhere = io.StringIO()  # a failing trace prints its graph
     with (
         TRACING,
+        released(),
         key_paths(),
         warnings.catch_warnings(),
         redirect_stdout(nowhere),
