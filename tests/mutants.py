@@ -54,6 +54,8 @@ class Mutant(NamedTuple):
 
 ORACLE = "tests/rules/test_laws.py"
 SAYS = "oracle_says"
+#: A small network, every rule on all its layers.
+PEER, SIGNED = "tests/rules/test_parity_zennit.py", "rule_on_signed"
 
 MUTANTS = [
     # -- formulas of rules
@@ -70,56 +72,56 @@ MUTANTS = [
         "rules/affine.py",
         'return [Term(_agreeing(x, f), f.bias_part(positive, "pos"), sign=1)]',
         "return [Term(_agreeing(x, f), sign=1)]",
-        ORACLE,
-        SAYS,
+        PEER,
+        SIGNED,
     ),
     Mutant(
         "alpha-beta takes the positive part twice",
         "rules/affine.py",
         "minus = Term(_opposing(x, f),",
         "minus = Term(_agreeing(x, f),",
-        ORACLE,
-        SAYS,
+        PEER,
+        SIGNED,
     ),
     Mutant(
         "gamma favours the same sign below zero",
         "rules/affine.py",
         "down = f.with_weight(lambda w: w + g * negative(w),",
         "down = f.with_weight(lambda w: w + g * positive(w),",
-        ORACLE,
-        SAYS,
+        PEER,
+        SIGNED,
     ),
     Mutant(
         "z-box exchanges the corners of its box",
         "rules/affine.py",
         "(low, f.pos), (high, f.neg)",
         "(low, f.neg), (high, f.pos)",
-        ORACLE,
-        SAYS,
+        PEER,
+        SIGNED,
     ),
     Mutant(
         "w-square does not square negative weights",
         "rules/affine.py",
         "(x.one, f.square)",
         "(x.one, f.pos)",
-        ORACLE,
-        SAYS,
+        PEER,
+        SIGNED,
     ),
     Mutant(
         "guided backprop forgets the input's sign",
         "rules/pointwise.py",
         "return R.relu() * (x > 0).to(R.dtype)",
         "return R.relu()",
-        ORACLE,
-        SAYS,
+        PEER,
+        "test_composite and residual and guided",
     ),
     Mutant(
         "the smoothed ReLU forgets beta",
         "rules/pointwise.py",
         "torch.sigmoid(self.beta * x)",
         "torch.sigmoid(x)",
-        ORACLE,
-        SAYS,
+        PEER,
+        "test_composite and residual and smooth",
     ),
     Mutant(
         "the stabilizer takes zero for negative",
@@ -320,8 +322,8 @@ MUTANTS = [
     Mutant(
         "a hook stays on the model",
         "explain.py",
-        "self._state = State(model, fixed)",
-        "model.register_forward_hook(lambda *_: None)\n        self._state = State(model, fixed)",
+        "self._state = State(",
+        "model.register_forward_hook(lambda *_: None)\n        self._state = State(",
         "tests/capture/test_preserve.py",
         "alone",
     ),

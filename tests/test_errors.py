@@ -613,9 +613,12 @@ ALL = [
 
 
 @pytest.mark.parametrize("case", ALL)
-def test_says_what_where_and_what_to_do(case: Case) -> None:
+def test_says_what_where_and_what_to_do(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
+    model, inputs = case.model(), case.inputs()
+    capfd.readouterr()
     with pytest.raises(errors.LrpError) as caught:
-        lrpfx.explain(case.model(), case.inputs(), **case.options, capture="export")
+        lrpfx.explain(model, inputs, **case.options, capture="export")
+    assert capfd.readouterr() == ("", ""), "what the tracer has to say comes in the error"
     error = caught.value
     assert type(error) is case.error or case.error is errors.LrpError, repr(error)
     for pattern in case.says:
@@ -638,16 +641,6 @@ def test_failing_leaves_the_model_alone(case: Case) -> None:
     model, inputs = lived_in(case.model()), case.inputs()
     with assert_untouched(model, inputs), pytest.raises(Exception):  # noqa: B017  (see above)
         lrpfx.explain(model, inputs, **case.options, capture="export")
-
-
-@pytest.mark.parametrize("case", [c for c in ALL if c.id.startswith(("capture", "op", "training"))])
-def test_fails_in_one_voice(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
-    """What the tracer has to say comes in the error, not beside it."""
-    model = case.model()
-    capfd.readouterr()
-    with pytest.raises(errors.LrpError):
-        lrpfx.explain(model, case.inputs(), **case.options, capture="export")
-    assert capfd.readouterr() == ("", "")
 
 
 def test_value_errors_are_value_errors() -> None:

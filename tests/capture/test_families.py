@@ -24,11 +24,11 @@ from tests.oracle.families import (
     RULES,
     assert_closes,
     best,
+    both,
     error,
     explained,
     explainer_of,
     families,
-    implementations,
     implemented,
     inputs_of,
     marked,
@@ -111,14 +111,16 @@ def test_a_batch_is_its_samples(family: str, implementation: str) -> None:
         assert error(alone, together[i : i + 1]) < TOLERANCE_OF_BATCHES  # measured: 3e-14
 
 
-@pytest.mark.parametrize("family", [marked(f) for f in FAMILIES if best(f) == "sdpa"])
+@pytest.mark.parametrize(
+    "family",
+    [marked(f, of="eager") for f in FAMILIES if best(f) == "sdpa"],
+)
 def test_eager_and_fused_attention_agree(family: str) -> None:
     eager, fused = (relevance_of(explained(family, i, "attnlrp")) for i in ("eager", "sdpa"))
     assert error(fused, eager) < 1e-5  # measured: 4e-7, where the eager softmax is in float32
 
 
-@implementations
-@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2", "bert", "t5"])
+@both("llama", "mixtral", "gpt2", "bert", "t5")
 def test_one_graph_for_every_batch_size(family: str, implementation: str) -> None:
     explainer, target = explainer_of(family, implementation, "attnlrp"), target_of(family)
     inputs = inputs_of(family, 3)

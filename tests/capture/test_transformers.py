@@ -19,9 +19,9 @@ import lrpfx
 from tests.oracle.families import (
     RULES,
     assert_closes,
+    both,
     error,
     explained,
-    implementations,
     inputs_of,
     marked,
     model_of,
@@ -36,8 +36,7 @@ WRITTEN_OUT = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gpt2", "opt", "t5
 
 
 @pytest.mark.parametrize("gate", ["stop", "uniform"])
-@implementations
-@pytest.mark.parametrize("family", ["llama", marked("gemma"), "gpt2", "bert"])
+@both("llama", "gemma", "gpt2", "bert")
 def test_the_ledger_of_cplrp_closes(family: str, implementation: str, gate: str) -> None:
     explanation = explained(family, implementation, f"cplrp, gate {gate}")
     assert_closes(explanation.report)
@@ -48,8 +47,7 @@ def test_the_ledger_of_cplrp_closes(family: str, implementation: str, gate: str)
     assert bool(gates) == (gate == "uniform" and family in ("llama", "gemma"))
 
 
-@implementations
-@pytest.mark.parametrize("family", ["llama", marked("gemma"), "gpt2"])
+@both("llama", "gemma", "gpt2")
 def test_gate_policies_of_cplrp_differ_where_there_are_gates(
     family: str, implementation: str
 ) -> None:
@@ -86,8 +84,7 @@ def test_attnlrp_is_a_modified_gradient(
 
 
 @pytest.mark.parametrize("gate", ["stop", "uniform"])
-@pytest.mark.parametrize("family", ["llama", marked("gemma"), "gpt2", "t5"])
-@implementations
+@both("llama", "gemma", "gpt2", "t5")
 def test_cplrp_is_a_modified_gradient(
     family: str, implementation: str, gate: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

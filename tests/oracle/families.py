@@ -83,9 +83,20 @@ KIN = {"qwen2", "qwen3", "mistral", "gemma", "phi3", "gpt_neox", "opt", "roberta
 KIN |= {"swin"}
 
 
-def marked(family: str, *others: str) -> Any:
-    """A case of a family, and what else it is of."""
-    return pytest.param(family, *others, marks=[pytest.mark.nightly] if family in KIN else [])
+#: Whose eager attention is that of Llama, BERT or T5.
+EAGER_AS_OTHERS = {"mixtral", "gpt2", "vit", "clip"}
+
+
+def marked(family: str, *others: str, of: str = "") -> Any:
+    """A case of a family, and what else it is of; ``of`` is an attention that it needs besides."""
+    nightly = family in KIN or ("eager" in (*others, of) and family in EAGER_AS_OTHERS)
+    return pytest.param(family, *others, marks=[pytest.mark.nightly] if nightly else [])
+
+
+def both(*families: str) -> pytest.MarkDecorator:
+    """Cases of families, each with eager and with fused attention."""
+    cases = [marked(f, implementation) for f in families for implementation in ("eager", "sdpa")]
+    return pytest.mark.parametrize(("family", "implementation"), cases)
 
 
 IMPLEMENTED = [
@@ -103,7 +114,6 @@ RULES: dict[str, Composite] = {
 }
 
 families = pytest.mark.parametrize("family", [marked(f) for f in FAMILIES])
-implementations = pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 implemented = pytest.mark.parametrize(("family", "implementation"), IMPLEMENTED)
 
 

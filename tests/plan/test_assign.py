@@ -71,6 +71,7 @@ RULES: list[tuple[str, Any, dict[str, str]]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize(
     ("rules", "changed"), [pytest.param(*row, id=name) for name, *row in RULES]
 )

@@ -1,5 +1,6 @@
 """The derivatives of relevance are exact: autograd agrees with central differences in float64."""
 
+import functools
 import itertools
 
 import pytest
@@ -76,11 +77,16 @@ def loss_of(explainer: lrpfx.Explainer, x: Tensor, target: object, create_graph:
 CASES = [*itertools.product(RULES, ["relu", "gelu", "softplus"]), ("gradient", "hardsigmoid")]
 
 
+#: What is moved by a step is moved back.
+shared_model = functools.cache(model_of)
+
+
+@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize(("rules", "activation"), CASES)
 def test_derivatives_of_relevance_agree_with_central_differences(
     rules: str, activation: str
 ) -> None:
-    model = model_of(activation)
+    model = shared_model(activation)
     torch.manual_seed(5)
     x = torch.randn(2, 2, 6, 6, dtype=torch.float64, requires_grad=True)
     explainer = lrpfx.Explainer(model, x, RULES[rules])

@@ -54,7 +54,10 @@ def same(got: lrpfx.Explanation, expected: lrpfx.Explanation) -> bool:
 def test_by_the_default_compiler() -> None:
     if shutil.which("g++") is None and shutil.which("clang++") is None:
         pytest.skip("PyTorch's compiler needs a C++ compiler on the CPU, and there is none")
-    explainer = lrpfx.Explainer(network(), X, "epsilon_plus")
+    # Compilation takes seconds for every few ops; the tests below have the larger network.
+    layers = nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)
+    model = zoo.randomize(nn.Sequential(*layers)).double().eval()
+    explainer = lrpfx.Explainer(model, X, "epsilon_plus")
     expected = explainer(X, [0, 1], ledger=True)
     assert explainer.compile() is explainer
     for _ in range(2):
