@@ -53,6 +53,7 @@ from lrpfx.run import (
     Seed,
     Target,
     at_a_time,
+    blank_notes,
     by_layer,
     condition_seeds,
     each_target,
@@ -443,7 +444,7 @@ class Explainer:
                     refuse_seed(self._module, seed, run.explained, kept)
             together = 1 if create_graph else at_a_time(self._largest.bytes_for(leaves))
             found = run.pull(seeds, together=together, create_graph=create_graph)
-            parts = []
+            parts, blank = [], dict[str, None]()
             for one, seed, pulled in zip(targets, seeds, found, strict=True):
                 if not all(is_finite(r) for r in pulled.starts if r is not None):
                     if book is None and conditions is None:  # the plain form can name the place
@@ -454,6 +455,7 @@ class Explainer:
                     inputs, leaves, run.clean, seed, pulled.starts, at, report
                 )
                 parts.append(part)
+                blank |= dict.fromkeys(blank_notes(seed, pulled.starts))
         told, notes = seeds[0].description, mode_notes(self._captured)
         notes += conditions.notes() if conditions is not None else []
         if several:
@@ -468,7 +470,7 @@ class Explainer:
         bookings: Bookings = booked
         if later:
             bookings = self._books.later(parts[0], kept, seeds[0], self._state.current())
-        seed = replace(seeds[0], description=told, notes=(*notes, *seeds[0].notes))
+        seed = replace(seeds[0], description=told, notes=(*notes, *seeds[0].notes, *blank))
         return reported(parts if several else parts[0], bookings, seed)
 
     # -- set-up -----------------------------------------------------------------------------------

@@ -8,7 +8,16 @@ from typing import Literal, NamedTuple
 from torch import fx, nn
 
 from lrpfx.canonize import canonize, release
-from lrpfx.capture import By, Captured, Inputs, Wrt, capture, check_faithful, chosen_inputs
+from lrpfx.capture import (
+    By,
+    Captured,
+    Inputs,
+    Wrt,
+    capture,
+    check_faithful,
+    chosen_inputs,
+    mixing_note,
+)
 from lrpfx.errors import CaptureError, InputError, TrainingModeError, some
 from lrpfx.ops import (
     HELD,
@@ -94,6 +103,8 @@ def prepare(
         which = ", ".join(sorted({r.kind for r in stopped}))
         notes.append(f"{len(stopped)} nodes count as constants by rule Stop: {which}")
     notes += notes_of(graph, captured, starts)
+    if mixes := mixing_note(captured, module, inputs, expected):
+        notes.append(mixes)
     if chosen is not None:
         notes.append(f"explained by wrt= are {', '.join(chosen)}; the other inputs are constants")
     carriers = find_carriers(graph, plan.assignments, live, starts, ())

@@ -1,5 +1,6 @@
 """A model and inputs -> a graph of ATen ops that computes what the model computes."""
 
+from lrpfx.capture.alone import mixing_note
 from lrpfx.capture.chosen import Wrt, chosen_inputs
 from lrpfx.capture.export import TRACING, Captured, Program, first_line, run_model, tracing
 from lrpfx.capture.faithful import (
@@ -48,6 +49,7 @@ __all__ = [
     "has_form",
     "is_explained",
     "is_finite",
+    "mixing_note",
     "preserved",
     "rounded",
     "run_model",

@@ -39,7 +39,7 @@ def check_faithful(
             expected = copies(tensors_in(run_twice(model, leaves, spec)))
     # The graph writes nothing that is the model's, but may draw random numbers that nobody uses.
     with preserved(nn.Identity()), torch.no_grad():
-        got = _run_graph(module, leaves)
+        got = run_graph(module, leaves)
     worst = worst_difference(expected, got)
     if not worst <= 1.0:
         changed = [rounded(leaf) for leaf in copies(leaves)]
@@ -71,13 +71,13 @@ def agrees(captured: Captured, module: fx.GraphModule, inputs: Inputs) -> bool:
         expected = copies(tensors_in(run_model(captured.model, copies(leaves), spec)))
     with as_captured(captured):
         try:
-            got = _run_graph(module, leaves)
+            got = run_graph(module, leaves)
         except (RuntimeError, IndexError, ValueError):  # it is the graph of another run
             return False
     return worst_difference(expected, got) <= 1.0
 
 
-def _run_graph(module: fx.GraphModule, leaves: Sequence[Any]) -> list[Tensor]:
+def run_graph(module: fx.GraphModule, leaves: Sequence[Any]) -> list[Tensor]:
     """The tensors that the graph returns."""
     graph = fx.Graph()  # without the layers that are kept for their names, such as folded ones
     graph.output(graph.graph_copy(module.graph, {}))

@@ -3,6 +3,7 @@
 from lrpfx.run.alarm import Alarm
 from lrpfx.run.assumptions import Assumptions
 from lrpfx.run.backward import Largest, Pulled, Run, at_a_time
+from lrpfx.run.blank import blank_notes
 from lrpfx.run.books import Books, Made
 from lrpfx.run.compiled import Compiled, CompiledRun
 from lrpfx.run.conditioned import Init, condition_seeds, target_per_condition
@@ -32,6 +33,7 @@ __all__ = [
     "Seed",
     "Target",
     "at_a_time",
+    "blank_notes",
     "by_layer",
     "condition_seeds",
     "each_target",
