@@ -10,6 +10,7 @@ from lrpfx.canonize import DIVISOR
 from lrpfx.capture import Captured, Read
 from lrpfx.errors import some
 from lrpfx.ops import HELD, KEPT_NOTE, final, module_calls, output_leaves, reachable, used_nodes
+from lrpfx.plan.ends import end_notes
 from lrpfx.plan.starts import unplaced
 
 #: Of the function that the model ends in.
@@ -48,6 +49,7 @@ def notes_of(
             "embeddings of ids that are not computed one by one from those of one input count "
             f"as constants: {', '.join(sorted(paths))}"
         )
+    yield from end_notes(graph, starts)
     held = [n for n in graph.nodes if n.meta.get(HELD) == DIVISOR]
     if divisors := [n for n in held if not reachable([n]).isdisjoint(starts)]:
         yield f"{len(divisors)} divisors of live tensors count as constants"
