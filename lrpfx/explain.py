@@ -448,7 +448,9 @@ class Explainer:
             for one, seed, pulled in zip(targets, seeds, found, strict=True):
                 if not all(is_finite(r) for r in pulled.starts if r is not None):
                     if book is None and conditions is None:  # the plain form can name the place
-                        self._explain(inputs, one, layers, create_graph, True, asked)
+                        exact = self._explain(inputs, one, layers, create_graph, True, asked)
+                        if not several:  # or is finite: it keeps apart what the fast form joins
+                            return exact
                     refuse_relevance(self._plan, book.bookings() if book is not None else {})
                 at = by_layer(calls, run.activations, pulled)
                 part = self._gather.explanation(

@@ -261,7 +261,8 @@ def test_a_grid_takes_explanations_lists_and_tensors(images: Explanation) -> Non
         for inputs in (images.inputs, None):
             assert len(maps(grid(inputs, columns))) >= 2
     shown = texts(grid(None, [images, images], "one two".split()))
-    assert {"epsilon_plus", "epsilon_plus (2)", "input", "one", "two"} <= set(shown)
+    assert {"input", "one", "two"} <= set(shown)
+    assert sum(text.startswith("auto") for text in shown) == 2
 
 
 def test_a_grid_of_many_maps_wraps() -> None:

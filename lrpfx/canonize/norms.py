@@ -139,8 +139,10 @@ def distances(op: Writer, x1: Any, x2: Any, p: float, compute_mode: Any) -> fx.N
     return op(aten.linalg_vector_norm.default, op(aten.sub.Tensor, a, b), p, [-1])
 
 
-def renorm(op: Writer, self: Any, p: Any, dim: int, maxnorm: Any) -> fx.Node:
+def renorm(op: Writer, self: Any, p: Any, dim: int, maxnorm: Any) -> fx.Node | None:
     """``x / max(norm(x) / maxnorm, 1)``, by slices along a dimension."""
+    if not op.changes(self):  # of parameters it is what PyTorch computes, to the last digit
+        return None
     rank = self.meta["val"].ndim
     dims = [d for d in range(rank) if d != dim % rank]
     size = op(aten.linalg_vector_norm.default, self, p, dims, True)

@@ -127,6 +127,7 @@ def channels_of(node: fx.Node, live: Collection[fx.Node]) -> int | None:
                     found = {tell(n) for n in before if _alike(n, node)}
                 else:
                     found = {_moved(node, n, tell(n)) for n in before}
+                found -= {None}  # of what is put together, one that is clear tells of all
                 told[node] = found.pop() if len(found) == 1 else None
         return told[node]
 

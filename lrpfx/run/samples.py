@@ -59,4 +59,4 @@ def _takes_alone(captured: Captured, leaves: Sequence[Any], shape: Sequence[int]
 
     one = [leaf[None] if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     first = [leaf[:1] if isinstance(leaf, Tensor) and leaf.ndim else leaf for leaf in leaves]
-    return (1, *shape) in shapes(one) and (1, *shape[1:]) not in shapes(first)
+    return (1, *shape) in shapes(one) and not shapes(first)

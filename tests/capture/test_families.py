@@ -81,7 +81,9 @@ def test_every_live_op_has_a_rule(family: str, implementation: str) -> None:
     report = explainer_of(family, implementation, "attnlrp").report
     assert len(report.rows) > 25 and not report.unsupported
     assert all(row.rule and row.why for row in report.rows)
-    assert not [note for note in report.notes if "batch" in note]
+    noted = [note for note in report.notes if "batch" in note]
+    # Each image is compared with the texts of all samples.
+    assert not noted or family == "clip" and "depends on the others" in noted[0]
 
 
 @implemented

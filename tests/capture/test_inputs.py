@@ -253,9 +253,11 @@ def test_model_for_one_sample() -> None:
 
 
 def test_unbatched_input() -> None:
-    """(3,) is no batch of three: what the model takes is explained."""
+    """(3,) is no batch of three: what the model takes is explained, if it is said what of it."""
     model, x = trained(nn.Linear(3, 2)), draw(3)
-    explanation = lrpfx.explain(model, x)
+    with pytest.raises(errors.TargetError, match=r"no dimension of samples[\s\S]*x\[None\]"):
+        lrpfx.explain(model, x)
+    explanation = lrpfx.explain(model, x, lambda out: out[1])
     assert explanation.relevance.shape == (3,)
     torch.testing.assert_close(explanation.output, model(x))
 
