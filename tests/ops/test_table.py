@@ -332,7 +332,8 @@ def test_lrp_0_of_piecewise_linear_ops_is_gradient_times_input(
 ) -> None:
     model, x = Between(fn, shape), samples(shape)
     rules = lrpfx.composites.EpsilonAll(epsilon=0.0)
-    relevance = lrpfx.explain(model, x, 1, rules=rules).relevance
+    # Without a ledger these ops are their own rule, and a wrong map would go unseen.
+    relevance = lrpfx.explain(model, x, 1, rules=rules, ledger=True).relevance
     torch.testing.assert_close(relevance, gradient_times_input(model, x, 1), rtol=1e-9, atol=1e-10)
 
 
@@ -389,7 +390,7 @@ def test_activations_pass_relevance_on(fn: Fn) -> None:
     """Relevance below the activation is what the head hands to the activation's output."""
     model, x = Between(fn, ROW), samples(ROW)
     rules = lrpfx.composites.EpsilonAll(epsilon=0.0)
-    relevance = lrpfx.explain(model, x, 2, rules=rules).relevance
+    relevance = lrpfx.explain(model, x, 2, rules=rules, ledger=True).relevance
     a = fn(x * model.gain).detach()
     torch.testing.assert_close(relevance, a * model.head.weight[2].detach(), rtol=1e-9, atol=1e-12)
 
@@ -419,7 +420,7 @@ def test_constant_summands_absorb_their_share(fn: Fn, gain: float, bias: float) 
     model, x = Between(fn, ROW), samples(ROW)
     # Named, as directly at the input it is the input's own.
     rules = lrpfx.composites.EpsilonAll(epsilon=0.0) + [("affine", lrpfx.Norm(0.0))]
-    e = lrpfx.explain(model, x, 0, rules=rules)
+    e = lrpfx.explain(model, x, 0, rules=rules, ledger=True)
     y = x * model.gain.detach()
     z = fn(y)
     R = z * model.head.weight[0].detach()
@@ -470,7 +471,7 @@ def test_lp_pooling_shares_by_the_powers() -> None:
     x = samples(IMAGE).abs()
     model = Between(lambda x: F.lp_pool2d(x, 3.0, 2), IMAGE)
     rules = lrpfx.composites.EpsilonAll(epsilon=0.0)
-    e = lrpfx.explain(model, x, 0, rules=rules)
+    e = lrpfx.explain(model, x, 0, rules=rules, ledger=True)
     y = x * model.gain.detach()
     pooled = F.lp_pool2d(y, 3.0, 2)
     R = (pooled.flatten(1) * model.head.weight[0].detach()).reshape(pooled.shape)

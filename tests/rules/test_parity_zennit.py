@@ -64,7 +64,7 @@ class Pair(NamedTuple):
         return cls(model, peer, x, zoo.images(*expected.shape, seed=1))
 
     def by_lrpfx(self, rules: Any) -> Tensor:
-        relevance = lrpfx.explain(self.model, self.x, self.seed, rules=rules).relevance
+        relevance = lrpfx.explain(self.model, self.x, self.seed, rules=rules, ledger=True).relevance
         assert isinstance(relevance, Tensor)
         return relevance
 
