@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 __all__ = [
     "CaptureError",
@@ -42,11 +43,39 @@ class LrpError(Exception):
             lines.append(f"  fix:   {fix}")
         super().__init__("\n".join(lines))
 
+    def _render_traceback_(self) -> list[str]:
+        """What notebooks show: the user's lines and the message, without the library's own."""
+        own = os.path.dirname(__file__) + os.sep
+        shown = traceback.TracebackException.from_exception(self, compact=True)
+        frames = [f for f in shown.stack if not f.filename.startswith(own)]
+        shown.stack = traceback.StackSummary.from_list(frames)
+        shown.__cause__ = shown.__context__ = None  # the message says what is of use in it
+        return [line for part in shown.format() for line in part.rstrip().split("\n")]
+
 
 def some(places: Sequence[str], most: int = 5) -> list[str]:
     """The first of many places, and how many more there are."""
     more = len(places) - most
     return [*places[:most], *([f"and {more} more"] if more > 0 else [])]
+
+
+def counted(found: Iterable[tuple[str, str, str]], most: int = 3) -> list[str]:
+    """One line for each kind of fault, however many places it is found at.
+
+    Args:
+        found: What it is, where, and the source line ("" if unknown), for each place.
+        most: How many places are named.
+    """
+    kinds: dict[str, list[tuple[str, str]]] = {}
+    for what, path, line in found:
+        kinds.setdefault(what, []).append((path, line))
+    lines = []
+    for what, places in kinds.items():
+        more = len(places) - most
+        named = ", ".join(path for path, _ in places[:most])
+        told = f"{named} and {more} more" if more > 0 else named
+        lines.append(f"{told}: {what}   {places[0][1]}".rstrip())
+    return lines
 
 
 class LrpWarning(UserWarning):

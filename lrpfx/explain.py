@@ -441,7 +441,7 @@ class Explainer:
                 targets = [*targets] * (len(seeds) if len(targets) == 1 else 1)
             for seed in seeds:
                 if not all(is_finite(s) for s in seed.seeds if s is not None):
-                    refuse_seed(self._module, seed, run.explained, kept)
+                    refuse_seed(self._captured.model, self._module, seed, run.explained, kept)
             together = 1 if create_graph else at_a_time(self._largest.bytes_for(leaves))
             found = run.pull(seeds, together=together, create_graph=create_graph)
             parts, blank = [], dict[str, None]()

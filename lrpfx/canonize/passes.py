@@ -35,7 +35,7 @@ from lrpfx.canonize.pairs import pair_complex
 from lrpfx.canonize.parts import one_name_each, open_parts
 from lrpfx.canonize.simplex import whole_entmax
 from lrpfx.capture import Program
-from lrpfx.errors import CaptureError, TrainingModeError
+from lrpfx.errors import CaptureError, TrainingModeError, counted
 from lrpfx.ops import (
     HELD,
     bound_arguments,
@@ -121,25 +121,25 @@ def refuse_training(module: fx.GraphModule) -> fx.GraphModule:
     if bad and all(_without_statistics(node) for node, _ in bad):
         raise TrainingModeError(
             "the model's output depends on the other samples, in evaluation mode, too.",
-            where=[_place(node, "has no running statistics") for node, _ in bad],
+            where=counted(_place(node, "has no running statistics") for node, _ in bad),
             fix="give batch norm running statistics (track_running_stats=True, and train the model "
             "or reset them); or normalise each sample by itself, by GroupNorm or InstanceNorm.",
         )
     if bad:
         raise TrainingModeError(
             "the model is in training mode: its output is random or depends on the other samples.",
-            where=[_place(node, why) for node, why in bad],
+            where=counted(_place(node, why) for node, why in bad),
             fix="call model.eval() first; what does not follow it, such as F.dropout without "
             "training=self.training, has to be told.",
         )
     return module
 
 
-def _place(node: fx.Node, why: str) -> str:
+def _place(node: fx.Node, why: str) -> tuple[str, str, str]:
     calls = module_calls(node)
     path = calls[-1].path if calls else "(the model)"
     name = node.target._schema.name.split("::")[-1]  # type: ignore[union-attr]
-    return f"{path}: {name} {why}   {source_line(node)}".rstrip()
+    return f"{name} {why}", path, source_line(node)
 
 
 def _without_statistics(node: fx.Node) -> bool:

@@ -2,7 +2,7 @@
 
 from lrpfx.capture.alone import mixing_note
 from lrpfx.capture.chosen import Wrt, chosen_inputs
-from lrpfx.capture.export import TRACING, Captured, Program, first_line, run_model, tracing
+from lrpfx.capture.export import TRACING, Captured, Program, tracing
 from lrpfx.capture.faithful import (
     agrees,
     as_captured,
@@ -21,10 +21,12 @@ from lrpfx.capture.inputs import (
     is_finite,
     varying_sizes,
 )
+from lrpfx.capture.lines import first_line
 from lrpfx.capture.outputs import tensors_in
 from lrpfx.capture.preserve import preserved
 from lrpfx.capture.recorder import Read
 from lrpfx.capture.release import trim
+from lrpfx.capture.running import run_given, run_model
 from lrpfx.capture.state import State, Versions, state_of, versions
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     "mixing_note",
     "preserved",
     "rounded",
+    "run_given",
     "run_model",
     "state_of",
     "tensors_in",

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
@@ -33,12 +34,13 @@ from lrpfx.capture.inputs import (
     key_paths,
     split_inputs,
 )
-from lrpfx.capture.lines import raised_at, sizes_fixed
+from lrpfx.capture.lines import first_line, raised_at, sizes_fixed
 from lrpfx.capture.outputs import AsDict, from_dicts, is_dataclass, tensors_in
 from lrpfx.capture.preserve import preserved, reachable_only
 from lrpfx.capture.recorder import Read
 from lrpfx.capture.release import released
-from lrpfx.errors import CaptureError, InputError, TrainingModeError, some
+from lrpfx.capture.running import run_twice
+from lrpfx.errors import CaptureError, InputError, some
 from lrpfx.ops import letters_of
 
 #: Held while a model is traced: torch.export is not re-entrant, and puts fake tensors into the
@@ -167,10 +169,13 @@ def check_examples(model: nn.Module, inputs: Inputs) -> tuple[list[Any], pytree.
     _refuse_untraceable(model)
     leaves, spec = flatten_inputs(inputs)
     if not any(isinstance(leaf, Tensor) for leaf in leaves):
+        of_numpy = any(isinstance(leaf, np.ndarray) for leaf in leaves)
         raise InputError(
             "there is nothing to explain: no input is a tensor.",
             where=_described(leaves, inputs),
-            fix="give at least one floating tensor, or token ids that feed an embedding.",
+            fix="give tensors: torch.from_numpy(x)."
+            if of_numpy
+            else "give at least one floating tensor, or token ids that feed an embedding.",
         )
     if _batch_of(leaves) == 0:
         raise InputError("the inputs hold no samples.", fix="give a batch of at least one.")
@@ -218,38 +223,6 @@ def _forms(program: ExportedProgram, leaves: Sequence[Any]) -> tuple[Any, ...]:
         open_dims = {d: letters[str(s)] for d, s in enumerate(shape) if not isinstance(s, int)}
         forms.append(form_of(leaf, open_dims))
     return tuple(forms)
-
-
-def run_twice(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> Any:
-    """What the second run returns: what changes from call to call is no function of the inputs."""
-    run_model(model, copies(leaves), spec)
-    return run_model(model, copies(leaves), spec)
-
-
-def run_model(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) -> Any:
-    """What the model returns for the flat inputs; InputError if it fails on them."""
-    args, kwargs = pytree.tree_unflatten(list(leaves), spec)
-    try:
-        with torch.no_grad():
-            return model(*args, **kwargs)
-    except Exception as error:
-        mixing = [
-            f"{name or '(the model)'}: batch_norm uses the statistics of the batch"
-            for name, module in model.named_modules()
-            if module.training and isinstance(module, nn.modules.batchnorm._BatchNorm)
-        ]
-        if mixing:  # in training mode batch norm refuses single samples
-            raise TrainingModeError(
-                f"the model is in training mode and fails: {first_line(error)}",
-                where=mixing,
-                fix="call model.eval() first.",
-            ) from error
-        raise InputError(
-            f"the model itself fails on these inputs: {type(error).__name__}: {first_line(error)}",
-            where=raised_at(error)
-            + [f"inputs: {', '.join(str(form_of(leaf, {})) for leaf in leaves)}"],
-            fix="check that model(...) runs on them: shapes, dtypes and devices.",
-        ) from error
 
 
 def _state(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -491,8 +464,3 @@ def _capture_error(model: nn.Module, error: Exception) -> CaptureError:
     owner = model.model if isinstance(model, AsDict) else model
     where = raised_at(error) or [type(owner).__name__]
     return CaptureError(what, where=where, fix=fix)
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, or is, cut to one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -61,7 +62,9 @@ def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return tuple(inputs), {}
     raise InputError(
         f"inputs must be a tensor, a tuple or a dict, not {type(inputs).__name__}.",
-        fix="give model(x) as x, model(x, y) as (x, y), model(a=x) as {'a': x}.",
+        fix="give a tensor: torch.from_numpy(x), of the model's dtype: .float() as a rule."
+        if isinstance(inputs, np.ndarray)
+        else "give model(x) as x, model(x, y) as (x, y), model(a=x) as {'a': x}.",
     )
 
 
@@ -141,7 +144,8 @@ def check_inputs(signature: Signature, inputs: Inputs) -> list[Any]:
                 f"captured: {', '.join(signature.paths)}",
                 f"given: {', '.join(input_paths(inputs))}",
             ],
-            fix="make an Explainer for this structure.",
+            fix="give (x, y) for model(x, y), {'a': x} for model(a=x), all that were captured; or "
+            "make an Explainer for this structure.",
         )
     bad = []
     for leaf, form, path in zip(leaves, signature.leaves, signature.paths, strict=True):
@@ -154,7 +158,8 @@ def check_inputs(signature: Signature, inputs: Inputs) -> list[Any]:
         raise InputError(
             "the inputs do not fit what the model was captured with.",
             where=bad,
-            fix="convert them, or make an Explainer for inputs of this form.",
+            fix=_conversion(leaves, signature)
+            or "convert them, or make an Explainer for inputs of this form.",
         )
     for letter, sizes in varying_sizes(signature, leaves).items():
         if len(sizes) > 1 or 0 in sizes:
@@ -221,6 +226,37 @@ def _has_form(leaf: Tensor, form: TensorForm) -> bool:
     )
     same_kind = leaf.dtype == form.dtype and leaf.device == form.device
     return same_shape and same_kind and leaf.layout == torch.strided
+
+
+def _conversion(leaves: Sequence[Any], signature: Signature) -> str:
+    """What gives all inputs the form that was captured, if one of the usual steps does."""
+    for told, change in _STEPS:
+        if all(
+            _has_form(change(leaf, form), form)
+            if isinstance(form, TensorForm) and isinstance(leaf, (Tensor, np.ndarray))
+            else leaf == form
+            for leaf, form in zip(leaves, signature.leaves, strict=True)
+        ):
+            return told
+    return ""
+
+
+def _as_captured(leaf: Any, form: TensorForm) -> Tensor:
+    return torch.as_tensor(leaf).to(form.device, form.dtype)
+
+
+#: Words, and the step itself.
+_STEPS: tuple[tuple[str, Callable[[Any, TensorForm], Tensor]], ...] = (
+    (
+        "add the batch dimension: x[None].",
+        lambda leaf, form: torch.as_tensor(leaf)[None],
+    ),
+    ("give the dtype and device captured: torch.as_tensor(x, dtype=, device=).", _as_captured),
+    (
+        "add the batch dimension, x[None], and give the dtype and device captured.",
+        lambda leaf, form: _as_captured(leaf, form)[None],
+    ),
+)
 
 
 def _describe(leaf: Any) -> str:

@@ -53,3 +53,8 @@ def sizes_fixed() -> Iterator[list[str]]:
 
     with mock.patch.object(ShapeEnv, "_set_replacement", noting):
         yield lines
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, or is, cut to one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

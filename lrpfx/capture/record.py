@@ -18,8 +18,6 @@ from lrpfx.capture.export import (
     Captured,
     Trace,
     check_examples,
-    first_line,
-    run_model,
     tracing,
 )
 from lrpfx.capture.inputs import (
@@ -31,10 +29,11 @@ from lrpfx.capture.inputs import (
     input_paths,
     split_inputs,
 )
-from lrpfx.capture.lines import raised_at
+from lrpfx.capture.lines import first_line, raised_at
 from lrpfx.capture.outputs import AsDict, is_dataclass, tensors_in
 from lrpfx.capture.preserve import preserved
 from lrpfx.capture.recorder import Read, Recorder
+from lrpfx.capture.running import run_given
 from lrpfx.errors import CaptureError
 
 
@@ -84,7 +83,7 @@ def record(model: nn.Module, inputs: Inputs) -> Trace:
     _refuse_objects(leaves, "the inputs hold", "give its tensors, and make it in a wrapper module.")
     with preserved(model) as bring_back:
         _draw()  # what the model draws at random by Python is then not what the record has
-        output = run_model(model, copies(leaves), spec)
+        output = run_given(model, leaves, spec)
         expected = copies(tensors_in(output))
         traced = AsDict(model) if any(map(is_dataclass, pytree.tree_leaves(output))) else None
         bring_back()  # what a model counts or keeps is part of the run

@@ -205,9 +205,15 @@ def _check(
     """Raise for an entry of the user's own that matches nothing or names what it does not fit.
 
     Returns:
-        A note for each of several selectors that matches nothing.
+        A note for each of several selectors that matches nothing, or only modules that the run
+        does not need.
     """
     several = selector if isinstance(selector, tuple) else (selector,)
+    if not matched and (idle := [path for one in several for path in _idle(one, records, model)]):
+        return [
+            f"selector {describe(selector)} matches only modules without an op that carries "
+            f"relevance, never called or fed by constants: {', '.join(some(idle, 3))}"
+        ]
     if not matched:
         raise SelectorError(
             f"selector {describe(selector)} matches nothing in this model.",
@@ -226,6 +232,15 @@ def _check(
         if not named:
             notes.append(f"selector {describe(one)} of {describe(selector)} matches nothing")
     return notes
+
+
+def _idle(selector: Selector, records: Sequence[Record], model: nn.Module) -> list[str]:
+    """The modules that a path matches, if none of them has been folded into another's op."""
+    if not isinstance(selector, str) or not _is_path(selector):
+        return []
+    paths = [p for p, _ in model.named_modules() if p and fnmatch.fnmatchcase(p, selector)]
+    folded = {c.path for r in records for c in r.folded}
+    return [] if folded.intersection(paths) else paths
 
 
 def _near_misses(selector: Selector, records: Sequence[Record], model: nn.Module) -> str:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-from lrpfx.capture import TRACING, Captured, copies, preserved, run_model
-from lrpfx.errors import NonFiniteError, TargetError
+from lrpfx.capture import TRACING, Captured, preserved, run_given
+from lrpfx.errors import NonFiniteError, TargetError, some
 from lrpfx.ops import record
 from lrpfx.plan import Plan
 from lrpfx.rewrite import Booking
@@ -20,13 +20,18 @@ from lrpfx.run.targets import Seed
 def refuse_if_the_model_does(captured: Captured, leaves: Sequence[Any]) -> None:
     """Raise InputError if the model itself fails on these inputs."""
     with TRACING, preserved(captured.model):
-        run_model(captured.model, copies(leaves), captured.signature.spec)
+        run_given(captured.model, leaves, captured.signature.spec)
 
 
 def refuse_seed(
-    module: fx.GraphModule, seed: Seed, clean: Sequence[Any], leaves: Sequence[Any]
+    model: nn.Module,
+    module: fx.GraphModule,
+    seed: Seed,
+    clean: Sequence[Any],
+    leaves: Sequence[Any],
 ) -> None:
-    """Raise the error of a seed that is not finite, by the fault of model or target."""
+    """Raise the error of a seed that is not finite, by the fault of weights, model or target."""
+    _refuse_weights(model)
     finder = _FirstNonFinite(module)
     with torch.no_grad():
         finder.run(*leaves, enable_io_processing=False)
@@ -42,6 +47,25 @@ def refuse_seed(
             "the model's own forward pass makes NaN or infinity.",
             where=[str(r), *filter(None, [r.source])] if r else [str(finder.found)],
             fix="look at the activations that enter this op; the inputs are finite.",
+        )
+
+
+def _refuse_weights(model: nn.Module) -> None:
+    """Raise NonFiniteError by the names of parameters with NaN or infinity, if there are any.
+
+    Infinity in a buffer may be meant, as in masks of attention.
+    """
+    state = [*model.named_parameters(), *model.named_buffers()]
+    own = {name for name, _ in model.named_parameters()}
+    bad = []
+    for name, t in state:
+        if _floating(t) and (n := int((~t.isfinite() if name in own else t.isnan()).sum())):
+            bad.append(f"{name}: {n} of {t.numel()} entries")
+    if bad:
+        raise NonFiniteError(
+            "the model's own weights are NaN or infinite.",
+            where=some(bad),
+            fix="load the weights again, or train again from before they became so.",
         )
 
 
