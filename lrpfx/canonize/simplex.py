@@ -29,8 +29,8 @@ def whole_entmax(module: fx.GraphModule) -> fx.GraphModule:
     """``clamp(x - t(x), min=0)`` -> ``entmax(x)``, where t makes it sum to one; so of its square.
 
     Whether a region is one is measured: it is run on random numbers, and what comes out must be the
-    nearest point of the simplex (sparsemax), or 1.5-entmax, along some dimension. Its parts, a
-    sort, sums and a threshold, have rules of their own that would make relevance explode.
+    nearest point of the simplex (sparsemax), or an entmax, along some dimension. Its parts,
+    a sort, sums and a threshold, have rules of their own that would make relevance explode.
 
     Source: Martins and Astudillo 2016 (arXiv 1602.02068); Peters et al. 2019 (arXiv 1905.05702).
     """
@@ -62,7 +62,7 @@ def _searches(nodes: list[fx.Node]) -> bool:
 
 def _entmax_of(
     module: fx.GraphModule, end: fx.Node, changing: set[fx.Node]
-) -> tuple[fx.Node, int, int, set[fx.Node]] | None:
+) -> tuple[fx.Node, int, float, set[fx.Node]] | None:
     """The x, dimension and power that ``end`` is the entmax of, and all that computes it.
 
     Of several x that differ by what is the same for all entries it is the farthest.
@@ -96,7 +96,7 @@ def _regions(end: fx.Node, changing: set[fx.Node]) -> Iterator[tuple[fx.Node, se
 
 def _measure(
     module: fx.GraphModule, entry: fx.Node, end: fx.Node, region: set[fx.Node]
-) -> tuple[int, int] | None:
+) -> tuple[int, float] | None:
     """Dimension and power of the entmax that a region computes, None if it is none."""
     like: Tensor = entry.meta["val"]
     sizes = [size if isinstance(size, int) else size.node.hint for size in like.shape]
@@ -112,11 +112,30 @@ def _measure(
         except Exception:  # made for other sizes than those that were taken here
             return None
         for dim in range(like.ndim):
-            for power in (1, 2) if sizes[dim] > 1 else ():
+            for power in (1, 2, *_powers(*pairs[0], dim)) if sizes[dim] > 1 else ():
                 near = ((y - entmax(x, dim, power)).abs().max() for x, y in pairs)
                 if all(error <= tolerance for error in near):
                     return dim, power
     return None
+
+
+def _powers(x: Tensor, y: Tensor, dim: int) -> list[float]:
+    """The power of the entmax that takes x to y, if it is one; rounded, too, as it was found.
+
+    Of two entries that are left, c = alpha - 1 solves (y1 ** c - y2 ** c) / c = x1 - x2, of which
+    the left side falls with c.
+    """
+    two = y.movedim(dim, -1).reshape(-1, y.shape[dim]).double().topk(2)
+    row = int(two.values[:, 1].argmax())
+    y1, y2 = two.values[row].tolist()
+    at = x.movedim(dim, -1).reshape(-1, x.shape[dim]).double()[row, two.indices[row]].tolist()
+    if not 1 > y1 > y2 > 0:
+        return []
+    low, high = 0.0, 4.0
+    for _ in range(60):
+        c = (low + high) / 2
+        low, high = (c, high) if (y1**c - y2**c) / c > at[0] - at[1] else (low, c)
+    return [1 / c for c in (round(high, 4), high) if 0.01 < c < 4]
 
 
 def _body(

@@ -30,11 +30,12 @@ def hardsigmoid(x: Tensor) -> Tensor:
     return torch.nn.functional.relu6(x + 3) / 6
 
 
-def entmax(x: Tensor, dim: int, power: int) -> Tensor:
+def entmax(x: Tensor, dim: int, power: float) -> Tensor:
     """The sparse softmax y = max(x / power - t, 0) ** power, t such that y sums to one.
 
     Of power 1 sparsemax, the nearest point of the simplex; of power 2 1.5-entmax. All of it can be
-    differentiated again: t is a formula of the entries that are left.
+    differentiated again: t is a formula of the entries that are left, or, for other powers, two
+    steps of Newton's method from what bisection found, exact for derivatives up to the third.
 
     Args:
         x: Any tensor; entries of -infinity get nothing.
@@ -46,6 +47,8 @@ def entmax(x: Tensor, dim: int, power: int) -> Tensor:
     """
     u = widened(x) / power
     u = u - u.detach().amax(dim, keepdim=True)  # so t lies between -1 and 0
+    if power not in (1, 2):
+        return _by_steps(u, dim, power).to(x.dtype)
     left = _left(u.detach().clamp_min(-2), dim, power)
     u = u.masked_fill(~left, 0.0)
     count = left.sum(dim, keepdim=True).to(u.dtype)
@@ -56,7 +59,23 @@ def entmax(x: Tensor, dim: int, power: int) -> Tensor:
     return y.to(x.dtype)
 
 
-def _left(u: Tensor, dim: int, power: int) -> Tensor:
+def _by_steps(u: Tensor, dim: int, power: float) -> Tensor:
+    held = u.detach()
+    t = torch.full_like(held.amax(dim, keepdim=True), -1.0)
+    step = torch.ones_like(t)
+    for _ in range(_BISECTIONS):
+        step = step / 2
+        above = ((held - t - step).relu() ** power).sum(dim, keepdim=True) >= 1
+        t = torch.where(above, t + step, t)
+    left = held > t
+    for _ in range(2):
+        v = torch.where(left, u - t, 1.0)  # what is cut off has no derivative, and no power of 0
+        excess = ((v**power) * left).sum(dim, keepdim=True) - 1
+        t = t + excess / (power * (v ** (power - 1)) * left).sum(dim, keepdim=True)
+    return torch.where(left, u - t, 1.0) ** power * left
+
+
+def _left(u: Tensor, dim: int, power: float) -> Tensor:
     """Which entries stay above the threshold: the k largest, for the largest k that fits."""
     ordered = u.sort(dim, descending=True).values
     count = torch.ones_like(ordered).cumsum(dim)
@@ -67,13 +86,15 @@ def _left(u: Tensor, dim: int, power: int) -> Tensor:
     return u > above.gather(dim, last)
 
 
-def _threshold(mean: Tensor, variance: Tensor, count: Tensor, power: int) -> Tensor:
+def _threshold(mean: Tensor, variance: Tensor, count: Tensor, power: float) -> Tensor:
     """t with sum (u - t) ** power = 1, of u the mean, variance and number."""
     if power == 1:
         return mean - 1 / count
     return mean - (1 / count - variance).clamp_min(0).sqrt()
 
 
+#: Halvings of an interval of 1, to the last digit of float64.
+_BISECTIONS = 54
 #: Names of their arguments.
 OWN: dict[Any, list[str]] = {
     einsum: ["equation", "x", "weight"],

@@ -59,6 +59,40 @@ class Entmax15(torch.autograd.Function):
         return slope * (g - (g * slope).sum(-1, keepdim=True) / slope.sum(-1, keepdim=True))
 
 
+def bisected(alpha: float) -> type[torch.autograd.Function]:
+    """As the package entmax has it for any alpha: alpha is a tensor, the sum is made one."""
+
+    class Bisected(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            a = torch.tensor(alpha, dtype=x.dtype).expand(x.shape[0], 1)
+
+            def p(x: Tensor) -> Tensor:
+                return torch.clamp(x, min=0) ** (1 / (a - 1))
+
+            x = x * (a - 1)
+            top = x.max(dim=1, keepdim=True)[0]
+            low, high = top - 1, top - x.shape[1] ** (1 - a)
+            start = p(x - low).sum(1) - 1
+            width = high - low
+            for _ in range(45):
+                width = width / 2
+                middle = low + width
+                y = p(x - middle)
+                low = torch.where(((y.sum(1) - 1) * start >= 0).unsqueeze(1), middle, low)
+            y = y / y.sum(dim=1).unsqueeze(dim=1)
+            ctx.save_for_backward(y)
+            return y
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            (y,) = ctx.saved_tensors
+            slope = torch.where(y > 0, y ** (2 - alpha), y.new_zeros(1))
+            return slope * (g - (g * slope).sum(1, keepdim=True) / slope.sum(1, keepdim=True))
+
+    return Bisected
+
+
 def by_topk(x: Tensor) -> Tensor:
     ordered = x.topk(x.shape[1], 1).values
     steps = (ordered.cumsum(1) - 1) / torch.arange(1, x.shape[1] + 1)
@@ -82,6 +116,7 @@ FORMS: dict[str, tuple[Callable[[Tensor], Tensor], type[torch.autograd.Function]
     "by topk": (by_topk, Sparsemax),
     "by bisection": (by_bisection, Sparsemax),
     "1.5-entmax": (Entmax15.apply, Entmax15),
+    "1.3-entmax": (bisected(1.3).apply, bisected(1.3)),
 }
 
 
