@@ -47,7 +47,6 @@ SOFTMAX: list[Row] = [
         "softmax",
         nonneg=always,
     ),
-    *row([aten.log_softmax.int, aten._log_softmax.default], "log_softmax", "softmax"),
     *row([entmax], "entmax", "softmax", ["x"], nonneg=always),
 ]
 

@@ -203,7 +203,7 @@ class Taylor(Rule):
 
     def gradient_shares(self, site: Site) -> tuple[float, ...] | None:
         """With R = y c this is the softmax's derivative."""
-        return None if site.op.kind == "log_softmax" else (1.0,)
+        return (1.0,)
 
     def needs(self, site: Site, taken: bool) -> tuple[bool, bool]:
         """Over one dimension the output is enough."""
@@ -221,8 +221,7 @@ def _expanded(call: Call, x: tuple[Tensor, ...], z: Tensor, R: Tensor) -> Tensor
     if _by_jacobian(call.site):
         (c,) = call.pull_back(x, divide(R, z, 0.0)[0])
         return c
-    y = z.exp() if call.op.kind == "log_softmax" else z
-    return R - y * R.sum(call.argument("dim"), keepdim=True)
+    return R - z * R.sum(call.argument("dim"), keepdim=True)
 
 
 def _by_jacobian(site: Site) -> bool:
