@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from typing_extensions import Self
 
 from lrpfx.capture import (
     TRACING,
@@ -69,9 +71,11 @@ from lrpfx.run import (
     target_per_condition,
     without_graph,
 )
+from lrpfx.saved import Recipe, Weights, example_of, read_file, write_file
 
 #: The form of the inputs, which the relevance has, too.
 _Form = TypeVar("_Form", Tensor, Sequence[Any], Mapping[str, Any])
+_Explainer = TypeVar("_Explainer", bound="Explainer")
 
 
 def explain(
@@ -218,7 +222,9 @@ class Explainer:
         with TRACING:  # meanwhile another thread's trace may hold fake tensors in the model
             prepared = prepare_by(capture, model, inputs, rules, dynamic, wrt)
             self._set_up(prepared, model, inputs, fixed)
-        self._rules, self._freeze, self._wrt = rules, freeze, wrt
+        example = example_of(inputs, self._captured.signature)
+        options = {"dynamic": tuple(dynamic), "freeze": freeze, "wrt": wrt, "capture": capture}
+        self._made_of = Recipe(model, example, rules, options)
         self._runs: Runs[Explainer] | None = None
         trim()
 
@@ -248,11 +254,56 @@ class Explainer:
         self._instrumented: dict[tuple[Any, ...], tuple[fx.GraphModule, dict[str, Calls]]] = {}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Refuse: graphs and their rules can be neither pickled nor copied."""
-        raise TypeError(
-            "an Explainer can be neither copied nor pickled: copy or save the model, and make a "
-            "new Explainer of it."
-        )
+        """Model, rules, and example inputs; the copy captures the model anew."""
+        return _made_again, (type(self), self._recipe())
+
+    def _recipe(self) -> Recipe:
+        """What this Explainer is made of, as it is now."""
+        paths = {module: path for path, module in self.model.named_modules()}
+        training = {paths[m]: was for m, was in self._captured.training if m in paths}
+        compiled = None if self._compiled is None else self._compiled.options
+        return replace(self._made_of, training=training, compiled=compiled)
+
+    def save(self, path: str | os.PathLike[str], *, weights: bool = False) -> None:
+        """Write what makes this Explainer to a file without code: rules, options, example inputs.
+
+        The file holds no graph; ``load`` captures the model anew. Of a batch two samples of the
+        example inputs are stored.
+
+        Args:
+            path: Of the file, such as "explainer.lrpfx".
+            weights: Whether parameters and buffers are stored, too; without, digests of them are.
+
+        Raises:
+            InputError: Rules or inputs are of classes of your own, which are code.
+            ImportError: safetensors is not installed.
+        """
+        write_file(path, self._recipe(), weights)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: nn.Module,
+        *,
+        weights: Weights = "same",
+        rules: RulesLike = None,
+    ) -> Self:
+        """The Explainer that ``save`` wrote, made again; no code in the file is ever run.
+
+        Args:
+            path: Of the file.
+            model: The model that it explains; it has to be one with the same parameters.
+            weights: "same": the model's values have to be those that were saved; others are
+                refused by name. "file": those of the file are written into the model. "model": the
+                model's are taken as they are.
+            rules: In the place of those of the file.
+
+        Raises:
+            InputError: The file was not written by ``save``, or is of another model.
+            LrpError: As the constructor.
+        """
+        return _made_again(cls, read_file(path, model, weights, rules))
 
     @property
     def model(self) -> nn.Module:
@@ -366,8 +417,9 @@ class Explainer:
 
     def _anew(self, inputs: Inputs) -> RecordedRun[Explainer]:
         """The same for another run of the model."""
-        model, rules, freeze = self._captured.model, self._rules, self._freeze
-        new = Explainer(model, inputs, rules, freeze=freeze, wrt=self._wrt, capture="record")
+        made_of = self._made_of
+        options = {**made_of.options, "dynamic": (), "capture": "record"}
+        new = Explainer(made_of.model, inputs, made_of.rules, **options)
         if self._compiled is not None and not new._captured.decisions:
             new.compile(**self._compiled.options)
         return RecordedRun(new._captured, new._module, new)
@@ -620,6 +672,15 @@ class Explainer:
                 fix="make an Explainer for inputs of this size.",
             ) from error
         self._met.add(sizes)
+
+
+def _made_again(cls: type[_Explainer], recipe: Recipe) -> _Explainer:
+    """The Explainer of a recipe."""
+    with recipe.in_its_mode():
+        explainer = cls(recipe.model, recipe.inputs, recipe.rules, **recipe.options)
+    if recipe.compiled is not None:
+        explainer.compile(**recipe.compiled)
+    return explainer
 
 
 def _paths(layers: Any) -> tuple[str, ...]:

@@ -5,7 +5,6 @@ traces they leave. Errors about ``target=`` are in test_targets.py.
 """
 
 import copy
-import pickle
 import random
 import re
 from collections import OrderedDict, deque
@@ -831,12 +830,6 @@ def test_is_refused_by_name(call: Callable[[Any], Any], says: str) -> None:
     with pytest.raises(errors.LrpError, match=says) as caught:
         call(mlp())
     assert len(str(caught.value)) < 600
-
-
-@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
-def test_an_explainer_is_not_copied(copied: Callable[[Any], Any]) -> None:
-    with pytest.raises(TypeError, match="neither copied nor pickled"):
-        copied(lrpfx.Explainer(mlp(), x()))
 
 
 def test_many_places_are_cut_and_counted() -> None:

@@ -13,6 +13,8 @@ from lrpfx.capture.faithful import (
 from lrpfx.capture.front import By, capture
 from lrpfx.capture.inputs import (
     Inputs,
+    Signature,
+    TensorForm,
     check_inputs,
     copies,
     flatten_inputs,
@@ -35,7 +37,9 @@ __all__ = [
     "Inputs",
     "Program",
     "Read",
+    "Signature",
     "State",
+    "TensorForm",
     "TRACING",
     "Versions",
     "Wrt",

@@ -4,7 +4,7 @@ from lrpfx.plan.annotate import REGISTER, Unknown, annotate, annotate_known
 from lrpfx.plan.assign import Assignment, Plan, assign
 from lrpfx.plan.carriers import find_carriers
 from lrpfx.plan.notes import LEFT_OUT, notes_of
-from lrpfx.plan.resolve import RulesLike
+from lrpfx.plan.resolve import RulesLike, read_rules
 from lrpfx.plan.starts import find_starts, index_places
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "find_starts",
     "index_places",
     "notes_of",
+    "read_rules",
 ]

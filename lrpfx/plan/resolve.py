@@ -54,7 +54,7 @@ def _near(name: str) -> list[str]:
     return difflib.get_close_matches(name, NAMED, n=3)
 
 
-def read(rules: Any) -> Composite:
+def read_rules(rules: Any) -> Composite:
     """The composite that ``rules`` stands for; None is not read here.
 
     Raises:
@@ -69,7 +69,7 @@ def read(rules: Any) -> Composite:
         return by_name(_CLASSES.get(rules.__name__, rules.__name__))
     if isinstance(rules, (list, tuple)) and rules and _is_base(rules[-1]):
         *own, last = rules
-        return read(last) + own if own else read(last)
+        return read_rules(last) + own if own else read_rules(last)
     if isinstance(rules, type) or not hasattr(rules, "__iter__") and not isinstance(rules, Rule):
         shown = f"{rules.__name__}(...)" if isinstance(rules, type) else "lrpfx.ZPlus()"
         raise RuleError(
@@ -102,7 +102,7 @@ def resolve(rules: RulesLike, nodes: Iterable[Record]) -> tuple[tuple[Composite,
     named = f"{default.name} (default: {default.parts(nodes)})"
     if rules is None:
         return (default,), named
-    composite = read(rules)
+    composite = read_rules(rules)
     if isinstance(composite, Named):
         return (composite,), composite.name
     reading = f"{len(composite.entries)} entries over"
