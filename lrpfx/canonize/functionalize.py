@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,10 @@ from lrpfx.ops import argument_names, bound_arguments, nodes_in, source_line
 aten = torch.ops.aten
 
 
-def functionalize(program: Program, module: fx.GraphModule) -> fx.GraphModule:
-    """``y = relu_(x)`` -> ``y = relu(x)``; writes into views -> scatters; LSTMs -> their steps.
+def functionalize(
+    program: Program, module: fx.GraphModule, cast: Collection[Any]
+) -> fx.GraphModule:
+    """``y = relu_(x)`` -> ``y = relu(x)``; writes into views -> scatters.
 
     Renaming is exact where nothing reads the written storage later except through the in-place
     op's own result. Where something does, PyTorch's functionalisation rewrites the whole graph,
@@ -28,10 +30,12 @@ def functionalize(program: Program, module: fx.GraphModule) -> fx.GraphModule:
     Args:
         program: The graph as it was captured.
         module: The same, ``unlifted``.
+        cast: Ops of which autocast casts the steps; where it does, PyTorch takes them apart.
     """
-    compound = {node.target for node in module.graph.nodes if node.target in _COMPOUND}
     bodies = [m for m in module.modules() if isinstance(m, fx.GraphModule)]
     regions = any(_is_region(node, "autocast") for body in bodies for node in body.graph.nodes)
+    targets = {node.target for body in bodies for node in body.graph.nodes}
+    apart = targets.intersection(cast) if regions else set()
     inner = [body for body in bodies if body is not module]
     regions = regions or any(writes(node) for body in inner for node in body.graph.nodes)
     memories: dict[int | None, list[fx.Node]] = {}
@@ -42,7 +46,7 @@ def functionalize(program: Program, module: fx.GraphModule) -> fx.GraphModule:
         for node in module.graph.nodes
         if writes(node)
     )
-    if private and not regions and not compound:
+    if private and not regions:
         for node in [n for n in module.graph.nodes if writes(n)]:
             _rename(node)
         return module
@@ -50,10 +54,10 @@ def functionalize(program: Program, module: fx.GraphModule) -> fx.GraphModule:
     with tracing():
         known = torch.export.default_decompositions()
         try:
-            program = program.run_decompositions({op: known[op] for op in compound})
+            program = program.run_decompositions({op: known[op] for op in apart})
         except Exception as error:  # whatever the tracer raises
             raise CaptureError(
-                "in-place ops, regions of autocast or recurrent layers could not be taken apart: "
+                "in-place ops or regions of autocast could not be taken apart: "
                 f"{type(error).__name__}: {first_line(error)}",
                 where=[source_line(n) for n in module.graph.nodes if writes(n)],
                 fix="write the lines named without in-place ops, if there are any; or explain a "
@@ -70,12 +74,6 @@ def functionalize(program: Program, module: fx.GraphModule) -> fx.GraphModule:
         # What is left are write-backs to the user's inputs and buffers, which stay as they are.
         module.graph.erase_node(node)
     return module
-
-
-#: Ops that PyTorch itself takes apart into ones that have rules; recurrent ones step by step.
-_COMPOUND = {aten.lstm.input, aten.gru.input, aten.rnn_tanh.input, aten.rnn_relu.input}
-_COMPOUND |= {aten.lstm_cell.default, aten.gru_cell.default}
-_COMPOUND |= {aten.rnn_tanh_cell.default, aten.rnn_relu_cell.default}
 
 
 def _detach_regions(module: fx.GraphModule) -> None:

@@ -33,6 +33,7 @@ from lrpfx.canonize.normalized import whole_softmaxes
 from lrpfx.canonize.norms import open_statistics
 from lrpfx.canonize.pairs import pair_complex
 from lrpfx.canonize.parts import one_name_each, open_parts
+from lrpfx.canonize.recurrent import RECURRENT, open_recurrent
 from lrpfx.canonize.simplex import whole_entmax
 from lrpfx.capture import Program
 from lrpfx.errors import CaptureError, TrainingModeError, counted
@@ -64,7 +65,7 @@ def canonize(program: Program, explained: Collection[int] | None = None) -> fx.G
         CaptureError: In-place ops that even PyTorch's own functionalisation leaves.
     """
     # While recurrent layers still tell of their dropout.
-    module = functionalize(program, refuse_training(unlifted(program)))
+    module = functionalize(program, refuse_training(unlifted(program)), RECURRENT)
     verify(module.graph)
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     for i, node in enumerate(inputs):
@@ -280,6 +281,7 @@ def views_to_reshapes(module: fx.GraphModule) -> fx.GraphModule:
 PASSES: tuple[Pass, ...] = (
     inline_no_grad,
     refuse_training,
+    open_recurrent,
     whole_batch_norm,
     whole_quantisation,
     copies_to_casts,

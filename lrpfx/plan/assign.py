@@ -152,9 +152,10 @@ def _matches(selector: Selector, r: Record, model: nn.Module) -> bool:
             return True
         if selector in FAMILIES:
             return r.family == selector
-        if selector in ops.kinds():
-            return r.kind == selector
-        return any(fnmatch.fnmatchcase(c.path, selector) for c in r.modules)
+        if r.kind == selector:
+            return True
+        named = any(fnmatch.fnmatchcase(c.path, selector) for c in r.modules)
+        return named and selector not in ops.kinds()
     if isinstance(selector, type):
         calls = ("", *(c.path for c in r.modules))
         return any(isinstance(model.get_submodule(path), selector) for path in calls)

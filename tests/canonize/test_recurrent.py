@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import lrpfx
 from lrpfx import composites
+from lrpfx.canonize import recurrent
 
 EXACT = composites.EpsilonAll(epsilon=1e-9)
 WIDTHS = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
@@ -83,6 +84,86 @@ def test_recurrent_layers_are_opened(kind: str) -> None:
     torch.testing.assert_close(e.output, model(x))
     assert e.relevance.abs().max() > 0
     assert abs(e.report.unaccounted) < 1e-9
+
+
+class Whole(nn.Module):
+    """All that a recurrent layer returns, of states that are computed of the input."""
+
+    def __init__(self, layer: nn.RNNBase, states: tuple[Tensor, ...] = ()) -> None:
+        super().__init__()
+        self.layer, self.states = layer, states
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = x.mean()
+        states = tuple(state * scale for state in self.states)
+        given = () if not states else (states if len(states) > 1 else states[0],)
+        out, ends = self.layer(x, *given)
+        last = ends if isinstance(ends, tuple) else (ends,)
+        return sum(t.sin().flatten(1).sum(1).sum() for t in (out, *last))[None]
+
+
+BOTH = dict(num_layers=2, bidirectional=True)
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "LSTM both ways": lambda: Whole(nn.LSTM(3, 4, batch_first=True, **BOTH)),
+    "LSTM, projected": lambda: Whole(
+        nn.LSTM(3, 4, 2, proj_size=2), (torch.randn(2, 3, 2), torch.randn(2, 3, 4))
+    ),
+    "LSTM without biases": lambda: Whole(nn.LSTM(3, 4, bias=False)),
+    "GRU both ways": lambda: Whole(nn.GRU(3, 4, **BOTH), (torch.randn(4, 3, 4),)),
+    "RNN of ReLUs": lambda: Whole(nn.RNN(3, 4, nonlinearity="relu", bidirectional=True)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("by", ["export", "record"])
+def test_opened_layers_have_the_derivative_of_the_whole(name: str, by: str) -> None:
+    torch.manual_seed(0)
+    model, x = LAYERS[name]().double(), torch.randn(2, 3, 3, dtype=torch.float64)
+    if isinstance(model, Whole):
+        model.states = tuple(state.double() for state in model.states)
+    seed = torch.ones(1, dtype=torch.float64)
+    e = lrpfx.explain(model, x, seed, rules=[("*", lrpfx.Gradient())], capture=by)
+    variable = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(variable).sum(), variable)
+    torch.testing.assert_close(e.relevance, gradient)
+
+
+def test_one_step_of_a_layer_is_traced_and_the_rest_are_copies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    steps: list[int] = []
+
+    def counted(*args: object) -> tuple[object, ...]:
+        steps.append(len(steps))
+        return plain(*args)
+
+    plain = recurrent._STEPS[torch.ops.aten.lstm.input]
+    monkeypatch.setitem(recurrent._STEPS, torch.ops.aten.lstm.input, counted)
+    rows = []
+    for number in (4, 9):
+        model = Layer(nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 2))
+        rows.append(len(lrpfx.Explainer(model, torch.randn(2, number, 3)).report.rows))
+    assert len(steps) == 2
+    each = (rows[1] - rows[0]) // 5
+    assert rows[0] - 4 * each == rows[1] - 9 * each < each
+
+
+def test_recurrent_layers_beside_writes_into_memory_are_opened_too() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.LSTM(3, 4, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layer(x)[0].clone()
+            y[:, 0] *= 2  # a write into what is read again
+            return y.sum(1)
+
+    torch.manual_seed(0)
+    model, x = Model(), torch.randn(2, 3, 3)
+    e = lrpfx.explain(model, x, 1, rules="epsilon_all")
+    torch.testing.assert_close(e.output, model(x))
+    assert "lstm" not in {row.kind for row in e.report.rows}
 
 
 class Function(nn.Module):
