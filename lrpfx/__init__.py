@@ -10,12 +10,13 @@
 import importlib
 from typing import Any
 
-from lrpfx import composites, concepts, errors, heatmap, text
+from lrpfx import composites, concepts, errors, heatmap, neuralize, text
 from lrpfx.composites import First
 from lrpfx.coverage import coverage
 from lrpfx.explain import Explainer, explain
 from lrpfx.explanation import Explanation
 from lrpfx.ops import AffineMap, Call, Op, register_op
+from lrpfx.plan import register_composite
 from lrpfx.report import Report
 from lrpfx.rules import (
     AffineRule,
@@ -33,8 +34,11 @@ from lrpfx.rules import (
     ReLUDeconvNet,
     ReLUGuidedBackprop,
     Rule,
+    Sign,
+    SmoothPool,
     Stabilizer,
     Stop,
+    TakeMost,
     Taylor,
     Term,
     Uniform,
@@ -68,8 +72,11 @@ __all__ = [
     "ReLUGuidedBackprop",
     "Report",
     "Rule",
+    "Sign",
+    "SmoothPool",
     "Stabilizer",
     "Stop",
+    "TakeMost",
     "Taylor",
     "Term",
     "Uniform",
@@ -82,6 +89,8 @@ __all__ = [
     "errors",
     "explain",
     "heatmap",
+    "neuralize",
+    "register_composite",
     "register_op",
     "text",
 ]

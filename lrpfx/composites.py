@@ -5,6 +5,7 @@ The first entry whose selector matches a node and whose rule fits it wins.
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from lrpfx import rules
 from lrpfx.errors import RuleError
+from lrpfx.neuralize import Offset
 from lrpfx.ops import Record
 from lrpfx.rules import (
     AlphaBeta,
@@ -165,11 +167,20 @@ class Composite:
         self.entries = tuple(map(_entry, _listed(entries)))
         self.over = over
 
+    #: What it is registered as, if it is.
+    _registered = ""
+
     @property
     def name(self) -> str:
-        """The composite's snake_case name, "rules" for a list of the user's own."""
+        """The name it can be given by, "rules" for a list of the user's own."""
         names = (name for name, cls in NAMED.items() if cls is type(self))
-        return next(names, "rules")
+        return self._registered or next(names, "rules")
+
+    def called(self, name: str) -> Composite:
+        """The same under a name."""
+        found = copy.copy(self)
+        found._registered = name
+        return found
 
     def __add__(self, entries: Entries) -> Composite:
         """The composite with entries of one's own, which come first."""
@@ -266,7 +277,7 @@ def base_map(stabilizer: StabilizerLike, affine: Rule) -> list[Entry]:
     factors and summands Norm; layer, group and instance norm Norm with their 1 / std as a
     constant; products of live tensors Uniform, matrix products Bilinear, softmax Taylor; moves
     and selections follow the gradient. Shifts and scales of an input before its first layer Pass:
-    relevance of the normalised pixel is the pixel's.
+    relevance of the normalised pixel is the pixel's. So do points of reference of ``neuralize``.
 
     Args:
         stabilizer: Of Norm.
@@ -275,6 +286,7 @@ def base_map(stabilizer: StabilizerLike, affine: Rule) -> list[Entry]:
     return [
         ("activation", Pass()),
         (input_scales, Pass()),
+        (Offset, Pass()),
         ("affine", Norm(stabilizer)),
         ("affine", affine),
         ("normalize", Norm(stabilizer)),
@@ -337,6 +349,7 @@ class Auto(Named):
             (pointwise_convolutions, exact),
             ("conv", conv),
             (input_scales, Pass()),
+            (Offset, Pass()),
             (Attending("linear"), exact),
             (Attending("affine"), Norm(attention)),
             (Attending("affine"), exact),

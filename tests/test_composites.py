@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import lrpfx
 from lrpfx import AlphaBeta, Epsilon, First, Flat, Gamma, Gradient, ZPlus, composites, errors
 from lrpfx.composites import Composite, EpsilonAll, EpsilonPlus, EpsilonPlusFlat
+from lrpfx.plan import resolve
 from tests.conftest import traced_once
 
 TRACES: dict[int, Any] = {}
@@ -189,3 +190,56 @@ def test_a_part_of_a_composite_that_matches_nothing_is_noted(composite: Any, not
 @functools.cache
 def linear() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 3), nn.GELU(), nn.Linear(3, 2)).double().eval()
+
+
+@pytest.fixture
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolve, "_OWN", {})
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_registered_name_stands_for_its_rules() -> None:
+    lrpfx.register_composite("mine", [*OWN, "epsilon_plus_flat"])
+    assert laid("mine") == "Flat Gamma Epsilon"
+    assert report("mine").rules == "mine: 1 entries over epsilon_plus_flat"
+    assert laid([("linear", ZPlus()), "mine"]) == "Flat Gamma ZPlus"
+    lrpfx.register_composite("mine", EpsilonAll(0.5))
+    assert report("mine").rules == "mine"
+    assert laid("mine").startswith("Epsilon(epsilon=0.5)")
+
+
+@pytest.mark.usefixtures("registered")
+def test_what_makes_rules_can_be_decorated() -> None:
+    @lrpfx.register_composite("made")
+    def made() -> Any:
+        return EpsilonPlus() + OWN
+
+    @lrpfx.register_composite("whole")
+    class Whole(composites.Named):
+        def __init__(self) -> None:
+            super().__init__([("*", Gradient())])
+
+    assert made().entries and laid("made") == "ZPlus Gamma Epsilon"
+    assert report("whole").rules == "whole"
+    assert laid(Whole()) == laid("whole") == "Gradient Gradient Gradient"
+
+
+@pytest.mark.usefixtures("registered")
+@pytest.mark.parametrize(
+    ("name", "rules", "error", "says"),
+    [
+        ("auto", OWN, errors.SelectorError, "a composite of lrpfx"),
+        ("EpsilonPlus", OWN, errors.SelectorError, "a composite of lrpfx"),
+        ("my rules", OWN, errors.SelectorError, "no name"),
+        ("mine", composites.EpsilonGammaBox, errors.RuleError, "parameters without defaults"),
+        ("mine", 3, errors.RuleError, "no composite"),
+        ("mine", [("conv", Gamma)], errors.RuleError, "instance is needed"),
+    ],
+)
+def test_what_cannot_be_registered_says_why(
+    name: str, rules: Any, error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        lrpfx.register_composite(name, rules)
+    with pytest.raises(errors.SelectorError, match="there is no composite 'mime'"):
+        report("mime")

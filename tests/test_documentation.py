@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import lrpfx
 from lrpfx.ops import table
+from lrpfx.plan import resolve
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -89,11 +90,18 @@ def concepts() -> dict[str, Any]:
     return images(features=nn.Sequential(*convolutions))
 
 
+def howto() -> dict[str, Any]:
+    pooled = {"0": nn.Conv2d(1, 4, 3, padding=1), "1": nn.ReLU(), "2": nn.MaxPool2d(2)}
+    names = images(**pooled, layer4=nn.Conv2d(4, 4, 1))
+    return names | {"centroids": torch.randn(3, 4), "points": torch.randn(5, 4)}
+
+
 SETUP: dict[str, Callable[[], dict[str, Any]]] = {
     "README.md": readme,
     "supported.md": readme,
     "api.md": api,
     "concepts.md": concepts,
+    "howto.md": howto,
     "own_rule.md": lambda: {**images(), "x": torch.rand(2, 1, 8, 8)},
 }
 
@@ -103,7 +111,8 @@ SETUP: dict[str, Callable[[], dict[str, Any]]] = {
 def test_every_snippet_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From top to bottom; what is imported on the page stays imported."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(table, "_TABLE", dict(table._TABLE))  # a page may register an op
+    monkeypatch.setattr(table, "_TABLE", dict(table._TABLE))  # a page may register an op ...
+    monkeypatch.setattr(resolve, "_OWN", {})  # ... or a composite
     matplotlib.use("agg")
     torch.manual_seed(0)
     names = SETUP.get(page.name, images)()

@@ -13,6 +13,7 @@ from torch.fx.node import map_aggregate
 from lrpfx.ops.affine import AffineMap, pull_back
 from lrpfx.ops.maps import Builder
 from lrpfx.ops.own import OWN
+from lrpfx.ops.pools import Candidates, Pool
 
 #: The families, and the rule that they get where nothing else is said.
 FAMILIES = {
@@ -58,6 +59,7 @@ class Op:
         weighted: Whether that map has weights to split by sign.
         nonneg: When the output is proven non-negative.
         vanishes: Whether this is an activation with f(0) = 0 and a finite slope there.
+        pool: Of an op that picks by size, what it picks from, if that can be listed.
     """
 
     kind: str
@@ -67,6 +69,7 @@ class Op:
     weighted: bool = False
     nonneg: Sign = never
     vanishes: bool = False
+    pool: Pool | None = None
 
     @property
     def keeps_shape(self) -> bool:
@@ -192,6 +195,16 @@ class Call:
             found = replace(found, kept={})
             self.memory.append(found)
         return found
+
+    def candidates(self, *x: Tensor) -> Candidates:
+        """What each output is picked from, of an op with a pool; a move of the live inputs."""
+        assert self.op.pool is not None
+        return self.op.pool.candidates(self._arguments(x))
+
+    @property
+    def sign(self) -> int:
+        """1 for an op that picks the largest, -1 for one that picks the smallest."""
+        return self.op.pool.sign if self.op.pool else 1
 
     def pull_back(self, x: Sequence[Tensor], R: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """J'R per live input, J the Jacobian at ``x``; integer outputs have no relevance."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from lrpfx.ops import maps
 from lrpfx.ops.call import Op, Sign, never
+from lrpfx.ops.pools import Pool
 
 #: An ATen overload, and what it is with one pattern of live arguments.
 Row = tuple[Any, Op]
@@ -26,6 +27,7 @@ def row(
     affine: maps.Builder | None = None,
     weighted: bool = False,
     nonneg: Sign = never,
+    pool: Pool | None = None,
 ) -> list[Row]:
     """Rows for several overloads.
 
@@ -38,6 +40,7 @@ def row(
         affine: By default an op of the family "affine" counts as linear, without weights.
         weighted: See ``Op``.
         nonneg: See ``Op``.
+        pool: See ``Op``.
     """
     if family == "affine" and affine is None:
         affine = maps.linear_op
@@ -45,5 +48,6 @@ def row(
     for target in targets:
         patterns = live or (target._schema.arguments[0].name,)
         sets = tuple(frozenset([p] if isinstance(p, str) else p) for p in patterns)
-        found.append((target, Op(kind, family, sets, affine, weighted, nonneg, kind in _VANISHING)))
+        vanishes = kind in _VANISHING
+        found.append((target, Op(kind, family, sets, affine, weighted, nonneg, vanishes, pool)))
     return found

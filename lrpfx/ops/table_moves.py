@@ -7,42 +7,68 @@ from typing import Any
 import torch
 
 from lrpfx.ops.call import inherited
+from lrpfx.ops.pools import Pool, pairs, reduced, windows
 from lrpfx.ops.row import Row, row
 
 aten = torch.ops.aten
 
-_MAX_POOLS = [aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default]
-_MAX_POOLS += [aten.max_pool1d_with_indices.default, aten.max_pool2d_with_indices.default]
-_MAX_POOLS += [aten.max_pool3d_with_indices.default, aten.adaptive_max_pool1d.default]
-_MAX_POOLS += [aten.adaptive_max_pool2d.default, aten.adaptive_max_pool3d.default]
-_EXTREMES = [aten.amax.default, aten.amin.default, aten.max.dim, aten.min.dim]
-_EXTREMES += [aten.max.default, aten.min.default, aten.aminmax.default]
-_EXTREMES += [aten.cummax.default, aten.cummin.default]
+_MAX_POOLS = {
+    1: [aten.max_pool1d, aten.max_pool1d_with_indices, aten.adaptive_max_pool1d],
+    2: [aten.max_pool2d, aten.max_pool2d_with_indices, aten.adaptive_max_pool2d],
+    3: [aten.max_pool3d, aten.max_pool3d_with_indices, aten.adaptive_max_pool3d],
+}
+_LARGEST = [aten.amax.default, aten.max.dim, aten.max.default]
+_SMALLEST = [aten.amin.default, aten.min.dim, aten.min.default]
+_EXTREMES = [aten.aminmax.default, aten.cummax.default, aten.cummin.default]
 _ORDERED = [aten.sort.default, aten.sort.stable, aten.kthvalue.default, aten.mode.default]
 _ORDERED += [aten.median.default, aten.median.dim, aten.nanmedian.default, aten.nanmedian.dim]
-_LARGER = [aten.maximum.default, aten.minimum.default, aten.max.other, aten.min.other]
-_LARGER += [aten.fmax.default, aten.fmin.default]
+_LARGER = [aten.maximum.default, aten.max.other, aten.fmax.default]
+_SMALLER = [aten.minimum.default, aten.min.other, aten.fmin.default]
+_TWO: list[str | tuple[str, ...]] = ["self", "other", ("self", "other")]
+_EITHER = pairs(("self", "other"))
 
 #: Winner takes all, by the gradient.
 SELECTIONS: list[Row] = [
-    *row(_MAX_POOLS, "max_pool", "select", nonneg=inherited),
+    *(
+        found
+        for n, packets in _MAX_POOLS.items()
+        for found in row(
+            [packet.default for packet in packets],
+            "max_pool",
+            "select",
+            nonneg=inherited,
+            pool=Pool(windows(n)),
+        )
+    ),
+    *row(_LARGEST, "max", "select", nonneg=inherited, pool=Pool(reduced)),
+    *row(_SMALLEST, "max", "select", nonneg=inherited, pool=Pool(reduced, -1)),
     *row(_EXTREMES, "max", "select", nonneg=inherited),
-    *row(_LARGER, "max", "select", ["self", "other", ("self", "other")]),
-    *row([aten.clamp_min.Tensor], "max", "select", ["min", ("self", "min")]),
-    *row([aten.clamp_max.Tensor], "max", "select", ["max", ("self", "max")]),
+    *row(_LARGER, "max", "select", _TWO, pool=Pool(_EITHER)),
+    *row(_SMALLER, "max", "select", _TWO, pool=Pool(_EITHER, -1)),
+    *row(
+        [aten.clamp_min.Tensor],
+        "max",
+        "select",
+        ["min", ("self", "min")],
+        pool=Pool(pairs(("self", "min"))),
+    ),
+    *row(
+        [aten.clamp_max.Tensor],
+        "max",
+        "select",
+        ["max", ("self", "max")],
+        pool=Pool(pairs(("self", "max")), -1),
+    ),
     # By maximum or minimum; other reductions are opened, or refused, see ``canonize.scatters``.
     *row([aten.scatter_reduce.two], "max", "select", ["self", "src", ("self", "src")]),
     *row([aten.index_reduce.default], "max", "select", ["self", "source", ("self", "source")]),
     *row([aten.topk.default], "topk", "select", nonneg=inherited),
     *row(_ORDERED, "sort", "select", nonneg=inherited),
     # Of the logarithm of a sum of exponentials each gets its share in the sum, as by the gradient.
-    *row([aten.logsumexp.default, aten.logcumsumexp.default], "logsumexp", "select"),
-    *row(
-        [aten.logaddexp.default, aten.logaddexp2.default],
-        "logsumexp",
-        "select",
-        ["self", "other", ("self", "other")],
-    ),
+    *row([aten.logsumexp.default], "logsumexp", "select", pool=Pool(reduced)),
+    *row([aten.logcumsumexp.default], "logsumexp", "select"),
+    *row([aten.logaddexp.default], "logsumexp", "select", _TWO, pool=Pool(_EITHER)),
+    *row([aten.logaddexp2.default], "logsumexp", "select", _TWO),
 ]
 
 

@@ -4,7 +4,7 @@ from lrpfx.plan.annotate import REGISTER, Unknown, annotate, annotate_known
 from lrpfx.plan.assign import Assignment, Plan, assign
 from lrpfx.plan.carriers import find_carriers
 from lrpfx.plan.notes import LEFT_OUT, notes_of
-from lrpfx.plan.resolve import RulesLike, read_rules
+from lrpfx.plan.resolve import RulesLike, read_rules, register_composite
 from lrpfx.plan.starts import find_starts, index_places
 
 __all__ = [
@@ -22,4 +22,5 @@ __all__ = [
     "index_places",
     "notes_of",
     "read_rules",
+    "register_composite",
 ]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar, overload
 
 from lrpfx.composites import NAMED, Auto, Composite, CompositeName, Entries, Named
 from lrpfx.errors import RuleError, SelectorError
@@ -16,6 +16,55 @@ from lrpfx.rules import Rule
 RulesLike = Composite | type[Composite] | CompositeName | str | Entries | Sequence[Any] | None
 
 _CLASSES = {cls.__name__: name for name, cls in NAMED.items()}
+#: What users have registered.
+_OWN: dict[str, Composite] = {}
+_T = TypeVar("_T", bound=Callable[[], Any])
+
+
+@overload
+def register_composite(name: str, rules: RulesLike | Callable[[], Any]) -> None: ...
+@overload
+def register_composite(name: str) -> Callable[[_T], _T]: ...
+def register_composite(
+    name: str, rules: RulesLike | Callable[[], Any] = None
+) -> Callable[[_T], _T] | None:
+    """Let ``rules=name`` stand for rules of your own, also below entries and on the command line.
+
+    Args:
+        name: A new name, such as "my_rules"; one of yours is replaced.
+        rules: What ``rules=`` takes, or a function or class without arguments that makes it; left
+            out, this is a decorator of such a function or class.
+
+    Raises:
+        SelectorError: The name is that of a composite of lrpfx, or no name.
+        RuleError: ``rules`` is nothing that can be read as rules.
+
+    Example:
+        >>> lrpfx.register_composite("gamma_top", [("layer4.*", lrpfx.Gamma()), "epsilon_plus"])
+        >>> lrpfx.explain(model, x, rules="gamma_top")
+    """
+    if not isinstance(name, str) or not name.isidentifier() or name in NAMED or name in _CLASSES:
+        taken = "a composite of lrpfx" if name in NAMED or name in _CLASSES else "no name"
+        raise SelectorError(
+            f"register_composite: {name!r} is {taken}.", fix="give a name such as 'my_rules'."
+        )
+
+    def register(made: _T) -> _T:
+        try:
+            inspect.signature(made).bind()
+        except TypeError as error:
+            raise RuleError(
+                f"register_composite: {made!r} has parameters without defaults.",
+                fix="register what it makes of yours, or a function without arguments.",
+            ) from error
+        _OWN[name] = read(made()).called(name)
+        return made
+
+    if rules is None:
+        return register
+    composite = isinstance(rules, Composite)
+    register(rules if callable(rules) and not composite else lambda: rules)
+    return None
 
 
 def by_name(name: str) -> Composite:
@@ -27,6 +76,8 @@ def by_name(name: str) -> Composite:
     Raises:
         SelectorError: No composite has that name, or it has no defaults.
     """
+    if name in _OWN:
+        return _OWN[name]
     name = _CLASSES.get(name, name)
     if name not in NAMED:
         near = _near(name)
@@ -34,7 +85,7 @@ def by_name(name: str) -> Composite:
             f"there is no composite {name!r}.",
             fix=f"did you mean {' or '.join(map(repr, near))}?"
             if near
-            else f"the names are {', '.join(NAMED)}.",
+            else f"the names are {', '.join([*NAMED, *_OWN])}.",
         )
     required = [
         p.name
@@ -51,7 +102,7 @@ def by_name(name: str) -> Composite:
 
 
 def _near(name: str) -> list[str]:
-    return difflib.get_close_matches(name, NAMED, n=3)
+    return difflib.get_close_matches(name, [*NAMED, *_OWN], n=3)
 
 
 def read_rules(rules: Any) -> Composite:
@@ -83,7 +134,7 @@ def read_rules(rules: Any) -> Composite:
 def _is_base(last: Any) -> bool:
     """Whether the last item of a list is what the others are laid over."""
     if isinstance(last, str):
-        return last in NAMED or last in _CLASSES or bool(_near(last))
+        return last in {*NAMED, *_OWN, *_CLASSES} or bool(_near(last))
     return isinstance(last, Composite) or (isinstance(last, type) and issubclass(last, Composite))
 
 
@@ -105,7 +156,8 @@ def resolve(rules: RulesLike, nodes: Iterable[Record]) -> tuple[tuple[Composite,
     composite = read_rules(rules)
     if isinstance(composite, Named):
         return (composite,), composite.name
-    reading = f"{len(composite.entries)} entries over"
+    own = f"{composite.name}: " if composite.name != "rules" else ""
+    reading = f"{own}{len(composite.entries)} entries over"
     if composite.over is not None:
         return (composite, composite.over), f"{reading} {composite.over.name}"
     return (composite, default), f"{reading} {named}"

@@ -23,6 +23,8 @@ from lrpfx.rules.pointwise import (
     ReLUGuidedBackprop,
     ReLURule,
 )
+from lrpfx.rules.pools import SmoothPool, TakeMost
+from lrpfx.rules.signed import Sign
 from lrpfx.rules.terms import AffineRule, Input, Term, ZeroParams
 
 __all__ = [
@@ -44,9 +46,12 @@ __all__ = [
     "ReLUGuidedBackprop",
     "ReLURule",
     "Rule",
+    "Sign",
+    "SmoothPool",
     "Stabilizer",
     "StabilizerLike",
     "Stop",
+    "TakeMost",
     "Taylor",
     "Term",
     "Uniform",

@@ -7,7 +7,7 @@ A network is a list of nodes in order of execution. Each op is of one of four ki
 
     affine       z = W x + b, with W written out entry by entry and x all inputs, flat, end to end
     move         every output is a copy of one input, or a zero
-    max pooling  a move whose sources depend on the input
+    max pooling  a move whose sources depend on the input, or by a rule that shares among candidates
     activation   elementwise
 
 Relevance rules of the affine ops have one form. The contribution n_ij of input j to output i is
@@ -156,6 +156,8 @@ def _hand_down(node: Node, xs: Sequence[Array], z: Array, R: Array) -> list[Arra
         return _split(_affine_relevance(node, xs, z, R), xs)
     if node.op in ACTIVATIONS:
         return [_activation_relevance(node, xs[0], R)]
+    if node.op == "max_pool" and node.rule is not None and node.rule[0] in POOL_RULES:
+        return [_pool_relevance(node, xs[0], R)]
     if node.rule is not None and node.rule[0] != "Gradient":
         raise ValueError(f"{node.op} follows the gradient, it has no rule {node.rule[0]}")
     source = sources(node, xs)
@@ -307,6 +309,19 @@ def _flat_rule(
     return _distribute(W, W.sum(axis=1), R, stabilizer)
 
 
+def _sign(
+    W: Array,
+    b: Array,
+    x: Array,
+    z: Array,
+    R: Array,
+    mu: float = 0.0,
+    epsilon: Stabilizer = 1e-6,
+) -> Array:
+    signs = np.where(x >= mu, 1.0, -1.0)
+    return _distribute(W * signs, (W * x).sum(axis=1) + b, R, epsilon)
+
+
 AFFINE_RULES: dict[str, Callable[..., Array]] = {
     "Gradient": _gradient,
     "Pass": _pass,
@@ -318,20 +333,21 @@ AFFINE_RULES: dict[str, Callable[..., Array]] = {
     "ZBox": _z_box,
     "WSquare": _w_square,
     "Flat": _flat_rule,
+    "Sign": _sign,
 }
 
 
 def _ones(node: Node, shapes: Sequence[Shape]) -> Array:
     """Return the matrix of the Flat rule.
 
-    Weights become one, also those that are zero. Average pooling keeps its own coefficients, which
-    matters only to the stabilizer; every other op gets ones where it has a coefficient.
+    Weights become one, also those that are zero. Means keep their own coefficients, which matters
+    only to the stabilizer; every other op gets ones where it has a coefficient.
     """
     if "weight" in node.params and node.op != "batch_norm":
         ones = {**node.params, "weight": np.ones_like(node.params["weight"])}
         return matrix(Node(node.op, params=ones), shapes)[0]
     W, _, _ = matrix(node, shapes)
-    if node.op in ("avg_pool", "global_avg_pool"):
+    if node.op in ("avg_pool", "global_avg_pool", "mean"):
         return W
     return np.where(W != 0, 1.0, 0.0)
 
@@ -576,6 +592,35 @@ MOVES: dict[str, Callable[..., Index]] = {
     "pad": lambda params, numbers: np.pad(numbers, params["widths"], constant_values=-1),
     "expand": lambda params, numbers: np.broadcast_to(numbers, params["shape"]),
     "repeat": lambda params, numbers: np.tile(numbers, params["reps"]),
+}
+
+
+def _pool_relevance(node: Node, x: Array, R: Array) -> Array:
+    assert node.rule is not None
+    name, params = node.rule
+    r = np.zeros_like(x)
+    for o, window in windows(node.params, x.shape)[1].items():
+        shares = POOL_RULES[name](np.array([x[i] for i in window]), **params)
+        for i, share in zip(window, shares, strict=True):
+            r[i] += share * R[o]
+    return r
+
+
+def _smooth_pool(x: Array, stabilizer: Stabilizer = 1e-6) -> Array:
+    (d,) = _stabilize(np.array([x.sum()]), stabilizer)
+    return x / d if d else np.zeros_like(x)
+
+
+def _take_most(x: Array, beta: float = 1.0) -> Array:
+    e = np.exp(beta * (x - x.max()))
+    share: Array = e / e.sum()
+    return share
+
+
+# What each candidate of one output gets of its relevance.
+POOL_RULES: dict[str, Callable[..., Array]] = {
+    "SmoothPool": _smooth_pool,
+    "TakeMost": _take_most,
 }
 
 

@@ -575,7 +575,7 @@ def _sample_well_posed(network: Network, inputs: Sequence[Array]) -> bool:
             dead = node.op == "relu" and xs[0] < 0
             exact.append(linear | dead | (known[0] & (xs[0] == 0) & (value == 0)))
         else:
-            if node.op == "max_pool" and not _clear_winners(node, xs[0], known[0]):
+            if node.op == "max_pool" and not _clear_pool(node, xs[0], known[0]):
                 return False
             source = reference.sources(node, xs)
             flat = np.concatenate([mask.ravel() for mask in known])
@@ -610,18 +610,21 @@ def _on_grid(a: Array) -> NDArray[np.bool_]:
     return whole
 
 
-def _clear_winners(node: Node, x: Array, known: NDArray[np.bool_]) -> bool:
+def _clear_pool(node: Node, x: Array, known: NDArray[np.bool_]) -> bool:
+    """Tell whether winners are clear, and so is the sign of the sum over each window."""
     for window in reference.windows(node.params, x.shape)[1].values():
         ranked = sorted((x[i] for i in window), reverse=True)
         tied = [i for i in window if x[i] >= ranked[0] - 1e-6]
         if len(tied) > 1 and not all(known[i] for i in tied):
+            return False
+        if abs(sum(ranked)) <= 1e-6 * sum(map(abs, ranked)) and not all(known[i] for i in window):
             return False
     return True
 
 
 # Rules --------------------------------------------------------------------------------------------
 
-_WEIGHTED = ("Epsilon", "ZPlus", "AlphaBeta", "Gamma", "ZBox", "WSquare", "Flat")
+_WEIGHTED = ("Epsilon", "ZPlus", "AlphaBeta", "Gamma", "ZBox", "WSquare", "Flat", "Sign")
 _MEANS_AND_SUMS = ("Norm", "Epsilon", "Flat")
 
 # The rules that each op is drawn from; ops that are missing follow the gradient.
@@ -630,6 +633,7 @@ RULES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("batch_norm", "scale", "shift"), ("Epsilon",)),
     **dict.fromkeys(("add", "sub", "avg_pool", "mean", "global_avg_pool"), _MEANS_AND_SUMS),
     **dict.fromkeys(reference.ACTIVATIONS, ("Pass",)),
+    "max_pool": ("Gradient", *reference.POOL_RULES),
     "relu": ("Pass", "ReLUDeconvNet", "ReLUGuidedBackprop", "ReLUBetaSmooth"),
 }
 
@@ -649,6 +653,9 @@ _OPTIONS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "ZBox": {"stabilizer": st.sampled_from((1e-6, 0.01)), **_ZERO_PARAMS},
     "WSquare": {**_STABILIZER, **_ZERO_PARAMS},
     "Flat": _STABILIZER,
+    "Sign": {"epsilon": st.sampled_from((1e-6, 0.25)), **_ZERO_PARAMS},
+    "SmoothPool": {"stabilizer": st.sampled_from((1e-6, 0.01))},
+    "TakeMost": {"beta": st.sampled_from((0.5, 4.0))},
     "ReLUBetaSmooth": {"beta_smooth": st.sampled_from((1.0, 10.0))},
 }
 

@@ -149,6 +149,11 @@ HAND_WORKED: list[tuple[str, Params, Any, Any, Any, Any, Any, float]] = [
     ("Flat", {}, [[1, 0]], [3], [0, 5], [4], [2, 2], 1e-5),
     # d = 2 becomes 3.
     ("Flat", {"stabilizer": 1.0}, [[1, 0]], [3], [0, 5], [6], [2, 2], 0),
+    # z = 2 - 9 + 9 = 2, R / z = 2; W's = (4, 6), taken by the signs of 1 and -3 ...
+    ("Sign", {"epsilon": 0.0}, [[2, 3]], [9], [1, -3], [4], [4, -6], 0),
+    # ... or by which side of mu they are on; z = 8, W's = (2, 3). Equal counts as above.
+    ("Sign", {"epsilon": 0.0, "mu": 2.0}, [[2, 3]], [0], [1, 2], [8], [-2, 3], 0),
+    ("Sign", {"epsilon": 0.0}, [[2, 3]], [2], [0, 0], [2], [2, 3], 0),
     ("Pass", {}, [[1, 2], [3, 4]], [0, 0], [1, 1], [5, 6], [5, 6], 0),
     # W' R = (1 * 5 + 3 * 6, 2 * 5 + 4 * 6).
     ("Gradient", {}, [[1, 2], [3, 4]], [9, 9], [1, 1], [5, 6], [23, 34], 0),
@@ -276,6 +281,30 @@ def test_first_of_equal_maxima_wins() -> None:
     np.testing.assert_array_equal(
         reference.relevance(nodes, [x], np.array([[5.0]]))[0], [[5, 0, 0]]
     )
+
+
+@pytest.mark.parametrize(
+    ("rule", "params", "expected"),
+    [
+        # Windows (1, 2), (2, 5): 1 / 3 and 2 / 3 of 6; 2 / 7 and 5 / 7 of 14.
+        ("SmoothPool", {"stabilizer": 0.0}, [2, 4 + 4, 10]),
+        ("SmoothPool", {"stabilizer": 1.0}, [6 / 4, 12 / 4 + 28 / 8, 70 / 8]),
+        # Odds of 4 to 1, and 4 ** 3 to 1.
+        ("TakeMost", {"beta": math.log(4)}, [6 / 5, 24 / 5 + 14 / 65, 14 * 64 / 65]),
+    ],
+)
+def test_pool_rule_by_hand(rule: str, params: Params, expected: Any) -> None:
+    (r,) = relevance_through(
+        "max_pool", [[[1, 2, 5]]], [[6, 14]], rule, params, kernel=(2,), stride=(1,)
+    )
+    np.testing.assert_allclose(r, [expected])
+
+
+def test_padding_takes_no_part_in_a_pool() -> None:
+    params: Params = {"kernel": (2,), "padding": (1,), "stride": (2,)}
+    for rule in ("SmoothPool", "TakeMost"):
+        (r,) = relevance_through("max_pool", [[[-3.0, -1.0]]], [[6, 4]], rule, **params)
+        np.testing.assert_allclose(r, [[6, 4]], rtol=1e-5)
 
 
 def test_padding_never_wins() -> None:
@@ -410,6 +439,8 @@ def transposed_form(
         r = x * (W.T @ s) - low * (Wp.T @ s) - high * (Wn.T @ s)
     elif rule == "WSquare":
         r = (W**2).T @ (R / stabilize((W**2).sum(axis=1) + b**2))
+    elif rule == "Sign":
+        r = np.where(x < params.get("mu", 0.0), -1, 1) * (W.T @ (R / stabilize(W @ x + b)))
     else:
         assert rule == "Flat"
         r = np.ones_like(W).T @ (R / stabilize(np.full(len(W), float(len(x)))))
