@@ -57,7 +57,7 @@ def register_composite(
                 f"register_composite: {made!r} has parameters without defaults.",
                 fix="register what it makes of yours, or a function without arguments.",
             ) from error
-        _OWN[name] = read(made()).called(name)
+        _OWN[name] = read_rules(made()).called(name)
         return made
 
     if rules is None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from lrpfx import composites, rules
+from lrpfx import composites, neuralize, rules
 from lrpfx.composites import NAMED, Attending, Composite, First, Offered
 from lrpfx.errors import InputError, SelectorError
 from lrpfx.rules import Rule, Stabilizer
@@ -129,9 +129,10 @@ def _name(cls: type) -> str:
 
 
 def _module_class(name: str, model: nn.Module) -> type[nn.Module]:
-    """The class of that name among those of the model's modules and of PyTorch."""
+    """The class of that name among those of the model's modules, of PyTorch and of lrpfx."""
     own = {_name(cls): cls for module in model.modules() for cls in type(module).__mro__}
-    own |= {_name(cls): cls for cls in vars(nn).values() if isinstance(cls, type)}
+    known = [*vars(nn).values(), *vars(neuralize).values()]
+    own |= {_name(cls): cls for cls in known if isinstance(cls, type)}
     if name not in own:
         raise SelectorError(f"no module of the model is a {name}, which rules name.", fix=_INSTEAD)
     return own[name]
