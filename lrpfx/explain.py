@@ -311,6 +311,11 @@ class Explainer:
         return self._captured.model
 
     @property
+    def keywords(self) -> tuple[str, ...]:
+        """Names of the inputs that the model takes by name."""
+        return self._captured.signature.keywords
+
+    @property
     def places(self) -> Places:
         """Where conditions can be laid: finds places by name."""
         return self._places

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lrpfx.concepts.accumulate import ALL, By
-from lrpfx.concepts.store import read_manifest, read_table
+from lrpfx.concepts.accumulate import ALL, BY, By, by_key
+from lrpfx.concepts.store import Columns, read_columns, read_manifest
 from lrpfx.errors import InputError
 from lrpfx.explain import Explainer
 from lrpfx.heatmap import grid
@@ -53,6 +53,7 @@ class ConceptTable:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         manifest = read_manifest(self.folder)
+        self._bounds: list[int] = manifest["bounds"]
         if not manifest["complete"]:
             raise InputError(
                 f"the scan in {self.folder} is not finished.", fix="call scan() again: it goes on."
@@ -61,22 +62,56 @@ class ConceptTable:
         self.layers: tuple[str, ...] = tuple(self.facts["layers"])
 
     @cached_property
-    def _references(self) -> dict[str, NDArray[Any]]:
-        return read_table(self.folder, "references")
+    def _references(self) -> Columns:
+        names = ("layer", "by", "class", "concept", "score", "sample", "position", "label")
+        return read_columns([self.folder / "references.parquet"], names)
 
     @cached_property
-    def _classes(self) -> dict[str, NDArray[Any]]:
-        return read_table(self.folder, "classes")
+    def _classes(self) -> Columns:
+        names = ("layer", "class", "concept", "count", "relevance")
+        return read_columns([self.folder / "classes.parquet"], names)
 
     @cached_property
-    def samples(self) -> dict[str, NDArray[Any]]:
+    def _runs(self) -> dict[tuple[int, ...], slice]:
+        """Rows of the references by layer, statistic and class."""
+        return {tuple(key): at for *key, at in by_key(self._references, ("layer", "by", "class"))}
+
+    @cached_property
+    def _sums(self) -> dict[tuple[int, int], slice]:
+        """Rows of the classes by layer and class."""
+        return {tuple(key): at for *key, at in by_key(self._classes, ("layer", "class"))}
+
+    @property
+    def _parts(self) -> list[Path]:
+        return sorted(self.folder.glob("samples-*.parquet"))
+
+    @cached_property
+    def _order(self) -> NDArray[np.int64]:
+        return np.argsort(read_columns(self._parts, ["sample"])["sample"], kind="stable")
+
+    @cached_property
+    def samples(self) -> Columns:
         """Columns ``sample``, ``label``, ``predicted``: one entry for each sample."""
-        return read_table(self.folder, "samples")
+        found = read_columns(self._parts, ["sample", "label", "predicted"])
+        return {name: column[self._order] for name, column in found.items()}
 
     def vectors(self, layer: str) -> NDArray[np.float32]:
         """Concept relevance of every sample at a layer, (N, C), for prototypes and clusters."""
         self._check(layer)
-        return np.asarray(self.samples[f"vectors:{layer}"], dtype=np.float32)
+        name = f"vectors:{layer}"
+        found: NDArray[np.float32] = read_columns(self._parts, [name])[name][self._order]
+        return found
+
+    def size(self, layer: str) -> int:
+        """How many concepts a layer has."""
+        self._check(layer)
+        run = self._sums[self.layers.index(layer), ALL]
+        return int(run.stop - run.start)
+
+    @cached_property
+    def targets(self) -> list[int]:
+        """The classes that there are samples of."""
+        return sorted({label for _, label in self._sums} - {ALL})
 
     def references(
         self,
@@ -107,17 +142,19 @@ class ConceptTable:
                 f"{k} references are asked for, and {self.facts['k']} were kept.",
                 fix=f"give at most {self.facts['k']}, or scan with a larger k.",
             )
-        table = self._references
         label = ALL if target is None else target
-        of_layer = (table["layer"] == layer) & (table["by"] == by) & (table["class"] == label)
-        if not of_layer.any():
+        run = self._runs.get((self.layers.index(layer), BY.index(by), label))
+        if run is None:
             raise InputError(
                 f"layer {layer!r} has no references by {by} of class {target}.",
-                fix=f"there are classes {sorted(set(table['class'].tolist()) - {ALL})[:20]}.",
+                fix=f"there are classes {self.targets[:20]}.",
             )
-        at = np.flatnonzero(of_layer & (table["concept"] == concept))
-        columns = (table[name][at].tolist() for name in ("sample", "score", "position", "label"))
-        return [Reference(*row) for row in zip(*columns, strict=True)][:k]
+        each = (run.stop - run.start) // self.size(layer)
+        first = run.start + concept * each
+        at = slice(first, first + (each if k is None else min(k, each)))
+        kept = ("sample", "score", "position", "label")
+        columns = (self._references[name][at].tolist() for name in kept)
+        return [Reference(*row) for row in zip(*columns, strict=True)]
 
     def top(
         self,
@@ -142,30 +179,35 @@ class ConceptTable:
                 raise InputError(
                     f"there is no sample {sample}.", fix=f"give 0 to {self.facts['samples'] - 1}."
                 )
-            scores = self.vectors(layer)[at[0]].astype(np.float64)
+            scores = self._vector(layer, int(at[0])).astype(np.float64)
         else:
-            table = self._classes
-            label = ALL if target is None else target
-            rows = (table["layer"] == layer) & (table["class"] == label)
-            if not rows.any():
-                raise InputError(
-                    f"no sample was of class {target}.",
-                    fix=f"there are {sorted(set(table['class'].tolist()) - {ALL})[:20]}.",
-                )
-            scores = table["relevance"][rows] / table["count"][rows]
+            scores = self._means(layer, ALL if target is None else target)
         order = np.argsort(-scores, kind="stable")[:k]
         return [(int(c), float(scores[c])) for c in order]
 
     def classes(self, layer: str, concept: int) -> list[tuple[int, float]]:
         """The classes that a concept is relevant for, with its mean relevance, largest first."""
         self._check(layer, concept)
-        table = self._classes
-        at = np.flatnonzero(
-            (table["layer"] == layer) & (table["concept"] == concept) & (table["class"] != ALL)
-        )
-        means = table["relevance"][at] / table["count"][at]
+        means = np.array([self._means(layer, label)[concept] for label in self.targets])
         order = np.argsort(-means, kind="stable")
-        return [(int(table["class"][at[i]]), float(means[i])) for i in order]
+        return [(self.targets[i], float(means[i])) for i in order]
+
+    def _vector(self, layer: str, row: int) -> NDArray[np.float32]:
+        """That of one sample: only the part that it is in is read."""
+        self._check(layer)
+        at, name = int(self._order[row]), f"vectors:{layer}"
+        part = int(np.searchsorted(self._bounds, at, side="right")) - 1
+        rows = read_columns([self._parts[part]], [name])[name]
+        return np.asarray(rows[at - self._bounds[part]])
+
+    def _means(self, layer: str, label: int) -> NDArray[np.float64]:
+        run = self._sums.get((self.layers.index(layer), label))
+        if run is None:
+            raise InputError(
+                f"no sample was of class {label}.", fix=f"there are {self.targets[:20]}."
+            )
+        means: NDArray[np.float64] = self._classes["relevance"][run] / self._classes["count"][run]
+        return means
 
     def plot(
         self,
@@ -213,8 +255,7 @@ class ConceptTable:
                 f"layer {layer!r} was not scanned.", fix=f"there are {', '.join(self.layers)}."
             )
         if concept is not None:
-            table = self._classes
-            size = int(table["concept"][table["layer"] == layer].max()) + 1
+            size = self.size(layer)
             if not 0 <= concept < size:
                 raise InputError(
                     f"layer {layer!r} has no concept {concept}.", fix=f"give 0 to {size - 1}."
