@@ -13,6 +13,7 @@ from typing import Any
 from lrpfx import composites, concepts, errors, heatmap, neuralize, text
 from lrpfx.composites import First
 from lrpfx.coverage import coverage
+from lrpfx.deploy import export
 from lrpfx.explain import Explainer, explain
 from lrpfx.explanation import Explanation
 from lrpfx.ops import AffineMap, Call, Op, register_op
@@ -88,6 +89,7 @@ __all__ = [
     "coverage",
     "errors",
     "explain",
+    "export",
     "heatmap",
     "neuralize",
     "register_composite",

@@ -12,6 +12,7 @@ __all__ = [
     "CaptureError",
     "CompileError",
     "ExplosionWarning",
+    "ExportError",
     "InputError",
     "LrpError",
     "LrpWarning",
@@ -108,6 +109,10 @@ class UnsupportedOpError(LrpError):
 
 class CompileError(LrpError):
     """The explanation cannot be compiled, or would be another."""
+
+
+class ExportError(LrpError):
+    """The explanation cannot be written into a file, or would be another there."""
 
 
 class InputError(LrpError, ValueError):

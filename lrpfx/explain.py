@@ -632,6 +632,12 @@ class Explainer:
         given = inputs, made.leaves, run.clean, seed, pulled.starts, Layers()
         return self._gather.explanation(*given, self._report)
 
+    def _for_export(self) -> fx.GraphModule:
+        """A graph of its own, of the parameters that the model holds now, without fused kernels."""
+        self._refresh()
+        plan, starts = self._plan.assignments, list(self._starts)
+        return instrument(self._module, plan, self._live, starts, fast=True, fused=False)
+
     def _for_compiler(self, paths: tuple[str, ...]) -> fx.GraphModule:
         """A graph of its own; what is constant in it is seen once its ops are written down."""
         return self._new(paths, fast=True, frozen=False)[0]

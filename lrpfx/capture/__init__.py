@@ -1,7 +1,7 @@
 """A model and inputs -> a graph of ATen ops that computes what the model computes."""
 
 from lrpfx.capture.alone import mixing_note
-from lrpfx.capture.chosen import Wrt, chosen_inputs
+from lrpfx.capture.chosen import Wrt, argument_names, chosen_inputs, dotted_names
 from lrpfx.capture.export import TRACING, Captured, Program, tracing
 from lrpfx.capture.faithful import (
     agrees,
@@ -44,12 +44,14 @@ __all__ = [
     "Versions",
     "Wrt",
     "agrees",
+    "argument_names",
     "as_captured",
     "capture",
     "check_faithful",
     "check_inputs",
     "chosen_inputs",
     "copies",
+    "dotted_names",
     "first_line",
     "flatten_inputs",
     "has_form",

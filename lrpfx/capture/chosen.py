@@ -54,6 +54,17 @@ def chosen_inputs(model: nn.Module, inputs: Inputs, wrt: Wrt) -> dict[str, list[
     return found
 
 
+def dotted_names(model: nn.Module, inputs: Inputs) -> list[str]:
+    """The name of each leaf: of the parameter of forward(), then the keys, as in "batch.pixels"."""
+    return [".".join(path) for path in _dotted(model, inputs)[1]]
+
+
+def argument_names(model: nn.Module, inputs: Inputs) -> list[str]:
+    """What forward() calls its arguments, as identifiers."""
+    args, kwargs = split_inputs(inputs)
+    return [name.replace(".", "_") for name in (*_parameters(model, len(args)), *kwargs)]
+
+
 def _dotted(model: nn.Module, inputs: Inputs) -> tuple[list[int], list[list[str]]]:
     """Of each leaf the position of its input, and its name in parts.
 

@@ -74,6 +74,7 @@ def instrument(
     edits: Edits = UNCHANGED,
     fast: bool = False,
     frozen: bool = False,
+    fused: bool = True,
 ) -> fx.GraphModule:
     """The graph as ``explain`` runs it, with the two streams apart.
 
@@ -88,6 +89,7 @@ def instrument(
             has no derivatives; its values are the same up to round-off.
         frozen: With ``fast``: the parameters stay as they are, and what depends on them only is
             computed once.
+        fused: With ``fast``: whether attention may be run by a fused kernel.
 
     Returns:
         A GraphModule that takes the flat inputs and a ledger (or None), and returns lists: clean
@@ -109,7 +111,7 @@ def instrument(
         tapped = {node for tap in taps for node in (tap.relevance, tap.activation)}
         tapped |= edits.touched
         streams = FastStreams(
-            module.graph, graph, plan, live, copied, starts, tapped, frozen, edits
+            module.graph, graph, plan, live, copied, starts, tapped, frozen, fused, edits
         )
     else:
         streams = Streams(graph, plan, live, copied, ledger=ledger, edits=edits)

@@ -47,6 +47,7 @@ class FastStreams(Streams):
         starts: Nodes whose relevance is wanted; so is that of ``tapped`` ones.
         tapped: See ``starts``.
         frozen: Whether the parameters stay as they are.
+        fused: Whether attention may be run by a fused kernel.
         edits: What conditions change.
     """
 
@@ -62,11 +63,12 @@ class FastStreams(Streams):
         starts: Container[fx.Node],
         tapped: Container[fx.Node],
         frozen: bool,
+        fused: bool,
         edits: Edits,
     ) -> None:
         super().__init__(graph, plan, live, clean, edits=edits)
         self.carriers = find_carriers(source, plan, live, starts, tapped)
-        self.fused = find_fused(source, plan, live, self.carriers)
+        self.fused = find_fused(source, plan, live, self.carriers) if fused else {}
         self.frozen, self.starts, self.tapped = frozen, starts, tapped
         #: ReLUs, and of each the node whose twin stands behind it.
         self.before = {relu: n for n in self.carriers if (relu := self._one_relu(n)) is not None}

@@ -7,6 +7,7 @@ from lrpfx.run.blank import blank_notes
 from lrpfx.run.books import Books, Made
 from lrpfx.run.compiled import Compiled, CompiledRun
 from lrpfx.run.conditioned import Init, condition_seeds, target_per_condition
+from lrpfx.run.explicit import tidy
 from lrpfx.run.gather import Bookings, Calls, Gather, by_layer, reported
 from lrpfx.run.mode import is_being_trained, mode_notes, without_graph
 from lrpfx.run.recorded import RecordedRun, Runs
@@ -47,5 +48,6 @@ __all__ = [
     "refuse_seed",
     "reported",
     "target_per_condition",
+    "tidy",
     "without_graph",
 ]

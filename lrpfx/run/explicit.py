@@ -175,6 +175,16 @@ def _written_down(
     with torch.no_grad():
         graph = make_fx(explain)(*(values[i] for i in places))
     graph.graph.set_codegen(fx.graph.CodeGen())
+    tidy(graph)
+    return graph, structure[0]
+
+
+def tidy(graph: fx.GraphModule) -> None:
+    """Take out of a graph that was written down what belongs to this one call only.
+
+    Raises:
+        NotImplementedError: A rule writes into part of a tensor.
+    """
     for node in graph.graph.nodes:
         if node.target is aten.detach.default:  # without autograd it is the tensor itself
             node.replace_all_uses_with(node.args[0])
@@ -187,7 +197,6 @@ def _written_down(
                 f"a rule writes by {node.target} into part of a tensor, which is not followed here"
             )
     graph.graph.eliminate_dead_code()
-    return graph, structure[0]
 
 
 def _frozen(graph: fx.GraphModule, state: Mapping[str, Tensor]) -> fx.GraphModule:

@@ -43,9 +43,13 @@ class Gather:
             for start, source in starts.items()
         ]
 
-    def _rebuild(self, leaves: Sequence[Any]) -> Any:
+    def output(self, leaves: Sequence[Any]) -> Any:
+        """What the graph returns: the model's output, with dicts in the place of dataclasses."""
         spec = self._graph._codegen.pytree_info.out_spec  # type: ignore[attr-defined]
-        return self._captured.rebuild(pytree.tree_unflatten(list(leaves), spec))
+        return pytree.tree_unflatten(list(leaves), spec)
+
+    def _rebuild(self, leaves: Sequence[Any]) -> Any:
+        return self._captured.rebuild(self.output(leaves))
 
     def finish(self, explained: Sequence[Any]) -> Any:
         """The model's own output from the explained leaves: callables see probabilities."""
@@ -73,31 +77,31 @@ class Gather:
             layers: Of the layers that were asked for.
             report: Of the plan; ``reported`` adds the books.
         """
-        by_input, per_feature = self._by_input(leaves, relevance)
+        by_input, per_feature = self.by_input(leaves, relevance)
         arrived = [r for r in relevance if r is not None]
         seeds = [s for s in seed.seeds if s is not None]
         return Explanation(
-            relevance=self._structured(by_input, inputs),
+            relevance=self.structured(by_input, inputs),
             output=self._rebuild(clean),
             target=seed.classes,
             seed=seeds[0] if len(seeds) == 1 else tuple(seeds),
             absorbed=_absorbed(seeds, arrived),
             report=report,
             layers=layers,
-            embeddings=self._structured(per_feature, inputs)
+            embeddings=self.structured(per_feature, inputs)
             if any(r is not None for r in per_feature)
             else None,
             inputs=inputs,
         )
 
-    def _structured(self, flat: Sequence[Tensor | None], inputs: Inputs) -> Any:
+    def structured(self, flat: Sequence[Tensor | None], inputs: Inputs) -> Any:
         """One value per flat input, in the structure of the inputs as they were given."""
         args, kwargs = pytree.tree_unflatten(list(flat), self._captured.signature.spec)
         if isinstance(inputs, Tensor):
             return args[0]
         return {key: kwargs[key] for key in inputs} if isinstance(inputs, Mapping) else tuple(args)
 
-    def _by_input(
+    def by_input(
         self, leaves: Sequence[Any], relevance: Sequence[Tensor | None]
     ) -> tuple[list[Tensor | None], list[Tensor | None]]:
         """Relevance per flat input, and for token ids that of their embedding per feature.
@@ -118,10 +122,9 @@ class Gather:
                     places(*leaves[:i], own + k, *leaves[i + 1 :]).flatten() for k in (0, n)
                 )
                 # Tokens that the model puts in between are no positions, and belong to nobody.
-                given = later - at == n
-                vectors = r.new_zeros(n, width)
-                vectors = vectors.index_add(0, at[given], r.reshape(-1, width)[given])
-                vectors = vectors.reshape(*ids.shape, width)
+                at = torch.where(later - at == n, at, n)
+                vectors = r.new_zeros(n + 1, width).index_add(0, at, r.reshape(-1, width))
+                vectors = vectors[:n].reshape(*ids.shape, width)
                 per_feature[i] = _by_feature(per_feature[i], vectors)
                 found[i] = _added(found[i], vectors.sum(-1))
         return found, per_feature

@@ -1,0 +1,290 @@
+"""Backward ops -> the forward ops that they are equal to: a table for the tracer.
+
+Runtimes other than PyTorch know no backward ops. What is linear in a dimension is a matrix there:
+that of the op itself, laid on unit vectors.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+aten = torch.ops.aten
+Ints = Sequence[int]
+
+
+# -- convolutions
+
+
+def convolution_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias_sizes: Ints | None,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    transposed: bool,
+    output_padding: Ints,
+    groups: int,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of an input: the convolution the other way; of a weight: a product at each of its places."""
+    stride, padding, dilation = (_several(v, weight.ndim - 2) for v in (stride, padding, dilation))
+    given = grad_output, input, weight, stride, padding, dilation, transposed, groups
+    of_input, of_weight, of_bias = output_mask
+    return (
+        _of_input(*given) if of_input else None,
+        _of_weight(*given) if of_weight else None,
+        grad_output.sum([0, *range(2, grad_output.ndim)]) if of_bias else None,
+    )
+
+
+def _of_input(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    transposed: bool,
+    groups: int,
+) -> Tensor:
+    sizes, left = input.shape[2:], [0] * len(stride)
+    if not transposed:  # exactly what the last stride leaves over
+        left = [
+            size - ((out - 1) * st - 2 * p + d * (k - 1) + 1)
+            for size, out, st, p, d, k in zip(
+                sizes, grad.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True
+            )
+        ]
+    way = stride, padding, dilation, not transposed, left, groups
+    c: Tensor = aten.convolution(grad, weight, None, *way)
+    if transposed:
+        for dim, size in enumerate(sizes, start=2):  # an output padding may reach past the input
+            c = c.narrow(dim, 0, size)
+    return c
+
+
+def _of_weight(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    transposed: bool,
+    groups: int,
+) -> Tensor:
+    # Transposed, the output is what the kernel is moved over.
+    moved, fixed = (grad, input) if transposed else (input, grad)
+    sizes = fixed.shape[2:]
+    moved = F.pad(moved, [p for p in reversed(padding) for _ in range(2)])
+    fixed = fixed.unflatten(1, (groups, -1)).flatten(3)
+    found = []
+    for place in itertools.product(*map(range, weight.shape[2:])):
+        window = moved
+        for dim, (at, d, st, size) in enumerate(
+            zip(place, dilation, stride, sizes, strict=True), start=2
+        ):
+            window = aten.slice(window, dim, at * d, at * d + (size - 1) * st + 1, st)
+        window = window.unflatten(1, (groups, -1)).flatten(3)
+        found.append(torch.einsum("ngol,ngil->goi", fixed, window).flatten(0, 1))
+    return torch.stack(found, -1).reshape(weight.shape)
+
+
+def _several(value: Ints, n: int) -> list[int]:
+    return list(value) * n if len(value) == 1 else list(value)
+
+
+# -- what is linear in each dimension: pooling by mean, interpolation
+
+
+def _by_matrices(grad: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """The transpose of what a matrix (out, in) does in each of the last dimensions."""
+    for dim, matrix in enumerate(reversed(matrices), start=1):
+        if dim == 1:
+            grad = grad @ matrix
+        elif dim == 2:
+            grad = matrix.mT @ grad
+        else:
+            grad = (grad.transpose(-1, -dim) @ matrix).transpose(-1, -dim)
+    return grad
+
+
+def _units(size: int, like: Tensor) -> Tensor:
+    """Unit vectors (size, size)."""
+    numbers = torch.arange(size, device=like.device)
+    return (numbers[:, None] == numbers).to(like.dtype)
+
+
+def _sums(begin: Tensor, end: Tensor, number: Tensor, size: int, like: Tensor) -> Tensor:
+    """Sums over the intervals [begin, end) of a dimension, each over its number: (out, size)."""
+    place = torch.arange(size, device=like.device)
+    inside = (place >= begin[:, None]) & (place < end[:, None])
+    return inside.to(like.dtype) / number[:, None].to(like.dtype)
+
+
+def _avg_pool_backward(n: int) -> Callable[..., Tensor]:
+    def backward(
+        grad_output: Tensor,
+        self: Tensor,
+        kernel_size: Ints,
+        stride: Ints,
+        padding: Ints,
+        ceil_mode: bool,
+        count_include_pad: bool,
+        divisor_override: int | None,
+    ) -> Tensor:
+        kernel, pads = _several(kernel_size, n), _several(padding, n)
+        steps = _several(stride, n) if len(stride) else kernel
+        matrices = []
+        for size, out, k, step, pad in zip(
+            self.shape[-n:], grad_output.shape[-n:], kernel, steps, pads, strict=True
+        ):
+            begin = torch.arange(out, device=self.device) * step - pad
+            end = (begin + k).clamp(max=size + pad)
+            number = end - begin
+            if divisor_override is not None:
+                number = torch.ones_like(begin)
+            elif not count_include_pad:
+                number = end.clamp(max=size) - begin.clamp(min=0)
+            matrices.append(_sums(begin, end, number, size, self))
+        found = _by_matrices(grad_output, matrices)
+        return found if divisor_override is None else found / divisor_override
+
+    return backward
+
+
+def _adaptive(sizes: Ints, out: Ints, like: Tensor) -> list[Tensor]:
+    """The matrices of an adaptive pooling by mean."""
+    matrices = []
+    for size, number in zip(sizes, out, strict=True):
+        place = torch.arange(number, device=like.device)
+        begin, end = place * size // number, ((place + 1) * size + number - 1) // number
+        matrices.append(_sums(begin, end, end - begin, size, like))
+    return matrices
+
+
+def _adaptive_avg_pool(n: int) -> Callable[..., Tensor]:
+    def forward(self: Tensor, output_size: Ints) -> Tensor:
+        matrices = _adaptive(self.shape[-n:], output_size, self)
+        return _by_matrices(self, [matrix.mT for matrix in matrices])
+
+    return forward
+
+
+def _adaptive_avg_pool_backward(n: int) -> Callable[..., Tensor]:
+    def backward(grad_output: Tensor, self: Tensor) -> Tensor:
+        return _by_matrices(grad_output, _adaptive(self.shape[-n:], grad_output.shape[-n:], self))
+
+    return backward
+
+
+def _resize_backward(n: int, op: Any, corners: bool) -> Callable[..., Tensor]:
+    """Of an interpolation in n dimensions, each of them by ``op``, with or without its corners."""
+
+    def backward(grad_output: Tensor, output_size: Ints, input_size: Ints, *rest: Any) -> Tensor:
+        scales = rest[1:] if corners else rest
+        scales = scales if len(scales) == n else (None,) * n
+        matrices = []
+        for size, out, scale in zip(input_size[-n:], output_size, scales, strict=True):
+            units = _units(size, grad_output)[None]
+            given = rest[:1] if corners else ()
+            if op in _PLANAR:
+                # Twice beside itself: PyTorch takes one column alone for channels.
+                pairs = torch.stack([units, units], -1)
+                matrix = op(pairs, [out, 2], *given, scale, None)[0, ..., 0]
+            else:
+                matrix = op(units, [out], *given, scale)[0]
+            matrices.append(matrix.mT)
+        return _by_matrices(grad_output, matrices)
+
+    return backward
+
+
+#: Interpolations that there are in two dimensions only.
+_PLANAR = {
+    aten.upsample_bicubic2d.default,
+    aten._upsample_bilinear2d_aa.default,
+    aten._upsample_bicubic2d_aa.default,
+}
+
+
+# -- what picks one of several
+
+
+def _scattered(grad: Tensor, like: Tensor, indices: Tensor, n: int) -> Tensor:
+    """Each gradient where its index says, in the last n dimensions as one; zero elsewhere."""
+    zeros = torch.zeros_like(like).flatten(-n)
+    return zeros.scatter_add(-1, indices.flatten(-n), grad.flatten(-n)).reshape(like.shape)
+
+
+def _max_pool_backward(n: int) -> Callable[..., Tensor]:
+    def backward(grad_output: Tensor, self: Tensor, *rest: Any) -> Tensor:
+        return _scattered(grad_output, self, rest[-1], n)
+
+    return backward
+
+
+# -- elementwise
+
+
+def copysign(self: Tensor, other: Tensor) -> Tensor:
+    """The sign of zero counts as that of +0."""
+    size = self.abs()
+    return torch.where(other < 0, -size, size)
+
+
+_RESIZED: dict[Any, tuple[int, Any, bool]] = {
+    aten.upsample_nearest1d_backward.default: (1, aten.upsample_nearest1d.default, False),
+    aten.upsample_nearest2d_backward.default: (2, aten.upsample_nearest1d.default, False),
+    aten.upsample_nearest3d_backward.default: (3, aten.upsample_nearest1d.default, False),
+    aten._upsample_nearest_exact1d_backward.default: (
+        1,
+        aten._upsample_nearest_exact1d.default,
+        False,
+    ),
+    aten._upsample_nearest_exact2d_backward.default: (
+        2,
+        aten._upsample_nearest_exact1d.default,
+        False,
+    ),
+    aten._upsample_nearest_exact3d_backward.default: (
+        3,
+        aten._upsample_nearest_exact1d.default,
+        False,
+    ),
+    aten.upsample_linear1d_backward.default: (1, aten.upsample_linear1d.default, True),
+    aten.upsample_bilinear2d_backward.default: (2, aten.upsample_linear1d.default, True),
+    aten.upsample_trilinear3d_backward.default: (3, aten.upsample_linear1d.default, True),
+    aten.upsample_bicubic2d_backward.default: (2, aten.upsample_bicubic2d.default, True),
+    aten._upsample_bilinear2d_aa_backward.default: (
+        2,
+        aten._upsample_bilinear2d_aa.default,
+        True,
+    ),
+    aten._upsample_bicubic2d_aa_backward.default: (2, aten._upsample_bicubic2d_aa.default, True),
+}
+
+#: By op, what is written down in its place.
+EQUIVALENTS: dict[Any, Callable[..., Any]] = {
+    aten.convolution_backward.default: convolution_backward,
+    aten.avg_pool2d_backward.default: _avg_pool_backward(2),
+    aten.avg_pool3d_backward.default: _avg_pool_backward(3),
+    aten._adaptive_avg_pool2d.default: _adaptive_avg_pool(2),
+    aten._adaptive_avg_pool3d.default: _adaptive_avg_pool(3),
+    aten._adaptive_avg_pool2d_backward.default: _adaptive_avg_pool_backward(2),
+    aten._adaptive_avg_pool3d_backward.default: _adaptive_avg_pool_backward(3),
+    aten.max_pool2d_with_indices_backward.default: _max_pool_backward(2),
+    aten.max_pool3d_with_indices_backward.default: _max_pool_backward(3),
+    aten.adaptive_max_pool2d_backward.default: _max_pool_backward(2),
+    aten.adaptive_max_pool3d_backward.default: _max_pool_backward(3),
+    aten.copysign.Tensor: copysign,
+    **{op: _resize_backward(*how) for op, how in _RESIZED.items()},
+}

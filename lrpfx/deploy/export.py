@@ -1,0 +1,92 @@
+"""lrpfx.export: an Explainer as a file that runs without Python, PyTorch or the library."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from lrpfx.capture import Inputs
+from lrpfx.deploy.about import about
+from lrpfx.deploy.check import Case, make_cases
+from lrpfx.deploy.onnx_file import write_onnx
+from lrpfx.deploy.program import Program, make_program
+from lrpfx.deploy.torch_file import write_aoti, write_pt2
+from lrpfx.errors import InputError, TargetError
+from lrpfx.explain import Explainer
+
+#: By ending, the first that fits: what writes a program, and what is to be known of it.
+_WRITERS: dict[str, Callable[[Program, Path, str, Sequence[Case]], None]] = {
+    ".onnx": write_onnx,
+    ".aoti.pt2": write_aoti,
+    ".pt2": write_pt2,
+}
+
+
+def export(
+    explainer: Explainer,
+    path: str | os.PathLike[str],
+    inputs: Inputs,
+    *,
+    target: Literal["argmax"] | None = None,
+    class_names: Sequence[str] | None = None,
+) -> None:
+    """Write output and relevance as one program, which runs without the library.
+
+    The program takes what the model takes and then ``target``, a class per sample as int64 of
+    shape (N,), and returns the model's output and the relevance of each explained input. It
+    holds for every batch size, and for other sizes that the Explainer leaves open
+    (``dynamic=``). Parameters are those of this moment. What is written is run on ``inputs`` first
+    and compared with the Explainer.
+
+    Args:
+        explainer: What explains.
+        path: Where to; the ending says what: "model.onnx" for onnxruntime (inputs and outputs
+            by name, ``output`` and ``relevance``; of several explained inputs
+            ``relevance.<name>``), "model.pt2" for ``torch.export.load(path).module()(x, target)``,
+            "model.aoti.pt2" for ``torch._inductor.aoti_load_package(path)(x, target)``, compiled
+            for the device that the model is on.
+        inputs: Example inputs, as the Explainer takes them.
+        target: "argmax": there is no such input, and the strongest output of each sample is
+            explained.
+        class_names: Of the outputs, for the file's metadata, which holds rules and versions too.
+
+    Raises:
+        ExportError: Something cannot be written down in this form; all places are listed, and no
+            file is written.
+        InputError: An ending that is not known, inputs that do not fit, or a package that is not
+            installed.
+        TargetError: The output has no classes for a target per sample.
+    """
+    path = Path(path)
+    write = next((w for ending, w in _WRITERS.items() if path.name.endswith(ending)), None)
+    if not isinstance(explainer, Explainer):
+        raise InputError(
+            f"what is exported is an Explainer, not {type(explainer).__name__}.",
+            fix="lrpfx.export(lrpfx.Explainer(model, x, rules), path, x).",
+        )
+    if write is None:
+        raise InputError(
+            f"{path.name!r} does not say what to write.",
+            fix=f"let the name end in {', '.join(_WRITERS)}.",
+        )
+    if target not in (None, "argmax"):
+        raise TargetError(
+            f"target={target!r} cannot be written down.",
+            fix='leave it out for a target per sample as an input of the program, or give "argmax";'
+            " for other scores export a wrapper module that returns (N, scores).",
+        )
+    if not path.parent.is_dir():
+        raise InputError(f"there is no folder {path.parent}.", fix="make it first.")
+    facts = about(explainer, target, class_names)
+    by_input = target is None
+    cases = make_cases(explainer, inputs, by_input)
+    program = make_program(explainer, inputs, by_input)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".lrpfx-") as folder:
+        write(program, Path(folder) / path.name, facts, cases)
+        for file in sorted(
+            Path(folder).iterdir()
+        ):  # weights of more than 2 GB are one of their own
+            os.replace(file, path.parent / file.name)

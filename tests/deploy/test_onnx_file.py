@@ -1,0 +1,97 @@
+"""ONNX files: onnxruntime gives output and relevance as the Explainer does, at any batch size."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lrpfx
+from tests.oracle import zoo
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="pip install -e '.[export]'")
+pytest.importorskip("onnxscript", reason="pip install -e '.[export]'")
+
+#: Relative to the largest value of the map.
+TOLERANCE = 1e-5
+
+
+def run(path: Path, *inputs: Tensor) -> list[Tensor]:
+    """What onnxruntime makes of the inputs, in the order of the file."""
+    session = onnxruntime.InferenceSession(path)
+    names = [given.name for given in session.get_inputs()]
+    feeds = {name: t.numpy() for name, t in zip(names, inputs, strict=True)}
+    return [torch.from_numpy(found) for found in session.run(None, feeds)]
+
+
+def apart(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).abs().max() / expected.abs().max())
+
+
+def perceptron() -> nn.Module:
+    layers = nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4), nn.Softmax(1)
+    return zoo.randomize(nn.Sequential(*layers)).eval()
+
+
+def convolutional() -> nn.Module:
+    """With what ends past the last stride, groups, and both poolings."""
+    layers = [
+        nn.Conv2d(3, 4, 3, stride=2, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 6, 3, padding=1, groups=2),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(24, 5),
+    ]
+    return zoo.randomize(nn.Sequential(*layers)).eval()
+
+
+MODELS: dict[str, Any] = {
+    "perceptron": (perceptron, (6,), "epsilon_plus"),
+    "convolutional": (convolutional, (3, 18, 17), "epsilon_plus_flat"),
+}
+
+
+@functools.cache
+def explainer(name: str) -> lrpfx.Explainer:
+    model, shape, rules = MODELS[name]
+    return lrpfx.Explainer(model(), torch.randn(2, *shape), rules)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_file_gives_output_and_relevance_of_a_class_per_sample(name: str, tmp_path: Path) -> None:
+    path, shape = tmp_path / "model.onnx", MODELS[name][1]
+    lrpfx.export(explainer(name), path, torch.randn(2, *shape))
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+    session = onnxruntime.InferenceSession(path)
+    assert [i.name for i in session.get_inputs()] == ["input", "target"]
+    assert [o.name for o in session.get_outputs()] == ["output", "relevance"]
+    for samples in (1, 2, 5):
+        x, target = torch.randn(samples, *shape), torch.arange(samples) % 4 - 2
+        output, relevance = run(path, x, target)
+        expected = explainer(name)(x, target)
+        assert apart(output, expected.output) < TOLERANCE
+        assert apart(relevance, expected.relevance) < TOLERANCE
+
+
+@pytest.mark.parametrize("target", [4, -5, -9])
+def test_a_class_that_is_out_of_range_is_refused_by_the_file(target: int, tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    lrpfx.export(explainer("perceptron"), path, torch.randn(2, 6))
+    with pytest.raises(Exception, match="[Oo]ut of range"):
+        run(path, torch.randn(2, 6), torch.tensor([0, target]))
+
+
+def test_the_largest_class_may_be_explained_without_an_input_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    lrpfx.export(explainer("perceptron"), path, torch.randn(2, 6), target="argmax")
+    x = torch.randn(7, 6)
+    output, relevance = run(path, x)
+    expected = explainer("perceptron")(x)
+    assert apart(output, expected.output) < TOLERANCE
+    assert apart(relevance, expected.relevance) < TOLERANCE
