@@ -10,7 +10,7 @@
 import importlib
 from typing import Any
 
-from lrpfx import composites, concepts, errors, heatmap, neuralize, text
+from lrpfx import attributors, composites, concepts, errors, heatmap, neuralize, text
 from lrpfx.composites import First
 from lrpfx.coverage import coverage
 from lrpfx.deploy import export
@@ -84,6 +84,7 @@ __all__ = [
     "WSquare",
     "ZBox",
     "ZPlus",
+    "attributors",
     "composites",
     "concepts",
     "coverage",

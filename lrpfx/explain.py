@@ -36,6 +36,7 @@ from lrpfx.plan import RulesLike
 from lrpfx.prepare import Prepared, prepare_by
 from lrpfx.report import Report
 from lrpfx.rewrite import UNCHANGED, Booking, Ledger, Tap, find_taps, instrument, rewrite
+from lrpfx.rules import Gradient, ReLURule
 from lrpfx.run import (
     Alarm,
     Assumptions,
@@ -333,6 +334,23 @@ class Explainer:
     def report(self) -> Report:
         """Which rule each node got and why; what an explanation adds is in its own report."""
         return self._report
+
+    @property
+    def rules(self) -> RulesLike:
+        """The rules that it was made with."""
+        return self._made_of.rules
+
+    @property
+    def wrt(self) -> Wrt:
+        """The inputs that are explained, as it was made with."""
+        wrt: Wrt = self._made_of.options["wrt"]
+        return wrt
+
+    @property
+    def modifies_gradient(self) -> bool:
+        """Whether relevance is a gradient, modified at ReLUs if anywhere."""
+        rules = (assignment.rule for assignment in self._plan.assignments.values())
+        return all(isinstance(rule, (Gradient, ReLURule)) for rule in rules)
 
     def __repr__(self) -> str:
         model = type(self._captured.model).__name__

@@ -19,12 +19,13 @@ from lrpfx.capture.inputs import (
     copies,
     flatten_inputs,
     has_form,
+    input_paths,
     is_explained,
     is_finite,
     varying_sizes,
 )
 from lrpfx.capture.lines import first_line
-from lrpfx.capture.outputs import tensors_in
+from lrpfx.capture.outputs import from_dicts, tensors_in, to_dicts
 from lrpfx.capture.preserve import preserved
 from lrpfx.capture.recorder import Read
 from lrpfx.capture.release import trim
@@ -54,7 +55,9 @@ __all__ = [
     "dotted_names",
     "first_line",
     "flatten_inputs",
+    "from_dicts",
     "has_form",
+    "input_paths",
     "is_explained",
     "is_finite",
     "mixing_note",
@@ -64,6 +67,7 @@ __all__ = [
     "run_model",
     "state_of",
     "tensors_in",
+    "to_dicts",
     "tracing",
     "trim",
     "varying_sizes",

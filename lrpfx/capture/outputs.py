@@ -19,7 +19,7 @@ class AsDict(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns, without dataclasses."""
-        return _to_dicts(self.model(*args, **kwargs))
+        return to_dicts(self.model(*args, **kwargs))
 
 
 def is_dataclass(output: Any) -> bool:
@@ -27,11 +27,11 @@ def is_dataclass(output: Any) -> bool:
     return dataclasses.is_dataclass(output) and not isinstance(output, type)
 
 
-def _to_dicts(output: Any) -> Any:
+def to_dicts(output: Any) -> Any:
     """The output with each dataclass as a dict of its fields."""
     return pytree.tree_map(
         lambda leaf: (
-            {k: _to_dicts(v) for k, v in _fields(leaf).items()} if is_dataclass(leaf) else leaf
+            {k: to_dicts(v) for k, v in _fields(leaf).items()} if is_dataclass(leaf) else leaf
         ),
         output,
     )
@@ -45,7 +45,7 @@ def _fields(instance: Any) -> dict[str, Any]:
 
 
 def from_dicts(like: Any, output: Any) -> Any:
-    """The inverse of ``_to_dicts``, with the structure of ``like``."""
+    """The inverse of ``to_dicts``, with the structure of ``like``."""
     leaves, spec = pytree.tree_flatten(like)
     found = []
     for leaf, value in zip(leaves, spec.flatten_up_to(output), strict=True):
@@ -60,4 +60,4 @@ def from_dicts(like: Any, output: Any) -> Any:
 
 def tensors_in(output: Any) -> list[Tensor]:
     """All tensors of a model's output, of whatever type it is, in order."""
-    return [leaf for leaf in pytree.tree_leaves(_to_dicts(output)) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in pytree.tree_leaves(to_dicts(output)) if isinstance(leaf, Tensor)]

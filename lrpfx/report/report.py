@@ -43,7 +43,8 @@ class Report(Rows, Tabular):
     Args:
         rows: In execution order.
         rules: How ``rules=`` was read.
-        constant_nodes: How many nodes of the graph do not depend on the input.
+        constant_nodes: How many nodes of the graph do not depend on the input; None of a method
+            that has no graph.
         notes: Further facts one should know (static batch, picked output ...).
         target: What was explained, "" before an explanation.
         started: Seed relevance, summed over the batch; None before an explanation.
@@ -56,6 +57,8 @@ class Report(Rows, Tabular):
 
     def table(self) -> Table:
         """One line per row, 120 characters wide; numbers where they are known."""
+        if self.constant_nodes is None:
+            return Table(self.summary(), (), (), width=120)
         if self.has_ledger:
             cells = [[*_cells(row), *_booked(row)] for row in self.rows]
             return Table(self.summary(), _BOOKED, cells, width=120)

@@ -102,7 +102,7 @@ class Rows:
 
     rows: tuple[Row, ...]
     rules: str
-    constant_nodes: int
+    constant_nodes: int | None
     notes: tuple[str, ...] = ()
     target: str = ""
     started: float | None = None
@@ -164,6 +164,8 @@ class Rows:
         """Whether relevance was booked node by node, or will be once it is asked for."""
         if self.pending:
             return True
+        if self.constant_nodes is None:
+            return False
         booked = any(row.relevance_in is not None for row in self.rows) or not self.rows
         return self.started is not None and booked
 
@@ -177,6 +179,11 @@ class Rows:
             raise InputError(
                 "this report is of a plan, without relevance.",
                 fix="take the report of an explanation: lrpfx.explain(...).report.",
+            )
+        if self.constant_nodes is None:
+            raise InputError(
+                f"{self.rules} follows no rules node by node: there is no ledger.",
+                fix="take the report of an explanation by rules: lrpfx.explain(...).report.",
             )
         if not self.has_ledger:
             raise InputError(
@@ -253,20 +260,25 @@ class Rows:
         """The lines above the table."""
         rules = {row.rule for row in self.rows if row.rule}
         missing = self.unsupported
-        lines = [
-            f"rules    {self.rules}",
-            f"coverage {len(self.rows) - len(missing)} of {len(self.rows)} live nodes have a rule "
-            f"({len(rules)} different); {self.constant_nodes} nodes are constant",
-        ]
+        if self.constant_nodes is None:
+            lines = [f"method   {self.rules}, which follows no rules node by node"]
+        else:
+            lines = [
+                f"rules    {self.rules}",
+                f"coverage {len(self.rows) - len(missing)} of {len(self.rows)} live nodes have a "
+                f"rule ({len(rules)} different); {self.constant_nodes} nodes are constant",
+            ]
         if missing:
             lines.append(f"missing  {_counts(row.op for row in missing)}")
             lines += [f"missing  {row.why} at {row.label}   {row.place}" for row in missing]
             lines.append(f"fix      {REGISTER}")
-        if self.started is None:
+        if self.started is None and self.rows:
             lines.append(f"kinds    {_counts(row.kind for row in self.rows if row.rule)}")
         if self.target:
             lines.append(f"target   {self.target}")
-        if self.started is not None and self.reached is not None:
+        if self.constant_nodes is None and self.reached is not None:
+            lines.append(f"sums to  {self.reached:.6g}, where the target is {self.started:.6g}")
+        elif self.started is not None and self.reached is not None:
             lines.append(f"ledger   started {self.started:.6g}" + self._became(self.reached))
         lines += [f"note     {note}" for note in self.notes]
         return lines

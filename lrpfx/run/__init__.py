@@ -8,12 +8,12 @@ from lrpfx.run.books import Books, Made
 from lrpfx.run.compiled import Compiled, CompiledRun
 from lrpfx.run.conditioned import Init, condition_seeds, target_per_condition
 from lrpfx.run.explicit import tidy
-from lrpfx.run.gather import Bookings, Calls, Gather, by_layer, reported
+from lrpfx.run.gather import Bookings, Calls, Gather, absorbed_of, by_layer, reported
 from lrpfx.run.mode import is_being_trained, mode_notes, without_graph
 from lrpfx.run.recorded import RecordedRun, Runs
 from lrpfx.run.refuse import refuse_if_the_model_does, refuse_relevance, refuse_seed
 from lrpfx.run.samples import is_batched
-from lrpfx.run.targets import Seed, Target, each_target, is_several, make_seed
+from lrpfx.run.targets import Seed, Slope, Target, each_target, is_several, make_seed
 
 __all__ = [
     "Alarm",
@@ -32,7 +32,9 @@ __all__ = [
     "Run",
     "Runs",
     "Seed",
+    "Slope",
     "Target",
+    "absorbed_of",
     "at_a_time",
     "blank_notes",
     "by_layer",

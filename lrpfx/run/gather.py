@@ -85,7 +85,7 @@ class Gather:
             output=self._rebuild(clean),
             target=seed.classes,
             seed=seeds[0] if len(seeds) == 1 else tuple(seeds),
-            absorbed=_absorbed(seeds, arrived),
+            absorbed=absorbed_of(seeds, arrived),
             report=report,
             layers=layers,
             embeddings=self.structured(per_feature, inputs)
@@ -182,7 +182,7 @@ def _through(note: str) -> str:
     )
 
 
-def _absorbed(seeds: Sequence[Tensor], relevance: Sequence[Tensor]) -> Tensor:
+def absorbed_of(seeds: Sequence[Tensor], relevance: Sequence[Tensor]) -> Tensor:
     """Seed less relevance per sample, shape (N,); one total where the samples share an input."""
     tensors = [*seeds, *relevance]
     batch = seeds[0].shape[:1]

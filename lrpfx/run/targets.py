@@ -14,6 +14,20 @@ from torch.utils import _pytree as pytree
 from lrpfx.capture import is_finite
 from lrpfx.errors import TargetError
 
+
+@dataclass(frozen=True)
+class Slope:
+    """The gradient of a target by the output, in the place of gradient times output.
+
+    What follows (modified) gradients begins with it.
+
+    Args:
+        target: See ``lrpfx.explain``; of a floating tensor it is the tensor itself.
+    """
+
+    target: Any
+
+
 Target = (
     None
     | int
@@ -24,6 +38,7 @@ Target = (
     | Tensor
     | np.ndarray[Any, Any]
     | Callable[[Any], Tensor]
+    | Slope
 )
 
 
@@ -116,15 +131,17 @@ def make_seed(
 
     Args:
         leaves: Output leaves of the graph.
-        target: See ``lrpfx.explain``.
+        target: See ``lrpfx.explain``; or a ``Slope``.
         rebuild: Makes the model's output from leaves, for callables.
         batched: Whether the first dimension of a leaf, given by its index, is the samples'.
 
     Raises:
         TargetError: The target does not fit the output.
     """
+    times = not isinstance(target, Slope)
+    target = target.target if isinstance(target, Slope) else target
     if callable(target) and not isinstance(target, Tensor):
-        return _from_callable(leaves, target, rebuild)
+        return _from_callable(leaves, target, rebuild, times)
     index = next(
         (i for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.is_floating_point()), None
     )
@@ -134,7 +151,14 @@ def make_seed(
             fix="explain a wrapper module that returns the score in question.",
         )
     output: Tensor = leaves[index]
-    seed, classes, description = _from_output(output, target)
+    if _is_seed(target):
+        seed, classes, description = _given(output, target), None, "the given seed relevance"
+    else:
+        mask, classes, description, form = _picked(output, target)
+        value = output if times else torch.ones_like(output)
+        # where and not *, as 0 times infinity is NaN
+        seed = torch.where(mask, value, torch.zeros_like(output))
+        description += form if times else ""
     notes = []
     if not _is_seed(target) and output.numel() > 1 and not batched(index):
         notes.append(_without_batch(output, target))
@@ -181,34 +205,41 @@ def _one_entry(output: Tensor, seed: Tensor) -> str:
     )
 
 
-def _from_output(output: Tensor, target: Any) -> tuple[Tensor, Tensor | None, str]:
+def _given(output: Tensor, target: Any) -> Tensor:
+    """A seed that was given, if it fits the output."""
+    target = _from_numpy(target) if isinstance(target, np.ndarray) else target
+    if target.shape != output.shape:
+        raise TargetError(
+            f"a seed must be shaped like the output {tuple(output.shape)}, "
+            f"got {tuple(target.shape)}.",
+            fix="give a floating tensor of that shape, or integer classes of shape (N,).",
+        )
+    if target.is_meta:
+        raise TargetError("the seed has no values: it is on the meta device.", fix="give it.")
+    if target.layout != torch.strided:
+        raise TargetError("the seed is a sparse tensor.", fix="give seed.to_dense().")
+    if not is_finite(target):
+        raise TargetError("the seed has NaN or infinite entries.", fix="give finite numbers.")
+    seed: Tensor = target.to(output)
+    return seed
+
+
+def _picked(output: Tensor, target: Any) -> tuple[Tensor, Tensor | None, str, str]:
+    """Which entries are explained: a mask, the classes, its description, and that of the seed."""
     if isinstance(target, np.ndarray):
         target = _from_numpy(target)
-    if isinstance(target, Tensor) and target.is_floating_point():
-        if target.shape != output.shape:
-            raise TargetError(
-                f"a seed must be shaped like the output {tuple(output.shape)}, "
-                f"got {tuple(target.shape)}.",
-                fix="give a floating tensor of that shape, or integer classes of shape (N,).",
-            )
-        if target.is_meta:
-            raise TargetError("the seed has no values: it is on the meta device.", fix="give it.")
-        if target.layout != torch.strided:
-            raise TargetError("the seed is a sparse tensor.", fix="give seed.to_dense().")
-        if not is_finite(target):
-            raise TargetError("the seed has NaN or infinite entries.", fix="give finite numbers.")
-        return target.to(output), None, "the given seed relevance"
     if target is None:
         return _strongest(output)
     if isinstance(target, tuple):
-        return _at_index(output, target)
+        mask = _at_index(output, target)
+        return mask, None, f"output[:, {', '.join(map(str, target))}]", ", times output"
     classes = _classes(output, target)
     mask = torch.zeros_like(output, dtype=torch.bool)
     mask[torch.arange(len(classes), device=output.device), classes] = True
     one = f"class {int(classes[0])}" if len(set(classes.tolist())) == 1 else "class per sample"
     if output.ndim > 2:
         one += f" (dimension 1, all of {list(output.shape[2:])})"
-    return _masked(output, mask), classes, f"{one}, one-hot times output"
+    return mask, classes, one, ", one-hot times output"
 
 
 def _from_numpy(target: np.ndarray[Any, Any]) -> Tensor:
@@ -221,23 +252,19 @@ def _from_numpy(target: np.ndarray[Any, Any]) -> Tensor:
         ) from error
 
 
-def _masked(output: Tensor, mask: Tensor) -> Tensor:
-    """One-hot times the output value; where and not *, as 0 times infinity is NaN."""
-    return torch.where(mask, output, torch.zeros_like(output))
-
-
-def _strongest(output: Tensor) -> tuple[Tensor, Tensor | None, str]:
+def _strongest(output: Tensor) -> tuple[Tensor, Tensor | None, str, str]:
     if output.ndim < 2:
-        return output, None, "the output value"
+        return torch.ones_like(output, dtype=torch.bool), None, "the output value", ""
     flat = output.detach().flatten(1)
     best = flat.argmax(1)
     mask = torch.zeros_like(flat, dtype=torch.bool)
     mask[torch.arange(len(best), device=best.device), best] = True
-    text = "strongest output per sample (argmax), one-hot times output"
-    return _masked(output, mask.reshape(output.shape)), best if output.ndim == 2 else None, text
+    classes = best if output.ndim == 2 else None
+    text = "strongest output per sample (argmax)"
+    return mask.reshape(output.shape), classes, text, ", one-hot times output"
 
 
-def _at_index(output: Tensor, index: tuple[Any, ...]) -> tuple[Tensor, Tensor | None, str]:
+def _at_index(output: Tensor, index: tuple[Any, ...]) -> Tensor:
     mask = torch.zeros_like(output, dtype=torch.bool)
     try:
         for part, size in zip(index, output.shape[1:], strict=False):
@@ -254,7 +281,7 @@ def _at_index(output: Tensor, index: tuple[Any, ...]) -> tuple[Tensor, Tensor | 
             f"{error}.",
             fix="a tuple indexes one sample's output; give a list for one class per sample.",
         ) from error
-    return _masked(output, mask), None, f"output[:, {', '.join(map(str, index))}], times output"
+    return mask
 
 
 def _classes(output: Tensor, target: Any) -> Tensor:
@@ -316,9 +343,12 @@ def _refuse_sequence(output: Tensor, classes: Tensor) -> None:
 
 
 def _from_callable(
-    leaves: Sequence[Any], target: Callable[[Any], Tensor], rebuild: Callable[[Sequence[Any]], Any]
+    leaves: Sequence[Any],
+    target: Callable[[Any], Tensor],
+    rebuild: Callable[[Sequence[Any]], Any],
+    times: bool,
 ) -> Seed:
-    """Gradient times output: one-hot times the value where the callable picks outputs."""
+    """Gradient, times output: one-hot times the value where the callable picks outputs."""
     keep = torch.is_grad_enabled()
     inner = [_variable(leaf, keep) for leaf in leaves]
     variables = [t for t in inner if isinstance(t, Tensor) and t.requires_grad]
@@ -335,9 +365,11 @@ def _from_callable(
         _check_value(value, name, [len(t) for t in variables if t.ndim] or [1])
         grads = torch.autograd.grad(value.sum(), variables, create_graph=keep, allow_unused=True)
     by_id = {id(t): g for t, g in zip(variables, grads, strict=True)}
-    seeds = [
-        None if (g := by_id.get(id(t))) is None else g * (t if keep else t.detach()) for t in inner
-    ]
+    slopes = [by_id.get(id(t)) for t in inner]
+    if not times:
+        return Seed(slopes, None, f"callable {name}", by_gradient=True)
+    pairs = zip(slopes, inner, strict=True)
+    seeds = [None if g is None else g * (t if keep else t.detach()) for g, t in pairs]
     description = f"callable {name}, its gradient times output"
     notes = tuple(_other_value(name, value, seeds))
     return Seed(seeds, None, description, notes=notes, by_gradient=True)
