@@ -30,12 +30,21 @@ from lrpfx.capture import (
     versions,
 )
 from lrpfx.conditions import Condition, Conditions, Places, channels_of, read_conditions
-from lrpfx.errors import CaptureError, InputError, SelectorError
+from lrpfx.errors import CaptureError, CompileError, InputError, SelectorError
 from lrpfx.explanation import Explanation, Layers
 from lrpfx.plan import RulesLike
-from lrpfx.prepare import Prepared, prepare_by
+from lrpfx.prepare import BatchNorm, Prepared, prepare_by
 from lrpfx.report import Report
-from lrpfx.rewrite import UNCHANGED, Booking, Ledger, Tap, find_taps, instrument, rewrite
+from lrpfx.rewrite import (
+    UNCHANGED,
+    Booking,
+    Ledger,
+    Tap,
+    find_taps,
+    instrument,
+    rewrite,
+    running_of,
+)
 from lrpfx.rules import Gradient, ReLURule
 from lrpfx.run import (
     Alarm,
@@ -157,6 +166,8 @@ def explain(
 
 #: How many graphs with conditions are kept at most.
 _CONDITIONED = 16
+#: So many are kept of the modes of a model that is taken by its batches.
+_MODES = 4
 _ONE_HOT = "one-hot times output"
 
 
@@ -201,6 +212,11 @@ class Explainer:
         capture: See ``explain``. A recorded graph serves the inputs of its form (structure, shapes,
             dtypes, what is no tensor), if its run read no values and it computes what the model
             computes; else the call records another.
+        bn: What batch norm takes. "running": running statistics, of a model in evaluation mode.
+            "batch": the model is taken in the mode that it is in at each call. In training mode
+            these are the statistics of the batch: constants for relevance, though not for its
+            derivatives. Each call then updates running statistics once, as the model's own forward
+            does, and modules that draw random numbers, such as dropout, are off, which is noted.
 
     Raises:
         LrpError: As ``explain``, for everything that concerns model and rules.
@@ -216,16 +232,25 @@ class Explainer:
         freeze: bool = False,
         wrt: Wrt = None,
         capture: By = "auto",
+        bn: BatchNorm = "running",
     ) -> None:
+        if freeze and bn == "batch":
+            raise InputError(
+                'freeze=True promises buffers that stay, and bn="batch" updates them.',
+                fix="leave out one of the two.",
+            )
         fixed = None
         if freeze and isinstance(model, nn.Module):
             fixed = versions(state_of(model))
         with TRACING:  # meanwhile another thread's trace may hold fake tensors in the model
-            prepared = prepare_by(capture, model, inputs, rules, dynamic, wrt)
+            prepared = prepare_by(capture, model, inputs, rules, dynamic, wrt, bn)
             self._set_up(prepared, model, inputs, fixed)
         example = example_of(inputs, self._captured.signature)
         options = {"dynamic": tuple(dynamic), "freeze": freeze, "wrt": wrt, "capture": capture}
-        self._made_of = Recipe(model, example, rules, options)
+        self._made_of = Recipe(model, example, rules, options | {"bn": bn})
+        self._by_batch = bn == "batch"
+        self._modes = [(module, module.training) for module in model.modules()]
+        self._in_other_modes: dict[tuple[bool, ...], Explainer] = {}
         self._runs: Runs[Explainer] | None = None
         trim()
 
@@ -237,6 +262,7 @@ class Explainer:
         fixed: Versions | None,
     ) -> None:
         self._captured, self._module, self._starts, self._live, self._plan, self._report = prepared
+        self._running = running_of(model, self._module.graph, self._captured.prefix)
         self._places = Places(self._module.graph, self._live, self._captured.prefix)
         self._gather = Gather(self._captured, self._module, self._starts)
         self._assumptions = Assumptions(self._module, self._plan.assignments)
@@ -261,7 +287,7 @@ class Explainer:
     def _recipe(self) -> Recipe:
         """What this Explainer is made of, as it is now."""
         paths = {module: path for path, module in self.model.named_modules()}
-        training = {paths[m]: was for m, was in self._captured.training if m in paths}
+        training = {paths[m]: was for m, was in self._modes if m in paths}
         compiled = None if self._compiled is None else self._compiled.options
         return replace(self._made_of, training=training, compiled=compiled)
 
@@ -327,7 +353,8 @@ class Explainer:
         with TRACING:
             self._refresh()
             if self._public is None:
-                self._public = rewrite(self._module, self._plan.assignments, self._live)
+                plan, prefix = self._plan.assignments, self._captured.prefix
+                self._public = rewrite(self._module, plan, self._live, self._running, prefix)
             return self._public
 
     @property
@@ -378,6 +405,12 @@ class Explainer:
             CompileError: On the call that compiles: PyTorch cannot compile the graphs, or they
                 give another relevance.
         """
+        if self._by_batch:
+            raise CompileError(
+                'an Explainer of bn="batch" cannot be compiled: what it is for, training, is not '
+                "served by compiled graphs.",
+                fix='compile one of bn="running", made in evaluation mode.',
+            )
         frozen = self._state.fixed is not None
         self._compiled = Compiled(self._for_compiler, frozen, options)
         return self
@@ -429,7 +462,9 @@ class Explainer:
         return self._serving(inputs)._run(inputs, target, layers, create_graph, ledger, asked)
 
     def _serving(self, inputs: Inputs) -> Explainer:
-        """The Explainer whose graph holds for the inputs: this one, if the model was exported."""
+        """The Explainer whose graph holds for the inputs and, by batch, for the model's mode."""
+        if self._by_batch and any(m.training != was for m, was in self._modes):
+            return self._in_this_mode()._serving(inputs)
         if self._captured.decisions is None:
             return self
         with TRACING:
@@ -437,6 +472,16 @@ class Explainer:
             if self._runs is None:
                 self._runs = Runs(RecordedRun(self._captured, self._module, self), self._anew)
             return self._runs.serving(inputs)
+
+    def _in_this_mode(self) -> Explainer:
+        """The same for the model in the mode that it is in now."""
+        mode = tuple(module.training for module, _ in self._modes)
+        if mode not in self._in_other_modes:
+            made_of = self._made_of
+            new = type(self)(made_of.model, made_of.inputs, made_of.rules, **made_of.options)
+            kept = list(self._in_other_modes.items())[1 - _MODES :]
+            self._in_other_modes = dict(kept) | {mode: new}
+        return self._in_other_modes[mode]
 
     def _anew(self, inputs: Inputs) -> RecordedRun[Explainer]:
         """The same for another run of the model."""
@@ -460,9 +505,14 @@ class Explainer:
         # Autograd is off for good in what inference mode creates, so the work happens outside.
         with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
             explanation = self._explain(inputs, target, layers, create_graph, ledger, asked)
-        if a_loss_may_follow and is_being_trained(self._captured):
+        if a_loss_may_follow and self._is_being_trained():
             return replace(explanation, relevance=without_graph(explanation.relevance))
         return explanation
+
+    def _is_being_trained(self) -> bool:
+        if self._by_batch:
+            return any(module.training for module, _ in self._modes)
+        return is_being_trained(self._captured)
 
     def _explain(
         self,
@@ -472,6 +522,7 @@ class Explainer:
         create_graph: bool,
         ledger: bool | None,
         asked: _Asked,
+        again: bool = False,
     ) -> Explanation:
         leaves = check_inputs(self._captured.signature, inputs)
         paths = _paths(layers)
@@ -501,6 +552,9 @@ class Explainer:
             except (IndexError, ValueError, RuntimeError):  # token ids out of range, for instance
                 refuse_if_the_model_does(self._captured, leaves)
                 raise
+            if isinstance(run, Run) and not again:
+                for running, statistics in zip(self._running, run.statistics, strict=True):
+                    running.follow(statistics, self._state.current())
             report = self._report.noting(self._assumptions.check(kept))
             targets = each_target(run.explained, target) if is_several(target) else [target]
             if conditions is not None:
@@ -523,7 +577,7 @@ class Explainer:
             for one, seed, pulled in zip(targets, seeds, found, strict=True):
                 if not all(is_finite(r) for r in pulled.starts if r is not None):
                     if book is None and conditions is None:  # the plain form can name the place
-                        exact = self._explain(inputs, one, layers, create_graph, True, asked)
+                        exact = self._explain(inputs, one, layers, create_graph, True, asked, True)
                         if not several:  # or is finite: it keeps apart what the fast form joins
                             return exact
                     refuse_relevance(self._plan, book.bookings() if book is not None else {})
@@ -533,7 +587,8 @@ class Explainer:
                 )
                 parts.append(part)
                 blank |= dict.fromkeys(blank_notes(seed, pulled.starts))
-        told, notes = seeds[0].description, mode_notes(self._captured)
+        told = seeds[0].description
+        notes = [] if self._by_batch else mode_notes(self._captured)
         notes += conditions.notes() if conditions is not None else []
         if several:
             what = "targets" if conditions is None else "conditions"
@@ -546,7 +601,7 @@ class Explainer:
         notes = [*notes, *self._alarm.notes(parts, seeds, booked, book_now)]
         bookings: Bookings = booked
         if later:
-            bookings = self._books.later(parts[0], kept, seeds[0], self._state.current())
+            bookings = self._books.later(parts[0], kept, seeds[0], self._current())
         seed = replace(seeds[0], description=told, notes=(*notes, *seeds[0].notes, *blank))
         return reported(parts if several else parts[0], bookings, seed)
 
@@ -639,10 +694,12 @@ class Explainer:
         return book.bookings()
 
     def _current(self) -> dict[str, Tensor]:
-        """Parameters and buffers as they are now, to which every graph is pointed."""
+        """What relevance hangs on of the model, as it is now; every graph is pointed to it."""
         with TRACING:
             self._refresh()
-            return self._state.current()
+            state = self._state.current()
+        followed = {name for one in self._running for name in (*one.buffers, one.batches)}
+        return {name: t for name, t in state.items() if name not in followed}
 
     def _explanation(self, made: Made, run: Run, pulled: Pulled) -> Explanation:
         """An explanation made once more, of no layers."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from torch import fx, nn
 
-from lrpfx.canonize import canonize, release
+from lrpfx.canonize import batch_statistics, canonize, release
 from lrpfx.capture import (
     By,
     Captured,
@@ -17,6 +18,7 @@ from lrpfx.capture import (
     check_faithful,
     chosen_inputs,
     mixing_note,
+    quiet,
 )
 from lrpfx.errors import CaptureError, InputError, TrainingModeError, some
 from lrpfx.ops import (
@@ -33,7 +35,15 @@ from lrpfx.ops import (
 )
 from lrpfx.plan import Plan, RulesLike, annotate, assign, find_carriers, find_starts, notes_of
 from lrpfx.report import Report, make_report
+from lrpfx.rewrite import unfollowed
 from lrpfx.rules import Stop
+
+#: Which statistics batch norm takes: the running ones, or those of the batch in training mode.
+BatchNorm = Literal["running", "batch"]
+BY_BATCH = (
+    "batch norm uses the statistics of the batch, which are constants for relevance: that of a "
+    "sample depends on the others in its batch"
+)
 
 
 class Prepared(NamedTuple):
@@ -63,6 +73,7 @@ def prepare(
     dynamic: Sequence[int] = (),
     wrt: Wrt = None,
     by: Literal["export", "record"] = "export",
+    bn: BatchNorm = "running",
 ) -> Prepared:
     """Capture a model, and decide what each node of its graph does with relevance.
 
@@ -76,13 +87,38 @@ def prepare(
         dynamic: See ``lrpfx.Explainer``.
         wrt: See ``lrpfx.explain``.
         by: See ``capture.capture``.
+        bn: See ``lrpfx.Explainer``.
 
     Raises:
         LrpError: As ``lrpfx.explain``, for everything that concerns model and rules.
     """
+    by_batch = bn == "batch"
+    with contextlib.ExitStack() as stack:
+        off = stack.enter_context(quiet(model, inputs)) if by_batch else []
+        prepared = _prepare(model, inputs, rules, dynamic, wrt, by, by_batch)
+    left = unfollowed(prepared.captured, prepared.module, inputs) if by_batch else []
+    notes = []
+    for names, what in (
+        (off, "in evaluation mode here, as they draw random numbers"),
+        (left, "buffers that forward() writes into stay as they are"),
+    ):
+        if names:
+            notes.append(f"{what}: {', '.join(some(names))}")
+    return prepared._replace(report=prepared.report.noting(notes))
+
+
+def _prepare(
+    model: nn.Module,
+    inputs: Inputs,
+    rules: RulesLike,
+    dynamic: Sequence[int],
+    wrt: Wrt,
+    by: Literal["export", "record"],
+    by_batch: bool,
+) -> Prepared:
     captured, program, expected = capture(model, inputs, dynamic, by)
     chosen = chosen_inputs(model, inputs, wrt)
-    module = canonize(program, explained_of(chosen))
+    module = canonize(program, explained_of(chosen), by_batch)
     graph, prefix = module.graph, captured.prefix
     starts = find_starts(graph)
     _check_chosen(graph, starts, chosen, captured)
@@ -103,7 +139,9 @@ def prepare(
         which = ", ".join(sorted({r.kind for r in stopped}))
         notes.append(f"{len(stopped)} nodes count as constants by rule Stop: {which}")
     notes += notes_of(graph, captured, starts)
-    if mixes := mixing_note(captured, module, inputs, expected):
+    if batch_statistics(graph):
+        notes.append(BY_BATCH)
+    elif mixes := mixing_note(captured, module, inputs, expected):
         notes.append(mixes)
     if chosen is not None:
         notes.append(f"explained by wrt= are {', '.join(chosen)}; the other inputs are constants")
@@ -120,26 +158,32 @@ def prepare_by(
     rules: RulesLike,
     dynamic: Sequence[int] = (),
     wrt: Wrt = None,
+    bn: BatchNorm = "running",
 ) -> Prepared:
     """As ``prepare``; "auto" is to record what cannot be exported.
 
     Raises:
         LrpError: As ``prepare``.
     """
+    if bn not in ("running", "batch"):
+        raise InputError(
+            f"bn={bn!r} is no way to take batch norm.",
+            fix='give "running" for running statistics, or "batch" for a model as it trains.',
+        )
     if by not in ("auto", "export", "record"):
         raise InputError(
             f"capture={by!r} is no way to capture a model.",
             fix='give "export", "record", or "auto" to record what cannot be exported.',
         )
     if by != "auto":
-        return prepare(model, inputs, rules, dynamic, wrt, by)
+        return prepare(model, inputs, rules, dynamic, wrt, by, bn)
     try:
-        return prepare(model, inputs, rules, dynamic, wrt, "export")
+        return prepare(model, inputs, rules, dynamic, wrt, "export", bn)
     except TrainingModeError:
         raise
     except CaptureError as refused:
         try:
-            return prepare(model, inputs, rules, dynamic, wrt, "record")
+            return prepare(model, inputs, rules, dynamic, wrt, "record", bn)
         except CaptureError as again:
             if again.what == refused.what:
                 raise refused from None

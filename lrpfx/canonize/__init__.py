@@ -1,13 +1,16 @@
 """Any spelling of a graph -> one form: functional, folded, attention opened, functions whole."""
 
 from lrpfx.canonize.attention import FUSED, SDPA
+from lrpfx.canonize.batch_norm import BatchStatistics, batch_statistics
 from lrpfx.canonize.hold import DIVISOR, release
 from lrpfx.canonize.passes import canonize
 
 __all__ = [
+    "BatchStatistics",
     "DIVISOR",
     "FUSED",
     "SDPA",
+    "batch_statistics",
     "canonize",
     "release",
 ]

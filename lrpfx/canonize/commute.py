@@ -17,9 +17,11 @@ from torch import Tensor, fx
 from lrpfx import ops
 from lrpfx.canonize.functionalize import copied, insert
 from lrpfx.ops import (
+    BATCH,
     CONVS,
     KEPT,
     bound_arguments,
+    from_inputs,
     is_floating,
     live_names,
     module_calls,
@@ -93,8 +95,9 @@ def way_from_layers(end: fx.Node) -> Way | Blocked:
 
 
 def readers(node: fx.Node) -> list[fx.Node]:
-    """What reads the values of a node, and not just its sizes."""
-    return [n for n in node.users if n.op == "output" or is_floating(n.meta.get("val"))]
+    """What reads the values of a node, and not just its sizes or the statistics of its batch."""
+    users = [n for n in node.users if BATCH not in n.meta]  # the statistics are its own
+    return [n for n in users if n.op == "output" or is_floating(n.meta.get("val"))]
 
 
 def name_of(node: fx.Node) -> str:
@@ -138,7 +141,7 @@ def constants_behind_layers(module: fx.GraphModule) -> fx.GraphModule:
         trivial = not way.moves and sign == 1
         same = all(n.meta["val"].dtype == node.meta["val"].dtype for n in way.layers)
         known = [weight_of(n) for n in way.layers]
-        if trivial or not same or any(n.op == "placeholder" for n in reachable(known)):
+        if trivial or not same or any(map(_is_reached, known)):
             continue
         places = _places(module, way, operand, dim)
         if isinstance(places, str):
@@ -191,7 +194,7 @@ def _changes_channels(node: fx.Node) -> tuple[fx.Node, int, int] | None:
         if not alike or (i and node.target is aten.div.Tensor):
             continue
         wide = [d - given.ndim for d, size in enumerate(given.shape) if size != 1]
-        if len(wide) != 1 or any(n.op == "placeholder" for n in reachable([constant])):
+        if len(wide) != 1 or _is_reached(constant):
             continue
         sign = -1 if i and node.target is aten.sub.Tensor else 1
         return operand, wide[0] % value.ndim, sign
@@ -292,7 +295,8 @@ def _write(node: fx.Node, way: Way, places: dict[fx.Node, list[int]], sign: int)
     operand = way.moves[-1] if way.moves else next(iter(way.layers))
     node.replace_all_uses_with(copies[operand])
     for old in [node, *reversed(way.moves)]:
-        node.graph.erase_node(old)
+        if not old.users:  # else its batch is what statistics are of
+            node.graph.erase_node(old)
 
 
 def _typed(node: fx.Node, like: fx.Node) -> fx.Node:
@@ -316,7 +320,7 @@ def _scale_and_shift(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
 
 
 def _is_reached(node: fx.Node) -> bool:
-    return any(n.op == "placeholder" for n in reachable([node]))
+    return any(n.op == "placeholder" for n in reachable([node], from_inputs))
 
 
 def batch_norm_constants(bn: fx.Node) -> tuple[fx.Node, fx.Node]:

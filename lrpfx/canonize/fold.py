@@ -16,6 +16,7 @@ from lrpfx.canonize.commute import (
     batch_norm_constants,
     name_of,
     note_of,
+    readers,
     way_from_layers,
     weight_of,
 )
@@ -25,6 +26,7 @@ from lrpfx.ops import (
     KEPT,
     KEPT_NOTE,
     bound_arguments,
+    from_inputs,
     module_calls,
     output_leaves,
     precision,
@@ -56,7 +58,7 @@ def fold_into_layers(module: fx.GraphModule) -> fx.GraphModule:
         source = node.args[0]
         if bound_arguments(node)["running_mean"] is None:
             continue  # it standardises a weight
-        if source.target in AFFINE and len(source.users) == 1 and _channels_match(source):
+        if source.target in AFFINE and len(readers(source)) == 1 and _channels_match(source):
             with node.graph.inserting_before(node):
                 _fold_back(node, source, *batch_norm_constants(node))
         elif len(node.users) == 1 and _takes_shift(user := next(iter(node.users)), node):
@@ -96,14 +98,14 @@ def _constant_behind(node: fx.Node, finest: int) -> tuple[fx.Node, fx.Node] | No
     for layer, constant in (node.args, node.args[::-1])[: 2 if commutes else 1]:
         if not isinstance(layer, fx.Node) or not isinstance(constant, fx.Node):
             return None
-        while layer.target is aten.to.dtype and len(layer.users) == 1:
+        while layer.target is aten.to.dtype and len(readers(layer)) == 1:
             layer = layer.all_input_nodes[0]
-        if layer.target not in AFFINE | PRODUCTS or len(layer.users) > 1:
+        if layer.target not in AFFINE | PRODUCTS or len(readers(layer)) > 1:
             continue
         same = layer.meta["val"].dtype == node.meta["val"].dtype
         known = same or precision(node) > precision(layer) >= finest
         known = known and _is_per_channel(constant, layer)
-        leaves = reachable([constant, weight_of(layer)]) if known else ()
+        leaves = reachable([constant, weight_of(layer)], from_inputs) if known else ()
         if known and not any(n.op == "placeholder" for n in leaves):
             return layer, constant
     return None

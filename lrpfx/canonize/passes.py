@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from lrpfx.canonize.attention import group_heads, open_attention
+from lrpfx.canonize.batch_norm import hold_batch_statistics, is_of_batch, write_out_batch_norm
 from lrpfx.canonize.by_hand import whole_functions, whole_lerps, whole_relus
 from lrpfx.canonize.commute import constants_behind_layers
 from lrpfx.canonize.compose import whole_activations, whole_quantisation
@@ -42,7 +43,6 @@ from lrpfx.ops import (
     bound_arguments,
     module_calls,
     nodes_in,
-    reachable,
     source_line,
     used_nodes,
     verify,
@@ -53,26 +53,29 @@ aten = torch.ops.aten
 Pass = Callable[[fx.GraphModule], fx.GraphModule]
 
 
-def canonize(program: Program, explained: Collection[int] | None = None) -> fx.GraphModule:
+def canonize(
+    program: Program, explained: Collection[int] | None = None, by_batch: bool = False
+) -> fx.GraphModule:
     """Run every pass of ``PASSES`` in order and verify the graph after each.
 
     Args:
         program: The graph as it was captured.
         explained: Which of the flat inputs may be explained, None for all.
+        by_batch: Whether batch norm may use the statistics of the batch.
 
     Raises:
         TrainingModeError: The graph is random or mixes the batch.
         CaptureError: In-place ops that even PyTorch's own functionalisation leaves.
     """
     # While recurrent layers still tell of their dropout.
-    module = functionalize(program, refuse_training(unlifted(program)), RECURRENT)
+    module = functionalize(program, _refuse_training(unlifted(program), by_batch), RECURRENT)
     verify(module.graph)
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     for i, node in enumerate(inputs):
         if explained is not None and i not in explained:
             node.meta[HELD] = "not explained"
     module.meta[INPUTS] = pytree.tree_leaves(program.example_inputs)
-    for canonical in PASSES:
+    for canonical in (hold_batch_statistics, *PASSES) if by_batch else PASSES:
         module = canonical(module)
         verify(module.graph)
     del module.meta[INPUTS]
@@ -110,6 +113,10 @@ def refuse_training(module: fx.GraphModule) -> fx.GraphModule:
 
     Weights that are standardised by a batch norm of their own do neither.
     """
+    return _refuse_training(module, by_batch=False)
+
+
+def _refuse_training(module: fx.GraphModule, by_batch: bool) -> fx.GraphModule:
     bad = []
     for node in filter(_is_aten, module.graph.nodes):
         arguments = tuple(bound_arguments(node).values())
@@ -117,21 +124,23 @@ def refuse_training(module: fx.GraphModule) -> fx.GraphModule:
             bad.append((node, "is random"))
         elif node.target in _RECURRENT and _has_dropout(node):
             bad.append((node, "is random"))
-        elif _mixes_batch(node) and any(n.op == "placeholder" for n in reachable([node])):
+        elif not by_batch and is_of_batch(node):
             bad.append((node, "uses the statistics of the batch"))
     if bad and all(_without_statistics(node) for node, _ in bad):
         raise TrainingModeError(
             "the model's output depends on the other samples, in evaluation mode, too.",
             where=counted(_place(node, "has no running statistics") for node, _ in bad),
             fix="give batch norm running statistics (track_running_stats=True, and train the model "
-            "or reset them); or normalise each sample by itself, by GroupNorm or InstanceNorm.",
+            "or reset them); or normalise each sample by itself, by GroupNorm or InstanceNorm. "
+            'lrpfx.Explainer(model, x, bn="batch") takes the statistics of the batch as constants.',
         )
     if bad:
         raise TrainingModeError(
             "the model is in training mode: its output is random or depends on the other samples.",
             where=counted(_place(node, why) for node, why in bad),
-            fix="call model.eval() first; what does not follow it, such as F.dropout without "
-            "training=self.training, has to be told.",
+            fix="call model.eval() first, to explain it by running statistics; or train it as it "
+            'is by lrpfx.Explainer(model, x, bn="batch"). What follows neither, such as F.dropout '
+            "without training=self.training, has to be told.",
         )
     return module
 
@@ -150,15 +159,6 @@ def _without_statistics(node: fx.Node) -> bool:
 def _has_dropout(node: fx.Node) -> bool:
     arguments = bound_arguments(node)
     return bool(arguments["train"] and arguments["dropout"])
-
-
-def _mixes_batch(node: fx.Node) -> bool:
-    """Whether the node is a batch norm of training mode."""
-    if node.target is aten.batch_norm.default:
-        arguments = bound_arguments(node)
-        return bool(arguments["training"]) or arguments["running_mean"] is None
-    native = "native_batch_norm" in node.target._schema.name  # type: ignore[union-attr]
-    return native and node.target is not aten._native_batch_norm_legit_no_training.default
 
 
 def refuse_random(module: fx.GraphModule) -> fx.GraphModule:
@@ -305,5 +305,6 @@ PASSES: tuple[Pass, ...] = (
     hold_divisors,
     constants_behind_layers,
     fold_into_layers,
+    write_out_batch_norm,
     leave_out_final,
 )

@@ -27,6 +27,7 @@ from lrpfx.capture.inputs import (
 from lrpfx.capture.lines import first_line
 from lrpfx.capture.outputs import from_dicts, tensors_in, to_dicts
 from lrpfx.capture.preserve import preserved
+from lrpfx.capture.quiet import quiet
 from lrpfx.capture.recorder import Read
 from lrpfx.capture.release import trim
 from lrpfx.capture.running import run_given, run_model
@@ -62,6 +63,7 @@ __all__ = [
     "is_finite",
     "mixing_note",
     "preserved",
+    "quiet",
     "rounded",
     "run_given",
     "run_model",

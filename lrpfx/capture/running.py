@@ -33,7 +33,7 @@ def run_model(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) ->
             raise TrainingModeError(
                 f"the model is in training mode and fails: {first_line(error)}",
                 where=counted(mixing),
-                fix="call model.eval() first.",
+                fix="call model.eval() first, or give more samples.",
             ) from error
         raise InputError(
             f"the model itself fails on these inputs: {type(error).__name__}: {first_line(error)}",

@@ -22,6 +22,7 @@ from lrpfx.ops.call import (
     fill,
 )
 from lrpfx.ops.graph import (
+    BATCH,
     CONVS,
     FINAL,
     HELD,
@@ -36,6 +37,7 @@ from lrpfx.ops.graph import (
     bound_arguments,
     explained_leaves,
     final,
+    from_inputs,
     is_floating,
     letters_of,
     live_names,
@@ -59,6 +61,7 @@ from lrpfx.ops.table_refused import why_not
 
 __all__ = [
     "AffineMap",
+    "BATCH",
     "CONVS",
     "Call",
     "Composed",
@@ -88,6 +91,7 @@ __all__ = [
     "fill",
     "final",
     "find",
+    "from_inputs",
     "hardsigmoid",
     "is_floating",
     "kinds",

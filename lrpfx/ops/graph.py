@@ -23,6 +23,8 @@ aten = torch.ops.aten
 KEY = "lrpfx"
 #: Marks nodes that count as constants for relevance, though not for gradients; says why.
 HELD = "lrpfx_held"
+#: On the statistics of a batch, see ``canonize.batch_norm``.
+BATCH = "lrpfx_batch"
 #: Why a batch norm or a constant could not be folded; a note on that, and the op it is about.
 KEPT, KEPT_NOTE = "lrpfx_kept", "lrpfx_kept_note"
 #: On outputs that are a softmax or a sigmoid: the ``Final``.
@@ -182,6 +184,11 @@ def reachable(
             reached.add(node)
             stack.extend(inputs_of(node))
     return reached
+
+
+def from_inputs(node: fx.Node) -> Iterable[fx.Node]:
+    """What a node is computed from; statistics of the batch count as parameters."""
+    return [] if BATCH in node.meta else node.all_input_nodes
 
 
 def used_nodes(graph: fx.Graph) -> set[fx.Node]:

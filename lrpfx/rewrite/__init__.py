@@ -4,6 +4,7 @@ from lrpfx.rewrite.freeze import freeze, written
 from lrpfx.rewrite.ledger import Booking, Ledger
 from lrpfx.rewrite.masks import UNCHANGED, Edge, Edits
 from lrpfx.rewrite.modules import Tap, instrument, rewrite
+from lrpfx.rewrite.statistics import running_of, unfollowed
 from lrpfx.rewrite.taps import find_taps
 
 __all__ = [
@@ -17,5 +18,7 @@ __all__ = [
     "freeze",
     "instrument",
     "rewrite",
+    "running_of",
+    "unfollowed",
     "written",
 ]

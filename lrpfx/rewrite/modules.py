@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
+from lrpfx.canonize import BatchStatistics, batch_statistics
 from lrpfx.ops import explained_leaves, nodes_in, output_leaves
 from lrpfx.plan import Assignment
 from lrpfx.rewrite.freeze import freeze
 from lrpfx.rewrite.masks import UNCHANGED, Edits
 from lrpfx.rewrite.shortcuts import FastStreams
+from lrpfx.rewrite.statistics import Follows, Running
 from lrpfx.rewrite.streams import Streams
 from lrpfx.rewrite.twins import Join
 
@@ -32,7 +35,11 @@ class Tap:
 
 
 def rewrite(
-    module: fx.GraphModule, plan: Mapping[str, Assignment], live: set[fx.Node]
+    module: fx.GraphModule,
+    plan: Mapping[str, Assignment],
+    live: set[fx.Node],
+    running: Sequence[Running] = (),
+    prefix: str = "",
 ) -> fx.GraphModule:
     """The canonized graph with its twins: forward is the model's, backward is relevance.
 
@@ -40,6 +47,8 @@ def rewrite(
         module: A canonized, annotated graph.
         plan: Assignments by node name.
         live: Nodes that carry relevance.
+        running: The buffers that follow batch norms of training mode.
+        prefix: What stands before their names in the graph.
 
     Returns:
         A GraphModule that takes what the model takes, returns what it returns (a dict for a
@@ -50,7 +59,8 @@ def rewrite(
     leaves, explained = output_leaves(module.graph), explained_leaves(module.graph)
     own = [n for n in live if n.op == "placeholder"]
     streams = Streams(graph, plan, live, {}, own)
-    streams.run(module.graph, nodes_in([*leaves, *explained]))
+    found = batch_statistics(module.graph)
+    streams.run(module.graph, nodes_in([*leaves, *explained, *((s.mean, s.var) for s in found)]))
 
     def joined(node: fx.Node, explained: fx.Node) -> fx.Node:
         clean = streams.clean[node]
@@ -60,7 +70,13 @@ def rewrite(
         return streams.beside(join, clean, [streams.phantoms[explained]])
 
     pairs = zip(leaves, explained, strict=True)
-    graph.output(tuple(joined(n, e) if isinstance(n, fx.Node) else n for n, e in pairs))
+    outputs = tuple(joined(n, e) if isinstance(n, fx.Node) else n for n, e in pairs)
+    for number, (one, statistics) in enumerate(zip(running, found, strict=True)):
+        module.add_module(f"follows_{number}", Follows(one))
+        names = [prefix + name for name in (*one.buffers, one.batches) if name]
+        values = _values(graph, statistics, streams.clean.__getitem__)
+        graph.call_module(f"follows_{number}", (values, [graph.get_attr(n) for n in names]))
+    graph.output(outputs)
     return _finish(module, graph)
 
 
@@ -96,7 +112,8 @@ def instrument(
         output leaves, the clean leaves that are explained (logits for probabilities), their
         phantoms (None where no relevance can start), the phantoms of the starts (None where no
         output depends on it), (activation, phantom, phantom behind the masks) per tap, the weights
-        of the masks and of the gates, and (activation, phantom) of where the edits begin.
+        of the masks and of the gates, (activation, phantom) of where the edits begin, and what
+        batch norms of training mode find: mean, variance and number of elements.
     """
     graph = fx.Graph()
     inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
@@ -115,9 +132,11 @@ def instrument(
         )
     else:
         streams = Streams(graph, plan, live, copied, ledger=ledger, edits=edits)
-    streams.run(module.graph, [*nodes_in([*leaves, *explained]), *(tap.activation for tap in taps)])
+    found = batch_statistics(module.graph)
+    ends = nodes_in([*leaves, *explained, *((s.mean, s.var) for s in found)])
+    streams.run(module.graph, [*ends, *(tap.activation for tap in taps)])
     clean, phantoms = streams.result, streams.phantoms
-    ends = [
+    begun = [
         streams.seeded.get(n, phantoms.get(n)) if isinstance(n, fx.Node) else None
         for n in explained
     ]
@@ -126,7 +145,7 @@ def instrument(
         (
             [clean(n) if isinstance(n, fx.Node) else n for n in leaves],
             [clean(n) if isinstance(n, fx.Node) else n for n in explained],
-            ends,
+            begun,
             [streams.own_phantom(n) for n in starts],
             [
                 (clean(t.activation), phantoms[t.relevance], streams.own_phantom(t.relevance))
@@ -134,13 +153,24 @@ def instrument(
             ],
             *streams.conditions.weights(),
             begin,
+            [_values(graph, statistics, clean) for statistics in found],
         )
     )
     finished = _finish(module, graph)
     return freeze(finished) if frozen and fast else finished
 
 
+def _values(
+    graph: fx.Graph, found: BatchStatistics, clean: Callable[[fx.Node], fx.Node]
+) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """Mean and variance of a batch, and the number of elements that they are of."""
+    measured = clean(found.mean.all_input_nodes[0])
+    count = graph.call_function(torch.ops.aten.sym_numel.default, (measured,))
+    return clean(found.mean), clean(found.var), count
+
+
 def _finish(module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    graph.owning_module = module  # which knows the modules that are called for what they do
     graph.eliminate_dead_code()
     graph.lint()
     rewritten = _unpicklable(fx.GraphModule(module, graph))

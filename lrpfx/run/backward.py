@@ -51,6 +51,7 @@ class Run:
     masks: list[Tensor]
     gates: list[Tensor]
     begin: list[tuple[Tensor, Tensor]]
+    statistics: list[tuple[Tensor, Tensor, int]]
 
     @property
     def activations(self) -> list[Tensor]:
