@@ -10,7 +10,7 @@
 import importlib
 from typing import Any
 
-from lrpfx import attributors, composites, concepts, errors, heatmap, neuralize, text
+from lrpfx import attributors, composites, concepts, errors, evaluate, heatmap, neuralize, text
 from lrpfx.composites import First
 from lrpfx.coverage import coverage
 from lrpfx.deploy import export
@@ -89,6 +89,7 @@ __all__ = [
     "concepts",
     "coverage",
     "errors",
+    "evaluate",
     "explain",
     "export",
     "heatmap",

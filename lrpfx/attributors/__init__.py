@@ -9,6 +9,6 @@ from lrpfx.attributors.gradients import (
     integrated_gradients,
     smoothgrad,
 )
-from lrpfx.attributors.occlusion import occlusion
+from lrpfx.attributors.windows import occlusion
 
 __all__ = ["gradient", "gradient_x_input", "integrated_gradients", "occlusion", "smoothgrad"]

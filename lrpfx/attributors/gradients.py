@@ -11,12 +11,11 @@ from torch import Tensor
 
 from lrpfx.attributors.paths import Ruled, gradients, slopes_along
 from lrpfx.attributors.result import Found, by_input, explanations
-from lrpfx.attributors.score import Score
-from lrpfx.attributors.subject import MEMORY, ModelLike, Subject, fitted, for_each, subject_of
 from lrpfx.capture import Inputs, Wrt
 from lrpfx.errors import InputError
 from lrpfx.explanation import Explanation
 from lrpfx.plan import RulesLike
+from lrpfx.probe import MEMORY, ModelLike, Score, Subject, fitted, for_each, subject_of
 from lrpfx.progress import shown
 from lrpfx.run import Target, is_several
 

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lrpfx.attributors.lookups import Lookups
-from lrpfx.attributors.score import Score
-from lrpfx.attributors.subject import Subject, structured
 from lrpfx.errors import RuleError, TargetError
 from lrpfx.explain import Explainer
 from lrpfx.plan import RulesLike
+from lrpfx.probe import Lookups, Score, Subject, structured
 from lrpfx.progress import shown
 from lrpfx.run import Target
 

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lrpfx.attributors.score import Score, scores
-from lrpfx.attributors.subject import Subject, structured
 from lrpfx.explanation import Explanation, stacked
+from lrpfx.probe import Score, Subject, scores, structured
 from lrpfx.report import Report
 from lrpfx.run import Target, absorbed_of, is_several
 

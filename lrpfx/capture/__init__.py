@@ -22,6 +22,7 @@ from lrpfx.capture.inputs import (
     input_paths,
     is_explained,
     is_finite,
+    split_inputs,
     varying_sizes,
 )
 from lrpfx.capture.lines import first_line
@@ -67,6 +68,7 @@ __all__ = [
     "rounded",
     "run_given",
     "run_model",
+    "split_inputs",
     "state_of",
     "tensors_in",
     "to_dicts",

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lrpfx.attributors.subject import Subject, fitted, for_each
 from lrpfx.errors import InputError
+from lrpfx.probe.subject import Subject, fitted, for_each
 
 #: What takes the place of what is erased; see ``Eraser``.
 Fill = Literal["mean", "blur"] | float | Tensor | Sequence[Any] | Mapping[str, Any]

@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrpfx.attributors.lookups import Lookup, Lookups
-from lrpfx.attributors.score import Score
 from lrpfx.capture import (
     TRACING,
     Inputs,
@@ -27,6 +25,8 @@ from lrpfx.capture import (
 )
 from lrpfx.errors import InputError, NonFiniteError, TrainingModeError, counted
 from lrpfx.explain import Explainer
+from lrpfx.probe.lookups import Lookup, Lookups
+from lrpfx.probe.score import Score
 
 #: What is explained: a module, an Explainer, which stands for its model, or any function.
 ModelLike = nn.Module | Explainer | Callable[..., Any]

@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lrpfx.attributors.erase import Eraser, Fill, positions
 from lrpfx.attributors.result import Found, explanations
-from lrpfx.attributors.score import Score, per_sample
-from lrpfx.attributors.subject import MEMORY, ModelLike, subject_of
 from lrpfx.capture import Inputs, Wrt
 from lrpfx.errors import InputError
 from lrpfx.explanation import Explanation
+from lrpfx.probe import MEMORY, Eraser, Fill, ModelLike, Score, per_sample, positions, subject_of
 from lrpfx.progress import shown
 from lrpfx.run import Target
 
