@@ -69,11 +69,13 @@ from lrpfx.run import (
     by_layer,
     condition_seeds,
     each_target,
+    in_float16,
     is_batched,
     is_being_trained,
     is_several,
     make_seed,
     mode_notes,
+    pull_scaled,
     refuse_if_the_model_does,
     refuse_relevance,
     refuse_seed,
@@ -572,7 +574,10 @@ class Explainer:
                 if not all(is_finite(s) for s in seed.seeds if s is not None):
                     refuse_seed(self._captured.model, self._module, seed, run.explained, kept)
             together = 1 if create_graph else at_a_time(self._largest.bytes_for(leaves))
-            found = run.pull(seeds, together=together, create_graph=create_graph)
+            pull = functools.partial(run.pull, seeds)
+            if in_float16(self._plan, kept):
+                pull = functools.partial(pull_scaled, run, seeds, book=book)
+            found = pull(together=together, create_graph=create_graph)
             parts, blank = [], dict[str, None]()
             for one, seed, pulled in zip(targets, seeds, found, strict=True):
                 if not all(is_finite(r) for r in pulled.starts if r is not None):

@@ -44,6 +44,11 @@ class Ledger:
     _sums: dict[str, tuple[Tensor, Tensor, Absorbed]] = field(default_factory=dict)
     _sizes: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _kept_back: dict[str, list[tuple[Tensor, bool]]] = field(default_factory=dict)
+    _unit: float = 1.0
+
+    def start(self, unit: float) -> None:
+        """Begin anew, for relevance that is ``unit`` times what is to be booked."""
+        self._sums, self._sizes, self._kept_back, self._unit = {}, {}, {}, unit
 
     def book(self, name: str, received: tuple[Tensor, ...], flow: Flow) -> None:
         """Record what the node ``name`` made of the relevance it received."""
@@ -74,5 +79,6 @@ class Ledger:
         for gone, arriving in self._kept_back.get(name, ()):
             causes["condition"] = causes.get("condition", 0.0) + gone.item()
             came, went = (came + gone.item(), went) if arriving else (came, went - gone.item())
-        size_in, size_out = (size.item() for size in self._sizes[name])
-        return Booking(came, went, causes, size_in, size_out)
+        size_in, size_out = (size.item() / self._unit for size in self._sizes[name])
+        causes = {cause: value / self._unit for cause, value in causes.items()}
+        return Booking(came / self._unit, went / self._unit, causes, size_in, size_out)

@@ -9,6 +9,7 @@ from lrpfx.run.compiled import Compiled, CompiledRun
 from lrpfx.run.conditioned import Init, condition_seeds, target_per_condition
 from lrpfx.run.explicit import tidy
 from lrpfx.run.gather import Bookings, Calls, Gather, absorbed_of, by_layer, reported
+from lrpfx.run.halves import in_float16, pull_scaled
 from lrpfx.run.mode import is_being_trained, mode_notes, without_graph
 from lrpfx.run.recorded import RecordedRun, Runs
 from lrpfx.run.refuse import refuse_if_the_model_does, refuse_relevance, refuse_seed
@@ -40,11 +41,13 @@ __all__ = [
     "by_layer",
     "condition_seeds",
     "each_target",
+    "in_float16",
     "is_batched",
     "is_being_trained",
     "is_several",
     "make_seed",
     "mode_notes",
+    "pull_scaled",
     "refuse_if_the_model_does",
     "refuse_relevance",
     "refuse_seed",

@@ -23,6 +23,7 @@ from lrpfx.ops import HALVES, record, used_nodes
 from lrpfx.plan import Plan
 from lrpfx.rewrite import Booking, Ledger
 from lrpfx.run.backward import Pulled, Run
+from lrpfx.run.halves import in_float16, pull_scaled
 from lrpfx.run.refuse import refuse_relevance
 from lrpfx.run.targets import Seed
 
@@ -160,7 +161,11 @@ class Books:
     ) -> tuple[Explanation, list[Tensor]]:
         """The explanation once more, and the relevance at the node that is tapped."""
         run = Run(*self._instrumented(fast, node)(*leaves, book))
-        (pulled,) = run.pull([made.seed])
+        (pulled,) = (
+            pull_scaled(run, [made.seed], book=book)
+            if in_float16(self._plan, made.leaves)
+            else run.pull([made.seed])
+        )
         return self._explanation(made, run, pulled), pulled.taps
 
     def _compare(self, made: Made, again: Explanation) -> None:

@@ -165,12 +165,12 @@ class CompiledRun:
         return self.begun.activations
 
     def pull(self, seeds: Sequence[Seed], **options: Any) -> Iterator[Pulled]:
-        """Pull the one seed back to the starts."""
+        """Pull the one seed back to the starts; see ``Run.pull``."""
         (seed,) = seeds
         explicit = self.of.get(self.form, seed)
         if explicit is None:
             run = self.begun if isinstance(self.begun, Run) else self.plain(self.leaves)
-            (found,) = run.pull([seed])
+            (found,) = run.pull([seed], **options)
             if all(map(is_finite, found.tensors)):  # else there is an error
                 self.of.learn(self, seed, _values(run, found))
             yield found

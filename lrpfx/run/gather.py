@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -188,10 +189,12 @@ def absorbed_of(seeds: Sequence[Tensor], relevance: Sequence[Tensor]) -> Tensor:
     batch = seeds[0].shape[:1]
     per_sample = all(t.shape[:1] == batch for t in tensors) and bool(batch)
 
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+
     def total(parts: Sequence[Tensor]) -> Tensor:
         flat = (t.detach().reshape(len(t) if per_sample else 1, -1) for t in parts)
         sums = torch.stack([t.sum(1, dtype=torch.float64) for t in flat]).sum(0)
-        return (sums if per_sample else sums[0]).to(seeds[0].dtype)
+        return (sums if per_sample else sums[0]).to(dtype)
 
     return total(seeds) - total(relevance)
 

@@ -30,6 +30,40 @@ TOLERANCE = {BF16: (0.99, 0.15), FP16: (0.999, 0.05)}
 EITHER = pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
 
 
+def test_relevance_of_small_outputs_and_seeds_does_not_vanish_in_float16() -> None:
+    """Spread over 432 pixels, 1e-6 is far below the least number of float16."""
+    model, x = residual_network(), torch.randn(1, 3, 12, 12)
+    half = copy.deepcopy(model).half()
+    seed = torch.tensor([[0.0, 1e-6, 0.0, -2e-6, 0.0]])
+    for options in (dict(ledger=True), dict(ledger=False), dict(create_graph=True)):
+        expected = lrpfx.explain(model, x, seed, rules="epsilon_plus", **options)
+        got = lrpfx.explain(half, x.half(), seed.half(), rules="epsilon_plus", **options)
+        assert got.relevance.dtype == torch.float32
+        # In float16 the seed itself is 1.01e-6 and 2.03e-6.
+        cosine = F.cosine_similarity(got.relevance.flatten(), expected.relevance.flatten(), 0)
+        assert cosine > 0.998
+        assert 0.95 < got.relevance.norm() / expected.relevance.norm() < 1.05
+        if options.get("ledger"):
+            assert got.report.unaccounted == pytest.approx(0, abs=1e-7)
+            assert got.report.started == pytest.approx(expected.report.started, rel=0.05)
+            got_in, expected_in = (
+                [row.relevance_in for row in e.report.rows] for e in (got, expected)
+            )
+            assert got_in == pytest.approx(expected_in, rel=0.1)
+
+
+def test_relevance_that_overflows_scaled_is_computed_of_smaller_seeds() -> None:
+    """3750 times the seed is handed on: beyond float16 of 32, and not of a thousandth of that."""
+    model, x = nn.Linear(2, 1, bias=False).eval(), torch.tensor([[60000.0, 59968.0]])
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, -1.0]]))
+    with pytest.warns(lrpfx.errors.ExplosionWarning):
+        e = lrpfx.explain(
+            model.half(), x.half(), torch.ones(1, 1).half(), rules=[("*", lrpfx.Epsilon(1e-9))]
+        )
+    torch.testing.assert_close(e.relevance, torch.tensor([[1875.0, -1874.0]]))
+
+
 # Models ------------------------------------------------------------------------------------------
 
 
@@ -162,7 +196,8 @@ def test_a_model_in_a_half_type(name: str, rules: str, dtype: torch.dtype) -> No
     explainer = lrpfx.Explainer(model_of(name, dtype), x, RULES[rules](1e-6))
     for ledger in (True, False):
         explanation = explainer(x, target_of(name), ledger=ledger)
-        assert explanation.relevance.dtype == explanation.output.dtype == dtype
+        assert explanation.output.dtype == dtype
+        assert explanation.relevance.dtype == (torch.float32 if dtype == FP16 else dtype)
         assert_close(explanation.relevance, expected(name, rules, ledger), dtype)
 
 
