@@ -3,7 +3,8 @@
 from lrpfx.concepts.graph import AttributionGraph, attribution_graph
 from lrpfx.concepts.prototypes import Prototype, Prototypes
 from lrpfx.concepts.scan import scan
-from lrpfx.concepts.table import ConceptTable, Reference, load
+from lrpfx.concepts.table import ConceptTable, load
+from lrpfx.concepts.views import Reference
 from lrpfx.conditions import Channel, Concept, Direction, Head, Neuron, Subspace, Token
 
 __all__ = [

@@ -6,7 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing import connection
 from typing import Any, cast
 
@@ -159,19 +159,3 @@ def _raise_first(problems: Sequence[_Problem]) -> None:
 def _refuse_streams(work: Work) -> None:
     if not work.samples.numbered:
         raise InputError("an iterable data set is read by one process.", fix="scan with workers=1.")
-
-
-@contextlib.contextmanager
-def shown(size: int, done: int, progress: bool) -> Iterator[Tell]:
-    """A progress bar in samples per second, with the time that is left."""
-    if not progress:
-        yield lambda count: None
-        return
-    try:
-        from tqdm import tqdm
-    except ImportError as error:
-        raise InputError(
-            "the progress bar needs tqdm.", fix="pip install 'lrpfx[concepts]', or progress=False."
-        ) from error
-    with tqdm(total=size, initial=done, unit=" samples") as bar:
-        yield bar.update

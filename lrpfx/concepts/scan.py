@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 import torch
 
-from lrpfx.concepts.engines import in_processes, on_ray, shown
+from lrpfx.concepts.bar import shown
+from lrpfx.concepts.engines import in_processes, on_ray
 from lrpfx.concepts.samples import Samples
 from lrpfx.concepts.store import Store, parquet
 from lrpfx.concepts.table import ConceptTable, load

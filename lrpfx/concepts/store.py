@@ -291,6 +291,18 @@ def told(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def written(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors of writing a picture or a page as those of the library."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{os.fspath(path)} cannot be written: {type(error).__name__}: {error}",
+            fix="give a path in a folder that exists, with an ending that names a format.",
+        ) from error
+
+
+@contextlib.contextmanager
 def sound(path: Path) -> Iterator[None]:
     """Whatever a missing or damaged file leads to, as an error that names it."""
     try:

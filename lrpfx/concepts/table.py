@@ -3,40 +3,29 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from lrpfx.concepts.accumulate import ALL, BY, By, by_key
-from lrpfx.concepts.store import Columns, read_columns, read_manifest
+from lrpfx.concepts.bar import shown
+from lrpfx.concepts.page import Page
+from lrpfx.concepts.store import Columns, read_columns, read_manifest, told, write_whole, written
+from lrpfx.concepts.views import Crop, Reference, Viewer, draw
+from lrpfx.conditions import Concept
 from lrpfx.errors import InputError
 from lrpfx.explain import Explainer
-from lrpfx.heatmap import grid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-@dataclass(frozen=True)
-class Reference:
-    """A sample that shows a concept.
-
-    Args:
-        sample: Its number in the data set.
-        score: What it was ranked by.
-        position: Where in the layer's output the concept was strongest, flat; -1 if not known.
-        label: Its class, -1 without.
-    """
-
-    sample: int
-    score: float
-    position: int
-    label: int
+#: Names by number.
+Names = Mapping[int, str] | Sequence[str] | None
 
 
 class ConceptTable:
@@ -212,42 +201,134 @@ class ConceptTable:
     def plot(
         self,
         layer: str,
-        concepts: list[int],
+        concepts: Sequence[int],
         *,
         dataset: Any,
         explainer: Explainer,
         k: int = 6,
         by: By = "relevance",
+        crop: Crop = None,
+        target: Any = None,
+        kinds: Mapping[str, Concept] | None = None,
+        class_names: Names = None,
         path: str | os.PathLike[str] | None = None,
-    ) -> dict[int, Figure]:
-        """Reference samples of concepts with the maps of what each concept saw in them.
+    ) -> Figure:
+        """Reference samples of concepts, and below each what the concept saw in it.
 
-        A map is that of the whole explanation under the condition of this concept.
+        A map is that of the whole explanation under the condition of the concept and of the class
+        that was explained.
 
         Args:
             layer: One of those that were scanned.
-            concepts: Their numbers; a figure for each.
+            concepts: Their numbers; two rows for each.
             dataset: That was scanned.
             explainer: That it was scanned with.
             k: How many samples of each.
             by: See ``references``.
-            path: Where to write the figures, if anywhere: "grid.png" becomes "grid-4.png" ...
+            crop: "field": to the receptive field of the position where the concept is strongest.
+                "relevance": to the box that holds most of the map. None: whole samples.
+            target: What is explained, if the scan was of a callable.
+            kinds: As in the scan.
+            class_names: By class; None for those of ``dataset.classes``, if it has them.
+            path: Where to write the figure, if anywhere; the ending names the format.
         """
-        figures = {}
+        viewer = self._viewer(explainer, dataset, target, kinds, crop, 32)
+        rows = {}
         for concept in concepts:
             found = self.references(layer, concept, k=min(k, self.facts["k"]), by=by)
-            items = [dataset[r.sample] for r in found]
-            images = torch.stack([i[0] if isinstance(i, (tuple, list)) else i for i in items])
-            labels = [r.label for r in found]
-            target = labels if self.facts["target"] == "label" else None
-            e = explainer(images, target, conditions=[{layer: [concept]}], ledger=False)
-            titles = [f"{r.sample}: class {r.label}, {r.score:.2f}" for r in found]
-            name = f"concept {concept}"
-            figures[concept] = grid(images, {name: e.relevance[0]}, titles)
-            if path is not None:
-                where = Path(path)
-                figures[concept].savefig(where.with_name(f"{where.stem}-{concept}{where.suffix}"))
-        return figures
+            pairs = [(concept, reference) for reference in found]
+            rows[f"{layer}: {concept}"] = list(viewer.views(layer, pairs))
+        if not rows:
+            raise InputError("there are no concepts to draw.", fix="give at least one.")
+        figure = draw(rows, _names(class_names, getattr(dataset, "classes", None)))
+        if path is not None:
+            with written(path):
+                figure.savefig(path, dpi=150)
+        return figure
+
+    def to_html(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        dataset: Any,
+        explainer: Explainer,
+        layers: Sequence[str] | None = None,
+        most: int | None = None,
+        k: int = 8,
+        by: By = "relevance",
+        crop: Crop = None,
+        target: Any = None,
+        kinds: Mapping[str, Concept] | None = None,
+        class_names: Names = None,
+        sample_names: Names = None,
+        batch_size: int = 32,
+        progress: bool = True,
+    ) -> None:
+        """Write a page of all concepts: references with maps, classes, and links between them.
+
+        The page is one file that loads nothing. Its pictures are made small enough for 30 MB.
+
+        Args:
+            path: Where to write it.
+            dataset: That was scanned.
+            explainer: That it was scanned with.
+            layers: Those that are shown; None for all.
+            most: So many of each layer, the most relevant first; None for all, in their order.
+            k: How many references of each concept.
+            by: See ``references``.
+            crop: See ``plot``, as ``target``, ``kinds`` and ``class_names``.
+            target: See ``plot``.
+            kinds: See ``plot``.
+            class_names: See ``plot``.
+            sample_names: By number; None for the file names in ``dataset.samples``, if it has them.
+            batch_size: How many references are explained at a time.
+            progress: Whether to show a progress bar.
+        """
+        viewer = self._viewer(explainer, dataset, target, kinds, crop, batch_size)
+        concepts = {
+            layer: list(range(self.size(layer)))
+            if most is None
+            else [concept for concept, _ in self.top(layer, k=most)]
+            for layer in (self.layers if layers is None else layers)
+        }
+        files = getattr(dataset, "samples", None)
+        own = [os.path.basename(str(f[0])) for f in files] if isinstance(files, list) else None
+        names = _names(class_names, getattr(dataset, "classes", None)), _names(sample_names, own)
+        page = Page(self, viewer, concepts, min(k, self.facts["k"]), by, names)
+        count = sum(map(len, concepts.values()))
+        with told(Path(path).parent), shown(count, 0, progress, "concepts") as tell:
+
+            def write(file: Any) -> None:
+                for line in page.lines():
+                    file.write(line.encode())
+                    tell(line.startswith('<article id="c'))
+
+            write_whole(Path(path), write)
+
+    def _viewer(
+        self,
+        explainer: Explainer,
+        dataset: Any,
+        target: Any,
+        kinds: Mapping[str, Concept] | None,
+        crop: Crop,
+        batch_size: int,
+    ) -> Viewer:
+        given = {layer: repr(kind) for layer, kind in (kinds or {}).items()}
+        if given != (known := self.facts["kinds"]):
+            raise InputError(
+                f"the scan was of other kinds of concepts: {known or 'channels'}.",
+                where=[f"given: {given}"],
+                fix="give kinds= as in scan().",
+            )
+        rule = self.facts["target"]
+        if target is None and rule not in ("label", "predicted"):
+            raise InputError(
+                f"the scan explained a callable, {rule}.", fix="give it again as target=."
+            )
+        return Viewer(
+            explainer, dataset, rule if target is None else target, kinds or {}, crop, batch_size
+        )
 
     def _check(self, layer: str, concept: int | None = None) -> None:
         if layer not in self.layers:
@@ -267,6 +348,13 @@ class ConceptTable:
             f"ConceptTable({facts['model']}, {facts['samples']} samples, "
             f"layers {', '.join(self.layers)}, k={facts['k']}, target {facts['target']})"
         )
+
+
+def _names(given: Names, own: Any) -> dict[int, str]:
+    names = own if given is None else given
+    if isinstance(names, Mapping):
+        return {int(number): str(name) for number, name in names.items()}
+    return {i: str(name) for i, name in enumerate(names)} if isinstance(names, Sequence) else {}
 
 
 def load(folder: str | os.PathLike[str]) -> ConceptTable:

@@ -166,21 +166,13 @@ class Work:
             table["layer"] = table["layer"], self.layers
         return tables
 
-    def inputs(self, batch: Batch) -> Any:
-        """As the model takes them."""
-        given = tree_map(lambda leaf: leaf.to(self.device), batch.inputs)
-        if isinstance(given, dict) and not self.explainer.keywords:
-            values = tuple(given.values())
-            return values[0] if len(values) == 1 else values
-        return given
-
     def explain(self, batch: Batch, **options: Any) -> Any:
         """The explanation of a batch.
 
         Raises:
             InputError: Of a sample that cannot be explained, with its number.
         """
-        inputs, target = self.inputs(batch), self._target(batch.labels)
+        inputs, target = as_given(self.explainer, batch), self._target(batch.labels)
         try:
             return self.explainer(inputs, target, ledger=False, **options)
         except NonFiniteError as error:
@@ -259,6 +251,19 @@ class Work:
                 )
             return labels.to(self.device)
         return None if self.target == "predicted" else self.target
+
+
+def as_given(explainer: Explainer, batch: Batch) -> Any:
+    """The inputs of a batch as the model takes them, on its device."""
+    model = explainer.model
+    one = next(iter([*model.parameters(), *model.buffers()]), None)
+    given = batch.inputs
+    if one is not None:
+        given = tree_map(lambda leaf: leaf.to(one.device), given)
+    if isinstance(given, dict) and not explainer.keywords:
+        values = tuple(given.values())
+        return values[0] if len(values) == 1 else values
+    return given
 
 
 def _shares(scores: Tensor) -> Tensor:

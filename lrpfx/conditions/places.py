@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from lrpfx.conditions.fields import Box, receptive_field
 from lrpfx.errors import SelectorError
 from lrpfx.ops import bound_arguments, record
 from lrpfx.rewrite import Tap, find_taps
@@ -68,6 +69,10 @@ class Places:
         users = [user for user in node.users if user in self.live]
         known = record(users[0]) if len(users) == 1 else None
         return users[0].name if known is not None and known.family == "activation" else name
+
+    def receptive_field(self, name: str, position: int) -> Box | None:
+        """The part of the input that a position of a place can depend on; see ``fields``."""
+        return receptive_field(self.find(name).tap.relevance, position)
 
     def find(self, name: str) -> Place:
         """The place of this name.

@@ -351,16 +351,6 @@ def test_other_kinds_targets_and_data(explainer: lrpfx.Explainer, tmp_path: Path
     )
 
 
-def test_it_draws_references_with_what_the_concept_saw(
-    table: ConceptTable, explainer: lrpfx.Explainer, tmp_path: Path
-) -> None:
-    figures = table.plot(
-        "3", [0, 2], dataset=samples(), explainer=explainer, k=3, path=tmp_path / "grid.png"
-    )
-    assert list(figures) == [0, 2]
-    assert (tmp_path / "grid-2.png").read_bytes()[:4] == b"\x89PNG"
-
-
 @pytest.mark.parametrize(
     "act, said",
     [
