@@ -14,6 +14,7 @@ from lrpfx.capture import (
     Captured,
     Inputs,
     Wrt,
+    backward_note,
     capture,
     check_faithful,
     chosen_inputs,
@@ -143,6 +144,8 @@ def _prepare(
         notes.append(BY_BATCH)
     elif mixes := mixing_note(captured, module, inputs, expected):
         notes.append(mixes)
+    if own := backward_note(captured, module, inputs):
+        notes.append(own)
     if chosen is not None:
         notes.append(f"explained by wrt= are {', '.join(chosen)}; the other inputs are constants")
     carriers = find_carriers(graph, plan.assignments, live, starts, ())

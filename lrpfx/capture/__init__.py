@@ -1,6 +1,7 @@
 """A model and inputs -> a graph of ATen ops that computes what the model computes."""
 
 from lrpfx.capture.alone import mixing_note
+from lrpfx.capture.backwards import backward_note
 from lrpfx.capture.chosen import Wrt, argument_names, chosen_inputs, dotted_names
 from lrpfx.capture.export import TRACING, Captured, Program, tracing
 from lrpfx.capture.faithful import (
@@ -49,6 +50,7 @@ __all__ = [
     "agrees",
     "argument_names",
     "as_captured",
+    "backward_note",
     "capture",
     "check_faithful",
     "check_inputs",

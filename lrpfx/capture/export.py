@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from lrpfx.capture.calls import own_backwards
 from lrpfx.capture.constants import Answers
 from lrpfx.capture.inputs import (
     Inputs,
@@ -61,6 +62,7 @@ class Captured:
         training: Whether each module was in training mode.
         read: Copies of the parameters and buffers that a branch has been taken by.
         decisions: Where values decided what a recorded run did; None if the model was exported.
+        own_backwards: Functions with a backward of their own that it calls, with the lines.
     """
 
     model: nn.Module
@@ -70,6 +72,7 @@ class Captured:
     why_static: str = ""
     read: Mapping[str, Tensor] = field(default_factory=dict)
     decisions: tuple[Read, ...] | None = None
+    own_backwards: tuple[str, ...] = ()
 
     @property
     def batch_varies(self) -> bool:
@@ -138,7 +141,7 @@ def export(model: nn.Module, inputs: Inputs, dynamic: Sequence[int] = ()) -> Tra
     _check_dynamic(dynamic, leaves, inputs)
     batch = _batch_of(leaves)
     # Each on its own: a cache that the run fills would be a constant of the trace.
-    with preserved(model):
+    with preserved(model), own_backwards() as backwards:
         output = run_twice(model, leaves, spec)
         expected = copies(tensors_in(output))  # the output may be a buffer that is to be restored
     traced = AsDict(model) if any(map(is_dataclass, pytree.tree_leaves(output))) else None
@@ -154,6 +157,7 @@ def export(model: nn.Module, inputs: Inputs, dynamic: Sequence[int] = ()) -> Tra
         training=tuple((module, module.training) for module in model.modules()),
         output=output if traced else None,
         why_static=why_static,
+        own_backwards=tuple(backwards),
         read={name.removeprefix("model.") if traced else name: t for name, t in read.items()},
     )
     return Trace(captured, program, expected)

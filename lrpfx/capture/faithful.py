@@ -80,12 +80,17 @@ def agrees(captured: Captured, module: fx.GraphModule, inputs: Inputs) -> bool:
 
 def run_graph(module: fx.GraphModule, leaves: Sequence[Any]) -> list[Tensor]:
     """The tensors that the graph returns."""
+    return run_on(module, copies(leaves))
+
+
+def run_on(module: fx.GraphModule, leaves: Sequence[Any]) -> list[Tensor]:
+    """The same, of these very inputs, which the graph may write into."""
     graph = fx.Graph()  # without the layers that are kept for their names, such as folded ones
     graph.output(graph.graph_copy(module.graph, {}))
     graph.eliminate_dead_code()
     # Not by its hooks, which hold sizes to the branches that were taken: the values tell. Nor by
     # its code, of which Python would keep the lines.
-    found = fx.Interpreter(module, graph=graph).run(*copies(leaves), enable_io_processing=False)
+    found = fx.Interpreter(module, graph=graph).run(*leaves, enable_io_processing=False)
     return [t for t in found if isinstance(t, Tensor)]
 
 

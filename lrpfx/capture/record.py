@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
+from lrpfx.capture.calls import own_backwards
 from lrpfx.capture.export import (
     Captured,
     Trace,
@@ -83,7 +84,8 @@ def record(model: nn.Module, inputs: Inputs) -> Trace:
     _refuse_objects(leaves, "the inputs hold", "give its tensors, and make it in a wrapper module.")
     with preserved(model) as bring_back:
         _draw()  # what the model draws at random by Python is then not what the record has
-        output = run_given(model, leaves, spec)
+        with own_backwards() as backwards:
+            output = run_given(model, leaves, spec)
         expected = copies(tensors_in(output))
         traced = AsDict(model) if any(map(is_dataclass, pytree.tree_leaves(output))) else None
         bring_back()  # what a model counts or keeps is part of the run
@@ -100,6 +102,7 @@ def record(model: nn.Module, inputs: Inputs) -> Trace:
         training=tuple((module, module.training) for module in model.modules()),
         output=output if traced else None,
         decisions=reads,
+        own_backwards=tuple(backwards),
     )
     return Trace(captured, program, expected)
 
