@@ -47,6 +47,7 @@ from lrpfx.rules import (
     ZBox,
     ZPlus,
 )
+from lrpfx.tune import tune
 
 __version__ = "0.1.0"
 
@@ -97,6 +98,7 @@ __all__ = [
     "register_composite",
     "register_op",
     "text",
+    "tune",
 ]
 
 # Errors, help and documentation show the public path, not the file that it happens to live in.

@@ -3,11 +3,11 @@
 Each metric names its paper. ``interval`` and ``paired`` say what differences mean.
 """
 
-from lrpfx.evaluate.agreement import Agreement, agreement
 from lrpfx.evaluate.curves import Curves
-from lrpfx.evaluate.localization import Localization, localization
-from lrpfx.evaluate.perturbation import perturbation
-from lrpfx.evaluate.randomization import Randomization, randomization
+from lrpfx.evaluate.erasing import perturbation
+from lrpfx.evaluate.masks import Localization, localization
+from lrpfx.evaluate.ranks import Agreement, agreement
+from lrpfx.evaluate.sanity import Randomization, randomization
 from lrpfx.evaluate.statistics import Interval, Paired, interval, paired
 from lrpfx.evaluate.tokens import LeaveOneOut, leave_one_out
 

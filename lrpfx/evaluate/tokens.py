@@ -13,8 +13,8 @@ from torch.utils import _pytree as pytree
 from lrpfx.attributors import occlusion
 from lrpfx.capture import Inputs, Wrt
 from lrpfx.errors import InputError
-from lrpfx.evaluate.agreement import spearman
 from lrpfx.evaluate.maps import leaves_of, target_of
+from lrpfx.evaluate.ranks import spearman
 from lrpfx.probe import Fill, ModelLike
 from lrpfx.run import Target
 

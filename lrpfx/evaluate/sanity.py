@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lrpfx.capture import TRACING, Inputs, preserved, split_inputs
 from lrpfx.errors import InputError
-from lrpfx.evaluate.agreement import spearman
 from lrpfx.evaluate.maps import rows_of
+from lrpfx.evaluate.ranks import spearman
 from lrpfx.explain import Explainer
 from lrpfx.explanation import Explanation
 from lrpfx.progress import shown
