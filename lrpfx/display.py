@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lrpfx.capture import tensors_of
 from lrpfx.errors import LrpError
 from lrpfx.heatmap import Kind, explained_pairs, heatmap
 from lrpfx.report import Report, Row
@@ -80,7 +81,7 @@ def page(
 
 def facts(relevance: Any, report: Report) -> str:
     """One line: what was explained by which rules, and how much of it reached the inputs."""
-    tensors = [r for r in pytree.tree_leaves(relevance) if isinstance(r, Tensor)]
+    tensors = tensors_of(relevance)
     shapes = ", ".join(f"{str(r.dtype).removeprefix('torch.')}{list(r.shape)}" for r in tensors)
     balance = ""
     if report.started is not None and report.reached is not None:

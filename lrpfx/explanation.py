@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from typing_extensions import TypeVar
 
-from lrpfx.capture import tensors_in
+from lrpfx.capture import opened, tensors_in, tensors_of
 from lrpfx.conditions import Channel, Concept
 from lrpfx.display import layout, page, titles
 from lrpfx.errors import InputError, SelectorError
@@ -352,7 +352,7 @@ class Explanation(Generic[_Form]):
             ) from error
 
     def __repr__(self) -> str:
-        leaves = [t for t in pytree.tree_leaves(self.relevance) if isinstance(t, Tensor)]
+        leaves = tensors_of(self.relevance)
         shapes = ", ".join(map(_form, leaves))
         report = self.report
         return (
@@ -392,7 +392,7 @@ def stacked(parts: Sequence[Explanation]) -> Explanation:
     def together(values: Sequence[Any]) -> Any:
         return pytree.tree_map(
             lambda *tensors: torch.stack(tensors) if isinstance(tensors[0], Tensor) else None,
-            *values,
+            *map(opened, values),
             is_leaf=lambda value: value is None,
         )
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lrpfx.capture import opened
 from lrpfx.errors import InputError
 
 if TYPE_CHECKING:
@@ -243,12 +244,12 @@ def grid(
 
 def explained_pairs(relevance: Any, inputs: Any) -> list[tuple[str, Tensor, Tensor]]:
     """What was explained: name, relevance and input of each, token ids among them."""
-    keyed, _ = pytree.tree_flatten_with_path(relevance, is_leaf=lambda leaf: leaf is None)
-    leaves = pytree.tree_leaves(inputs, is_leaf=lambda leaf: leaf is None)
+    keyed, _ = pytree.tree_flatten_with_path(opened(relevance))
+    given = {path: x for path, x in pytree.tree_flatten_with_path(opened(inputs))[0]}
     return [
-        ("inputs" + pytree.keystr(path), r, x)
-        for (path, r), x in zip(keyed, leaves, strict=True)
-        if isinstance(r, Tensor) and isinstance(x, Tensor)
+        ("inputs" + pytree.keystr(path), r, given[path])
+        for path, r in keyed
+        if isinstance(r, Tensor) and isinstance(given.get(path), Tensor)
     ]
 
 

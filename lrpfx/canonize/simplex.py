@@ -111,6 +111,8 @@ def _measure(
             pairs = [(x, run(x.clone())) for x in (drawn, 4 * drawn)]
         except Exception:  # made for other sizes than those that were taken here
             return None
+        if any(y.shape != x.shape for x, y in pairs):  # it sees them as such, too
+            return None
         for dim in range(like.ndim):
             for power in (1, 2, *_powers(*pairs[0], dim)) if sizes[dim] > 1 else ():
                 near = ((y - entmax(x, dim, power)).abs().max() for x, y in pairs)

@@ -27,6 +27,7 @@ from lrpfx.capture.inputs import (
     varying_sizes,
 )
 from lrpfx.capture.lines import first_line
+from lrpfx.capture.opened import leaves_in, opened, tensors_of
 from lrpfx.capture.outputs import from_dicts, tensors_in, to_dicts
 from lrpfx.capture.preserve import preserved
 from lrpfx.capture.quiet import quiet
@@ -64,7 +65,9 @@ __all__ = [
     "input_paths",
     "is_explained",
     "is_finite",
+    "leaves_in",
     "mixing_note",
+    "opened",
     "preserved",
     "quiet",
     "rounded",
@@ -73,6 +76,7 @@ __all__ = [
     "split_inputs",
     "state_of",
     "tensors_in",
+    "tensors_of",
     "to_dicts",
     "tracing",
     "trim",

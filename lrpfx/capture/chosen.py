@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from lrpfx.capture.inputs import Inputs, flatten_inputs, form_of, key_paths, split_inputs
+from lrpfx.capture.opened import opened
 from lrpfx.errors import InputError
 
 #: Names or positions of inputs, None for all that can be explained.
@@ -73,11 +74,12 @@ def _dotted(model: nn.Module, inputs: Inputs) -> tuple[list[int], list[list[str]
     args, kwargs = split_inputs(inputs)
     names = [*_parameters(model, len(args)), *map(str, kwargs)]
     with key_paths():
-        keyed, _ = pytree.tree_flatten_with_path([*args, *kwargs.values()])
+        keyed, _ = pytree.tree_flatten_with_path(opened([*args, *kwargs.values()]))
     tops = [top.idx for (top, *_), _ in keyed if isinstance(top, pytree.SequenceKey)]
     keys = [path[1:] for path, _ in keyed]
     return tops, [
-        [*names[top].split("."), *map(_key, inner)] for top, inner in zip(tops, keys, strict=True)
+        [*names[top].split("."), *(part for key in inner for part in _key(key))]
+        for top, inner in zip(tops, keys, strict=True)
     ]
 
 
@@ -92,7 +94,9 @@ def _parameters(model: nn.Module, number: int) -> list[str]:
     return [fixed[i] if i < len(fixed) else f"{rest}.{i - len(fixed)}" for i in range(number)]
 
 
-def _key(key: Any) -> str:
+def _key(key: Any) -> list[str]:
     if isinstance(key, pytree.MappingKey):
-        return str(key.key)
-    return str(key.idx if isinstance(key, pytree.SequenceKey) else getattr(key, "name", key))
+        return [str(key.key)]
+    if isinstance(key, pytree.SequenceKey):
+        return [str(key.idx)]
+    return str(getattr(key, "name", key)).split(".")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lrpfx.capture.opened import PLAIN, opened
 from lrpfx.errors import InputError, NonFiniteError
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]
@@ -70,7 +71,7 @@ def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def flatten_inputs(inputs: Inputs) -> tuple[list[Any], pytree.TreeSpec]:
     """Leaves of ``inputs``, and their tree."""
-    return pytree.tree_flatten(split_inputs(inputs))
+    return pytree.tree_flatten(opened(split_inputs(inputs)))
 
 
 def input_paths(inputs: Inputs) -> tuple[str, ...]:
@@ -78,7 +79,7 @@ def input_paths(inputs: Inputs) -> tuple[str, ...]:
     if isinstance(inputs, Tensor):
         return ("the input",)
     with key_paths():
-        keyed, _ = pytree.tree_flatten_with_path(split_inputs(inputs))
+        keyed, _ = pytree.tree_flatten_with_path(opened(split_inputs(inputs)))
     # The first two keys of a path say "args or kwargs" and which; users know them as inputs[...].
     return tuple("inputs" + pytree.keystr(path[1:]) for path, _ in keyed)
 
@@ -169,10 +170,6 @@ def check_inputs(signature: Signature, inputs: Inputs) -> list[Any]:
             )
     _refuse_infinite(leaves, signature.paths)
     return leaves
-
-
-#: What is no tensor, and tells by comparison whether it is the same.
-PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
 def has_form(signature: Signature, inputs: Inputs) -> bool:

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lrpfx.capture.opened import tensors_of
+
 
 class AsDict(nn.Module):
     """The model with the dataclasses in its output as dicts, which torch.export can flatten."""
@@ -60,4 +62,4 @@ def from_dicts(like: Any, output: Any) -> Any:
 
 def tensors_in(output: Any) -> list[Tensor]:
     """All tensors of a model's output, of whatever type it is, in order."""
-    return [leaf for leaf in pytree.tree_leaves(to_dicts(output)) if isinstance(leaf, Tensor)]
+    return tensors_of(to_dicts(output))

@@ -22,7 +22,6 @@ from lrpfx.capture.export import (
     tracing,
 )
 from lrpfx.capture.inputs import (
-    PLAIN,
     Inputs,
     Signature,
     copies,
@@ -31,6 +30,7 @@ from lrpfx.capture.inputs import (
     split_inputs,
 )
 from lrpfx.capture.lines import first_line, raised_at
+from lrpfx.capture.opened import PLAIN, opened
 from lrpfx.capture.outputs import AsDict, is_dataclass, tensors_in
 from lrpfx.capture.preserve import preserved
 from lrpfx.capture.recorder import Read, Recorder
@@ -128,11 +128,13 @@ def _record(
     args, kwargs = pytree.tree_unflatten(given, spec)
     recorder = Recorder(model)
     arguments = [*_positional(model, len(args)), *kwargs]
-    for name, leaf in zip(_leaf_names(arguments, [*args, *kwargs.values()]), given, strict=True):
+    for name, leaf in zip(
+        _leaf_names(arguments, opened([*args, *kwargs.values()])), given, strict=True
+    ):
         recorder.take(name, leaf)
     try:
         with tracing(), recorder.recording(model):
-            output = model(*args, **kwargs)
+            output = opened(model(*args, **kwargs))
             _refuse_objects(
                 pytree.tree_leaves(output),
                 "the model returns",

@@ -25,6 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lrpfx.capture.state import state_of
 from lrpfx.errors import CaptureError
+from lrpfx.ops import NAMED
 
 aten = torch.ops.aten
 _TORCH_CODE = str(Path(torch.__file__).parent) + os.sep
@@ -367,7 +368,7 @@ def takes_values(func: Any, flat: Sequence[Any]) -> bool:
         return any(isinstance(t, Tensor) and t.dtype in (torch.bool, torch.uint8) for t in flat[1:])
     if not isinstance(func, torch._ops.OpOverload):
         return False
-    known = func.namespace in ("aten", "prim", "prims")
+    known = func.namespace in ("aten", "prim", "prims") or func._schema.name in NAMED
     return not known or func in _UNTAGGED or any(tag in func.tags for tag in _DECIDING)
 
 

@@ -57,6 +57,7 @@ from lrpfx.ops.graph import (
 )
 from lrpfx.ops.own import einsum, entmax, hardsigmoid
 from lrpfx.ops.table import find, kinds, register_op, rows
+from lrpfx.ops.table_moves import NAMED
 from lrpfx.ops.table_refused import why_not
 
 __all__ = [
@@ -66,6 +67,7 @@ __all__ = [
     "Call",
     "Composed",
     "FAMILIES",
+    "NAMED",
     "HALVES",
     "FINAL",
     "Final",

@@ -6,6 +6,7 @@ input and has no row is an error; nothing falls back to the gradient.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from lrpfx.ops import maps, table_affine, table_moves, table_products
-from lrpfx.ops.call import Composed, Op, Paired, Sign, always, never
+from lrpfx.ops.call import Composed, Op, Paired, Sign, always, inherited, never
 from lrpfx.ops.row import Row, row
 
 _COMPOSED = {
@@ -28,8 +29,18 @@ def find(target: Any, live: frozenset[str]) -> Op | None:
     if isinstance(target, Paired):
         return _paired(find(target.target, live))
     composed = isinstance(target, Composed)
-    rows = (_COMPOSED[target.family],) if composed else _TABLE.get(target, ())
+    rows = (_COMPOSED[target.family],) if composed else _TABLE.get(target) or _named(target)
     return next((op for op in rows if live in op.live), None)
+
+
+@functools.cache
+def _named(target: Any) -> tuple[Op, ...]:
+    """Rows of an op of another package, which there is once that is imported."""
+    name = target._schema.name if isinstance(target, torch._ops.OpOverload) else ""
+    if name not in table_moves.NAMED:
+        return ()
+    kind, family = table_moves.NAMED[name]
+    return tuple(op for _, op in row([target], kind, family, nonneg=inherited))
 
 
 def _paired(op: Op | None) -> Op | None:

@@ -27,6 +27,13 @@ _SMALLER = [aten.minimum.default, aten.min.other, aten.fmin.default]
 _TWO: list[str | tuple[str, ...]] = ["self", "other", ("self", "other")]
 _EITHER = pairs(("self", "other"))
 
+#: Kind and family of ops of other packages, by name: they exist once the package is imported.
+#: Relevance goes to the features; where the boxes lie is a constant.
+NAMED = {
+    "torchvision::roi_align": ("roi_align", "affine"),
+    "torchvision::roi_pool": ("max_pool", "select"),
+}
+
 #: Winner takes all, by the gradient.
 SELECTIONS: list[Row] = [
     *(

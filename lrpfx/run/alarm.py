@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from lrpfx.capture import leaves_in
 from lrpfx.errors import ExplosionWarning, some, warn
 from lrpfx.explanation import Explanation
 from lrpfx.plan import Plan
@@ -56,7 +56,7 @@ class Alarm:
         if self._plan.by_gradient:
             return ()
         begun = [_size(seed.seeds) for seed in seeds]
-        came = [_size(pytree.tree_leaves(part.relevance)) for part in parts]
+        came = [_size(leaves_in(part.relevance)) for part in parts]
         times = [c / b if b else 0.0 for c, b in zip(came, begun, strict=True)]
         worst = max(range(len(times)), key=times.__getitem__)
         grown = times[worst] > MOST

@@ -14,9 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
-from lrpfx.capture import Versions, is_finite, rounded, tensors_in, versions, worst_difference
+from lrpfx.capture import (
+    Versions,
+    is_finite,
+    leaves_in,
+    rounded,
+    tensors_in,
+    tensors_of,
+    versions,
+    worst_difference,
+)
 from lrpfx.errors import InputError, some, warn
 from lrpfx.explanation import Explanation, Layers
 from lrpfx.ops import HALVES, record, used_nodes
@@ -96,7 +104,7 @@ def _versions(
 
 def _came_out(found: Explanation) -> dict[str, Tensor]:
     """Output and relevance, tensor by tensor."""
-    relevance = pytree.tree_leaves((found.relevance, found.embeddings))
+    relevance = leaves_in((found.relevance, found.embeddings))
     parts = {"output": tensors_in(found.output), "relevance": relevance}
     return {
         f"{name} {i}": value
@@ -145,7 +153,7 @@ class Books:
             made.refuse_changes(self._current())
             book = Ledger()
             again = self._run(made, made.leaves, fast=False, book=book)[0]
-            relevance = [t for t in pytree.tree_leaves(again.relevance) if isinstance(t, Tensor)]
+            relevance = tensors_of(again.relevance)
             if not all(map(is_finite, relevance)):
                 refuse_relevance(self._plan, book.bookings())
             self._compare(made, again)

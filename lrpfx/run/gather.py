@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from lrpfx.capture import Captured, Inputs
+from lrpfx.capture import Captured, Inputs, tensors_of
 from lrpfx.explanation import Explanation, LayerCalls, LayerRelevance, Layers, stacked
 from lrpfx.ops import final, output_leaves
 from lrpfx.plan import LEFT_OUT, index_places
@@ -157,7 +157,7 @@ def reported(
     target = seed.description
     if isinstance(found, list):
         found = stacked(found)
-    arrived = [r for r in pytree.tree_leaves(found.relevance) if isinstance(r, Tensor)]
+    arrived = tensors_of(found.relevance)
     planned = found.report
     if seed.by_gradient:
         planned = replace(planned, notes=tuple(map(_through, planned.notes)))

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lrpfx.capture import Captured
+from lrpfx.capture import Captured, opened
 from lrpfx.errors import InputError
 
 
@@ -52,4 +52,4 @@ def without_graph(relevance: Any) -> Any:
         leaf.register_hook(refuse)
         return leaf
 
-    return pytree.tree_map(watched, relevance)
+    return pytree.tree_map(watched, opened(relevance))

@@ -380,8 +380,13 @@ def _check_value(value: Any, name: str, sizes: Sequence[int]) -> None:
     fits = (
         isinstance(value, Tensor)
         and not value.is_complex()
-        and (value.ndim == 0 or (value.ndim == 1 and len(value) in sizes))
+        and (value.ndim == 0 or (value.ndim == 1 and len(value) in (*sizes, 1)))
     )
+    if isinstance(value, Tensor) and not value.numel():
+        raise TargetError(
+            f"target {name} picks nothing of the model's output: shape {tuple(value.shape)}.",
+            fix="a detector that finds nothing returns no boxes: pick what is there.",
+        )
     if not fits:
         form = (
             f"{value.dtype} of shape {tuple(value.shape)}"
@@ -389,7 +394,8 @@ def _check_value(value: Any, name: str, sizes: Sequence[int]) -> None:
             else type(value).__name__
         )
         raise TargetError(
-            f"target {name} must return one number per sample, shape ({sizes[0]},), not {form}.",
+            f"target {name} must return one number per sample, shape ({sizes[0]},), or one number "
+            f"in all, not {form}.",
             fix="for example target=lambda out: out[:, 3].",
         )
     if not value.requires_grad:
