@@ -10,7 +10,11 @@
 import importlib
 from typing import Any
 
+<<<<<<< HEAD
 from lrpfx import attributors, composites, concepts, errors, evaluate, heatmap, neuralize, text
+=======
+from lrpfx import attributors, composites, concepts, errors, figures, heatmap, neuralize, text
+>>>>>>> 29807d6 (Volumes by slices, matrices of tokens, curves with bands, mosaics with indexed colours; colour maps in words, ranges of percentiles)
 from lrpfx.composites import First
 from lrpfx.coverage import coverage
 from lrpfx.deploy import export
@@ -93,6 +97,7 @@ __all__ = [
     "evaluate",
     "explain",
     "export",
+    "figures",
     "heatmap",
     "neuralize",
     "register_composite",

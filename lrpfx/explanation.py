@@ -18,7 +18,7 @@ from lrpfx.capture import opened, tensors_in, tensors_of
 from lrpfx.conditions import Channel, Concept
 from lrpfx.display import layout, page, titles
 from lrpfx.errors import InputError, SelectorError
-from lrpfx.heatmap import Kind, Scale, explained_pairs, heatmap
+from lrpfx.heatmap import Clip, Kind, Scale, explained_pairs, heatmap
 from lrpfx.report import Report, Row
 from lrpfx.text import TokenizerLike, TokenText, token_text
 
@@ -157,11 +157,13 @@ class Explanation(Generic[_Form]):
         top: int | None = None,
         sort: bool = True,
         cmap: str | Colormap | None = None,
-        clip: float = 100.0,
+        clip: Clip = 100.0,
         scale: Scale = "each",
         overlay: bool | float = False,
         columns: int | None = None,
         limit: int | None = None,
+        slices: int | Sequence[int] = 8,
+        axis: int = 0,
         ax: Axes | None = None,
     ) -> Figure:
         """Draw the relevance beside the input: red positive, blue negative, symmetric scale.
@@ -169,17 +171,20 @@ class Explanation(Generic[_Form]):
         Args:
             path: Where to write the picture, if anywhere; the ending names the format.
             titles: One per sample; by default what was explained, and its value.
-            kind: "image", "signal", "sequence" or "table"; by default as the shape, and the layer
-                that takes the input, tell.
+            kind: "image", "volume", "signal", "sequence" or "table"; by default as the shape, and
+                the layer that takes the input, tell.
             feature_names: Names of the bars of a table, or of the strips of a signal.
             top: How many bars of a table are drawn, the largest.
             sort: Whether bars are in order of size.
-            cmap: A colour map of matplotlib, or its name.
-            clip: Percentile of the absolute relevance at which colours end, such as 99.
+            cmap: A colour map of matplotlib, or its name, or colours such as "00f,fff,f00".
+            clip: Percentile of the absolute relevance at which colours end, such as 99, or those
+                of the relevance at which either side ends, such as (1, 99).
             scale: "each" sample its own, "shared" by all, or the relevance that has full colour.
             overlay: Draw the map over the image: True, or an opacity.
             columns: How many samples side by side.
-            limit: How many samples at most: by default 64 images, 16 of anything else.
+            limit: How many samples at most: by default 64 images, 8 volumes, 16 of anything else.
+            slices: Of a volume, how many slices, or which.
+            axis: Of a volume, the dimension that is sliced: 0 is D, 1 is H, 2 is W.
             ax: Axes of your own, for one sample.
 
         Returns:
@@ -212,6 +217,8 @@ class Explanation(Generic[_Form]):
             overlay=overlay,
             columns=columns,
             limit=limit,
+            slices=slices,
+            axis=axis,
             ax=ax,
         )
 

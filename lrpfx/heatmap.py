@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -31,19 +30,20 @@ if TYPE_CHECKING:
 
 __all__ = ["Kind", "Scale", "Shown", "grid", "heatmap"]
 
-Kind = Literal["image", "signal", "sequence", "table"]
+Kind = Literal["image", "volume", "signal", "sequence", "table"]
 Scale = Literal["each", "shared"] | float
+Clip = float | tuple[float, float]
 
 _SHAPES: dict[Kind, tuple[tuple[int, ...], str]] = {
     "image": ((3, 4), "(N, C, H, W) or (N, H, W)"),
+    "volume": ((4, 5), "(N, C, D, H, W) or (N, D, H, W)"),
     "signal": ((2, 3), "(N, C, L), channels first, or (N, L)"),
     "sequence": ((3,), "(N, T, D), time first"),
     "table": ((2,), "(N, F)"),
 }
-_MOST: dict[Kind, int] = {"image": 64, "signal": 16, "sequence": 16, "table": 16}
+_MOST: dict[Kind, int] = {"image": 64, "volume": 8, "signal": 16, "sequence": 16, "table": 16}
 _WIDE = 64  # a table with more features is asked whether it is a signal
 _BARS, _TOP = 30, 20  # of more features than this, the largest so many are drawn
-_DPI = 200
 
 
 class Shown(Protocol):
@@ -73,41 +73,49 @@ def heatmap(
     top: int | None = None,
     sort: bool = True,
     cmap: str | Colormap | None = None,
-    clip: float = 100.0,
+    clip: Clip = 100.0,
     scale: Scale = "each",
     overlay: bool | float = False,
     columns: int | None = None,
     limit: int | None = None,
+    slices: int | Sequence[int] = 8,
+    axis: int = 0,
     ax: Axes | None = None,
 ) -> Figure:
     """Draw relevance, a cell per sample.
 
-    An image is drawn as its relevance summed over channels, beside the input. A signal is drawn as
-    a strip of relevance per channel, with the input as a line over it. A row of a table is drawn as
-    a bar per feature, the largest on top, with the input in its label.
+    An image is drawn as its relevance summed over channels, beside the input. A volume, or a video,
+    is drawn as slices of that, over the input in gray. A signal is drawn as a strip of relevance
+    per channel, with the input as a line over it. A row of a table is drawn as a bar per feature,
+    the largest on top, with the input in its label.
 
     Args:
-        relevance: image (N, C, H, W) or (N, H, W); signal (N, C, L) or (N, L); sequence (N, T, D);
-            table (N, F).
+        relevance: image (N, C, H, W) or (N, H, W); volume (N, C, D, H, W) or (N, D, H, W); signal
+            (N, C, L) or (N, L); sequence (N, T, D); table (N, F).
         inputs: The explained inputs; of an image (N, C, H, W), where C = 3 is drawn in colour and
             any other number of channels as their mean in gray; else shaped like the relevance.
         titles: One per sample, such as "class 3: 4.21".
         path: File to write to; the ending names the format (png, pdf, svg).
-        kind: "image", "signal" (channels before time), "sequence" (time before features) or
-            "table". By default the shape tells: (N, C, H, W) is an image and (N, F) with at most 64
-            features a table; otherwise you are asked.
+        kind: "image", "volume", "signal" (channels before time), "sequence" (time before features)
+            or "table". By default the shape tells: (N, C, H, W) is an image, (N, C, D, H, W) a
+            volume and (N, F) with at most 64 features a table; otherwise you are asked.
         feature_names: Names of the bars of a table, or of the strips of a signal.
         top: How many bars of a table are drawn, the largest; the others become one. By default 20
             where there are more than 30.
         sort: Whether the bars are in order of size, or of the features.
-        cmap: A colour map of matplotlib, or its name.
+        cmap: A colour map of matplotlib, or its name; or colours by commas, such as "00f,fff,f00"
+            or "navy,50%:white,darkred", see `lrpfx.figures.colormap`.
         clip: Percentile of the absolute relevance at which colours end, 100 for the largest. At 99
-            the strongest hundredth of the pixels has full colour, and weaker ones show.
+            the strongest hundredth of the pixels has full colour, and weaker ones show. A pair
+            such as (1, 99): the percentiles of the relevance at which either side ends, each side
+            on its own scale.
         scale: "each" map its own, "shared" by all samples, or the relevance that has full colour.
         overlay: Draw the map of an image over it in gray: True, or an opacity up to 1.
-        columns: How many samples side by side.
-        limit: How many samples at most: by default 64 images, 16 of anything else. The picture says
-            how many it leaves out.
+        columns: How many samples side by side; of a volume, how many slices.
+        limit: How many samples at most: by default 64 images, 8 volumes, 16 of anything else. The
+            picture says how many it leaves out.
+        slices: Of a volume, how many, from the first to the last, or which.
+        axis: Of a volume, the dimension that is sliced: 0 is D, 1 is H, 2 is W.
         ax: Axes of your own, for one sample.
 
     Returns:
@@ -117,36 +125,38 @@ def heatmap(
         InputError: Shapes do not belong together, the relevance is empty or not finite, or an
             option does not fit.
     """
-    from lrpfx.draw import draw_signals, draw_tables
+    from lrpfx.draw import check_count, draw_signals, draw_tables, positive, values_of, written
 
-    values = _values("relevance", relevance)
+    values = values_of("relevance", relevance)
     kind = _kind(values, kind, feature_names)
-    given = None if inputs is None else _values("inputs", inputs)
+    given = None if inputs is None else values_of("inputs", inputs)
     if given is not None:
         _check_inputs(kind, values, given)
     names = [titles] if isinstance(titles, str) else titles
-    _check_count("titles", names, len(values), "sample")
-    if kind == "image":
-        values = values.sum(axis=1) if values.ndim == 4 else values
+    check_count("titles", names, len(values), "sample")
+    if kind in ("image", "volume"):
+        values = values.sum(axis=1) if values.ndim == (5 if kind == "volume" else 4) else values
     elif kind != "table":
         values, given = _channels_first(kind, values), _channels_first(kind, given)
     if feature_names is not None:
-        if kind == "image":
+        if kind in ("image", "volume"):
             raise InputError(
-                "feature_names are for tables and signals, and this relevance is of images.",
+                f"feature_names are for tables and signals, and this relevance is of {kind}s.",
                 fix="leave them out, or give kind=.",
             )
-        _check_count("feature_names", feature_names, values.shape[1], "feature or channel")
+        check_count("feature_names", feature_names, values.shape[1], "feature or channel")
     look = _look(cmap, clip, scale, overlay, kind)
     if kind == "table" and top is None and values.shape[1] > _BARS:
         top = _TOP
     part = _Part(values, given, names, feature_names, top, sort)
     if ax is not None:
         return _into(ax, kind, part, look, path)
-    note = part.shorten(_positive("limit", limit) or _MOST[kind])
-    columns = _positive("columns", columns)
+    note = part.shorten(positive("limit", limit) or _MOST[kind])
+    columns = positive("columns", columns)
     if kind == "image":
         figure = _images(part, look, columns, note)
+    elif kind == "volume":
+        figure = _volumes(part, look, columns, note, slices, axis)
     elif kind == "table":
         figure = draw_tables(
             part.values,
@@ -169,7 +179,7 @@ def heatmap(
             columns=columns,
             note=note,
         )
-    return _written(figure, path)
+    return written(figure, path)
 
 
 def grid(
@@ -179,7 +189,7 @@ def grid(
     *,
     path: str | os.PathLike[str] | None = None,
     cmap: str | Colormap | None = None,
-    clip: float = 100.0,
+    clip: Clip = 100.0,
     scale: Scale = "each",
     overlay: bool | float = False,
     wrap: int | None = None,
@@ -207,16 +217,16 @@ def grid(
     Raises:
         InputError: Shapes do not belong together, or a relevance is empty or not finite.
     """
-    from lrpfx.draw import draw_images
+    from lrpfx.draw import check_count, draw_images, positive, shape_error, values_of, written
 
     named, found = _columns(columns)
     inputs = inputs if inputs is not None else found
-    given = None if inputs is None else _values("inputs", inputs)
+    given = None if inputs is None else values_of("inputs", inputs)
     maps: dict[str, Array] = {}
     for name, relevance in named.items():
-        values = _values(f"columns[{name!r}]", relevance)
+        values = values_of(f"columns[{name!r}]", relevance)
         if values.ndim not in (3, 4):
-            raise _shape_error(f"columns[{name!r}]", values, _SHAPES["image"][1])
+            raise shape_error(f"columns[{name!r}]", values, _SHAPES["image"][1])
         if given is not None:
             _check_inputs("image", values, given)
         maps[name] = values.sum(axis=1) if values.ndim == 4 else values
@@ -228,18 +238,18 @@ def grid(
         )
     n = counts.pop()
     names = [titles] if isinstance(titles, str) else titles
-    _check_count("titles", names, n, "sample")
-    shown = min(n, _positive("limit", limit) or 16)
+    check_count("titles", names, n, "sample")
+    shown = min(n, positive("limit", limit) or 16)
     figure = draw_images(
         [[values[i] for values in maps.values()] for i in range(shown)],
         None if given is None else list(given[:shown]),
         names=list(maps),
         titles=None if names is None else names[:shown],
         look=_look(cmap, clip, scale, overlay, "image"),
-        columns=_positive("wrap", wrap),
+        columns=positive("wrap", wrap),
         note=_left_out(shown, n),
     )
-    return _written(figure, path)
+    return written(figure, path)
 
 
 def explained_pairs(relevance: Any, inputs: Any) -> list[tuple[str, Tensor, Tensor]]:
@@ -294,12 +304,52 @@ def _images(part: _Part, look: Look, columns: int | None, note: str) -> Figure:
     )
 
 
+def _volumes(
+    part: _Part,
+    look: Look,
+    columns: int | None,
+    note: str,
+    slices: int | Sequence[int],
+    axis: int,
+) -> Figure:
+    from lrpfx.draw import draw_volumes, positive
+
+    if axis not in (0, 1, 2):
+        raise InputError(f"axis={axis!r}.", fix="give 0 (D), 1 (H) or 2 (W).")
+    depth = part.values.shape[1 + axis]
+    if isinstance(slices, int):
+        count = min(positive("slices", slices) or depth, depth)
+        which: list[int] = np.linspace(0, depth - 1, count).round().astype(int).tolist()
+    else:
+        which = list(slices)
+    if not which or not all(isinstance(k, int) and 0 <= k < depth for k in which):
+        raise InputError(f"slices={slices!r}.", fix=f"give numbers from 0 to {depth - 1}.")
+    gray = None if part.inputs is None else part.inputs.reshape(len(part.values), -1, *_last(part))
+    return draw_volumes(
+        np.moveaxis(part.values, 1 + axis, 1),
+        None if gray is None else np.moveaxis(gray.mean(axis=1), 1 + axis, 1),
+        slices=which,
+        titles=part.titles,
+        look=look,
+        columns=columns,
+        note=note,
+    )
+
+
+def _last(part: _Part) -> tuple[int, ...]:
+    """D, H and W of the inputs, which may be finer than those of the relevance."""
+    assert part.inputs is not None
+    return part.inputs.shape[-3:]
+
+
 def _into(
     ax: Axes, kind: Kind, part: _Part, look: Look, path: str | os.PathLike[str] | None
 ) -> Figure:
     """One sample into the user's axes."""
-    from lrpfx.draw import draw_image, draw_signal, draw_table
+    from lrpfx.draw import draw_image, draw_signal, draw_table, written
 
+    if kind == "volume":
+        raise InputError("ax= holds one picture, and a volume has many.", fix="leave ax= out.")
     if len(part.values) != 1:
         raise InputError(
             f"ax= holds one sample, and there are {len(part.values)}.",
@@ -316,19 +366,7 @@ def _into(
         draw_signal(ax, values, given, title, names, look)
     figure = ax.get_figure(root=True)
     assert figure is not None  # axes that were removed from theirs
-    return _written(figure, path)
-
-
-def _written(figure: Figure, path: str | os.PathLike[str] | None) -> Figure:
-    if path is not None:
-        try:
-            figure.savefig(path, dpi=_DPI if len(figure.axes) <= 50 else _DPI // 2)
-        except (OSError, ValueError) as error:  # ValueError: an ending that names no format
-            raise InputError(
-                f"the picture cannot be written to {os.fspath(path)!s}: {error}",
-                fix="give a path in a folder that exists, ending in .png, .pdf or .svg.",
-            ) from error
-    return figure
+    return written(figure, path)
 
 
 def _columns(
@@ -370,6 +408,8 @@ def _columns(
 
 def _kind(values: Array, kind: Kind | None, names: Sequence[str] | None) -> Kind:
     """What the relevance belongs to: as said, or as the shape tells."""
+    from lrpfx.draw import shape_error
+
     if kind is not None:
         if kind not in _SHAPES:
             raise InputError(
@@ -377,10 +417,10 @@ def _kind(values: Array, kind: Kind | None, names: Sequence[str] | None) -> Kind
             )
         dimensions, shape = _SHAPES[kind]
         if values.ndim not in dimensions:
-            raise _shape_error("relevance", values, f"kind {kind!r}: {shape}")
+            raise shape_error("relevance", values, f"kind {kind!r}: {shape}")
         return kind
-    if values.ndim == 4:
-        return "image"
+    if values.ndim in (4, 5):
+        return "image" if values.ndim == 4 else "volume"
     if values.ndim == 2 and (values.shape[1] <= _WIDE or names is not None):
         return "table"
     if values.ndim == 2:
@@ -395,54 +435,24 @@ def _kind(values: Array, kind: Kind | None, names: Sequence[str] | None) -> Kind
             fix="give kind='signal', kind='sequence' or kind='image'.",
         )
     expected = ", ".join(f"{kind} {shape}" for kind, (_, shape) in _SHAPES.items())
-    raise _shape_error("relevance", values, expected)
-
-
-def _values(name: str, tensor: Tensor) -> Array:
-    """The tensor as float64 on the host, refused if there is nothing that could be drawn."""
-    if not isinstance(tensor, Tensor):
-        raise InputError(
-            f"{name} must be a tensor, not {type(tensor).__name__}.",
-            fix="give explanation.relevance.",
-        )
-    if tensor.ndim == 0 or tensor.numel() == 0:
-        raise InputError(
-            f"{name} {tuple(tensor.shape)} holds nothing to draw.",
-            fix="give at least one sample (N, ...), and no empty dimension.",
-        )
-    values: NDArray[np.float64] = tensor.detach().cpu().double().numpy()
-    finite = np.isfinite(values)
-    if not finite.all():
-        first = np.argwhere(~finite)[0, 0]
-        raise InputError(
-            f"{name}: {values.size - finite.sum()} of {values.size} values are not finite, "
-            f"the first in sample {first}.",
-            fix="draw finite values.",
-        )
-    return values
+    raise shape_error("relevance", values, expected)
 
 
 def _check_inputs(kind: Kind, relevance: Array, inputs: Array) -> None:
     """Images need the same N only: a map of an inner layer is coarser than its input."""
+    from lrpfx.draw import shape_error
+
     if kind == "image":
         fits = inputs.ndim == 4 and len(inputs) == len(relevance)
         expected = f"(N, C, H, W) with N = {len(relevance)}"
+    elif kind == "volume":
+        fits = inputs.ndim in (4, 5) and len(inputs) == len(relevance)
+        expected = f"(N, C, D, H, W) or (N, D, H, W) with N = {len(relevance)}"
     else:
         fits = inputs.shape == relevance.shape
         expected = f"the shape of the relevance, {relevance.shape}"
     if not fits:
-        raise _shape_error("inputs", inputs, expected)
-
-
-def _check_count(name: str, given: Sequence[str] | None, count: int, of: str) -> None:
-    if given is not None and len(given) != count:
-        raise InputError(
-            f"{name} has {len(given)} entries, and there are {count}.", fix=f"give one per {of}."
-        )
-
-
-def _shape_error(name: str, values: Array, expected: str) -> InputError:
-    return InputError(f"{name} has the shape {values.shape}.", fix=f"expected is {expected}.")
+        raise shape_error("inputs", inputs, expected)
 
 
 def _channels_first(kind: Kind, values: Any) -> Any:
@@ -454,35 +464,14 @@ def _channels_first(kind: Kind, values: Any) -> Any:
     return values.transpose(0, 2, 1) if kind == "sequence" else values
 
 
-def _positive(name: str, number: int | None) -> int | None:
-    if number is not None and (not isinstance(number, int) or number < 1):
-        raise InputError(f"{name}={number!r}.", fix="give a positive number.")
-    return number
-
-
 def _look(
-    cmap: str | Colormap | None, clip: float, scale: Scale, overlay: bool | float, kind: Kind
+    cmap: str | Colormap | None, clip: Clip, scale: Scale, overlay: bool | float, kind: Kind
 ) -> Look:
-    from lrpfx.draw import Look
+    from lrpfx.draw import look_of
 
-    if not 0 < clip <= 100:
-        raise InputError(f"clip={clip!r}.", fix="give a percentile, such as 99; 100 clips nothing.")
-    if isinstance(scale, str) and scale not in ("each", "shared"):
-        raise InputError(f"scale={scale!r}.", fix="give 'each', 'shared' or a number.")
-    if not isinstance(scale, str) and not scale > 0:
-        raise InputError(f"scale={scale!r}.", fix="give a positive number: what has full colour.")
-    opacity = 0.75 if overlay is True else float(overlay)
-    if not 0 <= opacity <= 1:
-        raise InputError(f"overlay={overlay!r}.", fix="give True, or an opacity up to 1.")
+    look = look_of(cmap, clip, scale, overlay)
     if kind == "table" and (clip != 100 or cmap is not None):
         raise InputError("bars have no colour map and are not clipped.", fix="leave it out.")
-    if kind != "image" and opacity:
+    if kind != "image" and look.overlay:
         raise InputError(f"overlay= is for images, not for a {kind}.", fix="leave it out.")
-    look = Look(cmap, clip, scale, opacity)
-    try:
-        _ = look.colors
-    except KeyError as error:
-        raise InputError(
-            f"cmap={cmap!r} is no colour map of matplotlib.", fix="give one."
-        ) from error
     return look

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from lrpfx.draw.look import INK, Array, Look
+from lrpfx.draw.colors import INK
+from lrpfx.draw.look import Array, Look, Range
 from lrpfx.draw.sheet import Picture, Sheet, cut, frame
 
 _SPACE = 0.08  # between the panels of a cell
@@ -83,16 +84,17 @@ def draw_images(
                 _show_input(ax, inputs[i] if inputs is not None else first)
                 continue
             limit = limits[i * len(names) + k]
-            _show_map(ax, maps[i][k], limit, look, under)
+            show_map(ax, maps[i][k], limit, look, None if under is None else gray(under))
             ax.set_xlabel(look.said(limit), fontsize=7, labelpad=2)
-    sheet.legend(look, note)
+    sheet.legend(look, note, all(map(look.centred, limits)))
     return sheet.figure
 
 
 def draw_image(ax: Axes, values: Array, image: Array | None, title: str | None, look: Look) -> None:
     """One map (H, W) into the user's axes; over its image (C, H, W) if ``look`` overlays."""
     (limit,) = look.limits([values])
-    _show_map(ax, values, limit, look, image if look.overlay else None)
+    under = gray(image) if look.overlay and image is not None else None
+    show_map(ax, values, limit, look, under)
     ax.set_xlabel(look.said(limit), fontsize=7, labelpad=2)
     if title is not None:
         ax.set_title(title, loc="left", fontsize=9, parse_math=False)
@@ -112,24 +114,26 @@ def _show_input(ax: Axes, image: Array) -> None:
     if len(image) == 3:
         ax.imshow(_min_max(image).transpose(1, 2, 0))
     else:
-        ax.imshow(_gray(image), cmap="gray", vmin=0, vmax=1)
+        ax.imshow(gray(image), cmap="gray", vmin=0, vmax=1)
     frame(ax)
 
 
-def _show_map(ax: Axes, values: Array, limit: float, look: Look, under: Array | None) -> None:
-    limit = limit or 1.0
+def show_map(ax: Axes, values: Array, limit: Range, look: Look, under: Array | None) -> None:
+    """One map (H, W), over a gray image (H', W') of values in 0..1 if there is one."""
+    norm = look.norm(limit)
     if under is None:
-        ax.imshow(values, cmap=look.colors, vmin=-limit, vmax=limit)
+        ax.imshow(values, cmap=look.colors, norm=norm)
     else:
         height, width = under.shape[-2:]
         extent = (-0.5, width - 0.5, height - 0.5, -0.5)  # a map of an inner layer is coarser
-        ax.imshow(_gray(under), cmap="gray", vmin=0, vmax=1)
-        opacity = look.overlay * np.clip(np.abs(values) / limit, 0, 1)
-        ax.imshow(values, cmap=look.colors, vmin=-limit, vmax=limit, alpha=opacity, extent=extent)
+        ax.imshow(under, cmap="gray", vmin=0, vmax=1)
+        opacity = look.overlay * look.strength(values, limit)
+        ax.imshow(values, cmap=look.colors, norm=norm, alpha=opacity, extent=extent)
     frame(ax)
 
 
-def _gray(image: Array) -> Array:
+def gray(image: Array) -> Array:
+    """The mean (H, W) of the channels, stretched to 0..1; constant values become 0."""
     return _min_max(image.mean(axis=0))
 
 

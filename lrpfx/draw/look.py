@@ -1,4 +1,4 @@
-"""Relevance -> colour: a colour map that is white at zero, and the value its ends stand for."""
+"""Relevance -> colour: a colour map that is white at zero, and the values its ends stand for."""
 
 from __future__ import annotations
 
@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from matplotlib import colormaps
-from matplotlib.colors import Colormap, LinearSegmentedColormap
+from matplotlib.colors import Colormap, Normalize, TwoSlopeNorm
 from numpy.typing import NDArray
 
+from lrpfx.draw.colors import colormap
+
 Array = NDArray[np.float64]
-
-RED, BLUE, INK, FRAME = "#b2182b", "#2166ac", "#222222", "#c8c8c8"
-
-_BLUES = ["#053061", BLUE, "#4393c3", "#92c5de", "#d1e5f0"]
-_REDS = ["#fddbc7", "#f4a582", "#d6604d", RED, "#67001f"]
+#: The values that the ends of the colours stand for; twice zero for a map that is zero everywhere.
+Range = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -24,40 +22,74 @@ class Look:
     """How values become colours and lengths.
 
     Args:
-        cmap: A colour map or its name; None for blue to red through white.
-        clip: The percentile of the absolute relevance that has full colour; 100 for the largest.
+        cmap: What ``colormap`` takes; None for blue to red through white.
+        clip: The percentile of the absolute relevance that has full colour; 100 for the largest. A
+            pair: the percentiles of the relevance that the two ends of the colours stand for.
         scale: "each" map on its own scale, "shared" by all maps, or the value of full colour.
         overlay: 0 for a map beside the input, else the opacity of a map on the input.
     """
 
     cmap: str | Colormap | None = None
-    clip: float = 100.0
+    clip: float | tuple[float, float] = 100.0
     scale: Literal["each", "shared"] | float = "each"
     overlay: float = 0.0
 
     @property
     def colors(self) -> Colormap:
-        """The colour map; an odd number of colours puts zero on one of them, which is white."""
-        if self.cmap is None:
-            return LinearSegmentedColormap.from_list(
-                "relevance", [*_BLUES, "#ffffff", *_REDS], N=257
-            )
-        return colormaps[self.cmap] if isinstance(self.cmap, str) else self.cmap
+        """The colour map."""
+        return colormap(self.cmap)
 
-    def limits(self, maps: Sequence[Array]) -> list[float]:
-        """The value of full colour for each map; 0 for a map that is zero everywhere."""
+    def limits(self, maps: Sequence[Array]) -> list[Range]:
+        """What the ends of the colours stand for in each map."""
         if not isinstance(self.scale, str):
-            return [float(self.scale) if np.any(values) else 0.0 for values in maps]
-        limits = [self._limit(values) for values in maps]
+            size = float(self.scale)
+            return [(-size, size) if np.any(values) else (0.0, 0.0) for values in maps]
+        limits = [self._limits(values) for values in maps]
         if self.scale == "shared":
-            return [max(limits) if limit else 0.0 for limit in limits]
+            low, high = min(low for low, _ in limits), max(high for _, high in limits)
+            return [(low, high) if np.any(values) else (0.0, 0.0) for values in maps]
         return limits
 
-    def _limit(self, values: Array) -> float:
-        sizes = np.abs(values)
+    def _limits(self, values: Array) -> Range:
         # A map of few values is zero at most percentiles; it is then drawn by its largest.
-        return float(np.percentile(sizes, self.clip)) or float(sizes.max())
+        if not isinstance(self.clip, tuple):
+            sizes = np.abs(values)
+            size = float(np.percentile(sizes, self.clip)) or float(sizes.max())
+            return -size, size
+        low, high = map(float, np.percentile(values, self.clip))
+        if low == high:
+            low, high = float(values.min()), float(values.max())
+        if self.cmap is None or low < 0 < high:  # zero has a place, and it is white
+            return min(low, 0.0), max(high, 0.0)
+        return low, high
 
-    def said(self, limit: float) -> str:
+    @staticmethod
+    def centred(limits: Range) -> bool:
+        """Whether zero has the middle colour."""
+        return limits[0] <= 0 <= limits[1]
+
+    def norm(self, limits: Range) -> Normalize:
+        """Values -> 0..1, zero in the middle where it is within the limits."""
+        low, high = limits
+        if not self.centred(limits):
+            return Normalize(low, high)
+        if low < 0 < high and -low != high:
+            return TwoSlopeNorm(0, low, high)
+        size = max(-low, high) or 1.0
+        return Normalize(-size, size)
+
+    def strength(self, values: Array, limits: Range) -> Array:
+        """How much colour each value has, 0..1."""
+        place = np.asarray(self.norm(limits)(values), dtype=np.float64)
+        shown = np.abs(2 * place - 1) if self.centred(limits) else place
+        return np.clip(shown, 0, 1)
+
+    @staticmethod
+    def said(limits: Range) -> str:
         """What stands beside a map."""
-        return f"\N{PLUS-MINUS SIGN}{limit:.2g}" if limit else "zero everywhere"
+        low, high = limits
+        if low == high == 0:
+            return "zero everywhere"
+        if -low == high:
+            return f"\N{PLUS-MINUS SIGN}{high:.2g}"
+        return f"{low:.2g} to {high:.2g}"

@@ -12,7 +12,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lrpfx.draw.look import FRAME, INK, Look
+from lrpfx.draw.colors import FRAME, INK
+from lrpfx.draw.look import Look
 
 _EDGE = 0.12
 
@@ -72,8 +73,8 @@ class Sheet:
         place = (left + x) / self.width, 1 - (top + y) / self.height
         self.figure.text(*place, words, parse_math=False, **style)
 
-    def legend(self, look: Look | None, note: str) -> None:
-        """The colours and a note, in the foot."""
+    def legend(self, look: Look | None, note: str, centred: bool = True) -> None:
+        """The colours and a note, in the foot; ``centred`` if zero is in their middle."""
         if look is not None:
             wide = min(1.6, self.width - 2 * _EDGE)
             left, low = (self.width - wide) / 2, _EDGE + 0.3
@@ -81,7 +82,8 @@ class Sheet:
             bar = self.figure.add_axes(box)
             bar.imshow(np.linspace(-1, 1, 257)[None], cmap=look.colors, aspect="auto")
             bar.set_yticks([])
-            bar.set_xticks([0, 128, 256], labels=["against", "0", "for the target"])
+            words = ["against", "0", "for the target"] if centred else ["low", "", "high"]
+            bar.set_xticks([0, 128, 256], labels=words)
             bar.tick_params(labelsize=7, length=0, pad=2)
             bar.spines[:].set_visible(False)
         if note:

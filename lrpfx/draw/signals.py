@@ -8,7 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from lrpfx.draw.look import FRAME, INK, Array, Look
+from lrpfx.draw.colors import FRAME, INK
+from lrpfx.draw.look import Array, Look, Range
 from lrpfx.draw.sheet import Picture, Sheet, cut
 
 _MAX_NAMES = 20  # more channels than this have strips too thin for names
@@ -31,7 +32,8 @@ def draw_signals(
     left = 0.3 if names is None else min(0.075 * max(map(len, names)) + 0.15, 1.6)
     width = 6.5 if columns == 1 else 4.6
     sheet = Sheet(n, columns, left + width + 0.2, 0.27 + body + 0.25, foot=0.75)
-    for i, limit in enumerate(look.limits(values)):
+    limits = look.limits(values)
+    for i, limit in enumerate(limits):
         ax = sheet.axes(i, left, 0.27, width, body)
         _show(ax, values[i], None if inputs is None else inputs[i], limit, look, names)
         ax.set_title(look.said(limit), loc="right", fontsize=7, pad=3)
@@ -41,7 +43,7 @@ def draw_signals(
             )
         if i + columns >= n:
             ax.set_xlabel("position", fontsize=7, labelpad=1)
-    sheet.legend(look, note)
+    sheet.legend(look, note, all(map(look.centred, limits)))
     return sheet.figure
 
 
@@ -65,18 +67,16 @@ def _show(
     ax: Axes,
     values: Array,
     signal: Array | None,
-    limit: float,
+    limit: Range,
     look: Look,
     names: Sequence[str] | None,
 ) -> None:
     channels, length = values.shape
-    limit = limit or 1.0
     # Channel c fills the band from c - 0.5 to c + 0.5, the first one on top.
     ax.imshow(
         values,
         cmap=look.colors,
-        vmin=-limit,
-        vmax=limit,
+        norm=look.norm(limit),
         aspect="auto",
         interpolation="nearest",
     )

@@ -8,7 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from lrpfx.draw.look import BLUE, FRAME, INK, RED, Array, Look
+from lrpfx.draw.colors import BLUE, FRAME, INK, RED
+from lrpfx.draw.look import Array, Look
 from lrpfx.draw.sheet import Picture, Sheet, cut
 
 _LABEL = 2.2  # no label is wider, in inches
@@ -40,7 +41,7 @@ def draw_tables(
     width = 4.0 if columns == 1 else 2.4
     head = 0.27 if titles is not None else 0.08
     sheet = Sheet(n, columns, left + width + 0.25, head + body + 0.3, foot=0.2)
-    for i, limit in enumerate(look.limits([lengths for _, lengths in bars])):
+    for i, (_, limit) in enumerate(look.limits([lengths for _, lengths in bars])):
         ax = sheet.axes(i, left, head, width, body)
         _show(ax, *bars[i], limit, left)
         if titles is not None:
@@ -70,7 +71,7 @@ def draw_table(
 ) -> None:
     """One row (F,) into the user's axes."""
     labels, lengths = _bars(values, inputs, names, top, sort)
-    (limit,) = look.limits([lengths])
+    ((_, limit),) = look.limits([lengths])
     _show(ax, labels, lengths, limit, _LABEL)
     if title is not None:
         ax.set_title(title, loc="left", fontsize=9, parse_math=False)
