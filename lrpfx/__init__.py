@@ -10,11 +10,17 @@
 import importlib
 from typing import Any
 
-<<<<<<< HEAD
-from lrpfx import attributors, composites, concepts, errors, evaluate, heatmap, neuralize, text
-=======
-from lrpfx import attributors, composites, concepts, errors, figures, heatmap, neuralize, text
->>>>>>> 29807d6 (Volumes by slices, matrices of tokens, curves with bands, mosaics with indexed colours; colour maps in words, ranges of percentiles)
+from lrpfx import (
+    attributors,
+    composites,
+    concepts,
+    errors,
+    evaluate,
+    figures,
+    heatmap,
+    neuralize,
+    text,
+)
 from lrpfx.composites import First
 from lrpfx.coverage import coverage
 from lrpfx.deploy import export

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -203,7 +203,7 @@ def curves(
 
     Source: Efron and Tibshirani 1993, chapter 13 (percentile intervals).
     """
-    from lrpfx.draw import draw_curves, shape_error, values_of, written
+    from lrpfx.draw import draw_curves, shape_error, values_of
 
     if not isinstance(lines, Mapping) or not lines:
         raise InputError("curves: no lines are given.", fix="give {name: (N, P) values}.")
@@ -218,17 +218,23 @@ def curves(
     places = values_of("x", given)
     if places.shape != (first.shape[-1],):
         raise shape_error("x", places, f"({first.shape[-1]},)")
-    drawn = {
-        name: (line.mean(axis=0), _band(line, band)) if line.ndim == 2 else (line, None)
+    bands = {
+        name: ends
         for name, line in found.items()
+        if line.ndim == 2 and (ends := _band(line, band)) is not None
     }
-    return written(draw_curves(drawn, places, xlabel, ylabel, title, ax), path)
+    return draw_curves(
+        places, found, xlabel=xlabel, ylabel=ylabel, title=title, path=path, ax=ax, bands=bands
+    )
 
 
-def _band(line: NDArray[np.float64], band: float | None) -> Any:
+def _band(line: NDArray[np.float64], band: float | None) -> NDArray[np.float64] | None:
     """Low and high ends (2, P) of what holds that part of the means."""
     if band is None or len(line) < 2:
         return None
     draws = np.random.default_rng(0).multinomial(len(line), [1 / len(line)] * len(line), size=1000)
     tails = 50 * (1 - band)
-    return np.percentile(draws @ line / len(line), [tails, 100 - tails], axis=0)
+    ends: NDArray[np.float64] = np.percentile(
+        draws @ line / len(line), [tails, 100 - tails], axis=0
+    )
+    return ends

@@ -299,8 +299,8 @@ def test_html_has_a_picture_of_each_explained_input(
 
 
 def test_html_says_why_there_is_no_picture(table: Explanation) -> None:
-    clip = replace(table, relevance=draw(2, 3, 4, 5, 6), inputs=draw(2, 3, 4, 5, 6))
-    page = Page(clip._repr_html_())
+    strange = replace(table, relevance=draw(2, 3, 4, 5, 6, 7), inputs=draw(2, 3, 4, 5, 6, 7))
+    page = Page(strange._repr_html_())
     assert not page.pictures and any("no picture" in text for text in page.text)
 
 

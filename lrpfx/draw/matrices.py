@@ -1,21 +1,16 @@
-"""Matrices of values by two names, and curves with bands."""
+"""Matrices of values by two names."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lrpfx.draw.colors import BLUE, FRAME, INK, RED
+from lrpfx.draw.colors import INK
 from lrpfx.draw.look import Array, Look
 from lrpfx.draw.sheet import Picture, frame
-
-#: Told apart by eyes that do not tell red from green; then by dashes.
-_LINES = [RED, BLUE, "#1b7837", "#e08214", "#762a83", "#666666", "#35978f", "#bf812d"]
-_DASHES = ["-", "--", ":"]
 
 
 def draw_matrix(
@@ -80,38 +75,3 @@ def _short(value: float) -> str:
         else f"{value:.0e}"
     )
     return text.replace("-0.00", "0.00")
-
-
-def draw_curves(
-    lines: Mapping[str, tuple[Array, Any]],
-    x: Array,
-    xlabel: str,
-    ylabel: str,
-    title: str | None,
-    ax: Axes | None,
-) -> Figure:
-    """Lines (P,), with the low and the high end (2, P) of their bands where they have some."""
-    if ax is None:
-        figure = Picture(figsize=(4.6, 3.0), facecolor="white", layout="constrained")
-        ax = figure.add_subplot()
-    for k, (name, (line, band)) in enumerate(lines.items()):
-        color, dash = _LINES[k % len(_LINES)], _DASHES[k // len(_LINES) % len(_DASHES)]
-        ax.plot(x, line, color=color, linestyle=dash, linewidth=1.4, label=name)
-        if band is not None:
-            ax.fill_between(x, *band, color=color, alpha=0.15, linewidth=0)
-    ax.grid(color=FRAME, linewidth=0.5)
-    ax.set_axisbelow(True)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.tick_params(labelsize=8)
-    ax.margins(x=0.01)
-    ax.set_xlabel(xlabel, fontsize=9, parse_math=False)
-    ax.set_ylabel(ylabel, fontsize=9, parse_math=False)
-    if len(lines) > 1 or next(iter(lines)):
-        legend = ax.legend(fontsize=7, frameon=False)
-        for text in legend.get_texts():
-            text.set_parse_math(False)
-    if title is not None:
-        ax.set_title(title, fontsize=9, loc="left", parse_math=False)
-    found = ax.get_figure(root=True)
-    assert found is not None  # axes that were removed from theirs
-    return found
