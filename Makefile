@@ -8,6 +8,7 @@
 # make compiled  what they cost compiled: its section of docs/performance.md (as long again)
 # make docs      the pages of docs/ and the docstrings as a site, in site/
 # make dist      wheel and sdist in dist/, each installed and run outside of the checkout
+# make virelay   files for ViRelAy, read by ViRelAy itself in an environment of its own
 # make clean     remove the environments and everything generated
 #
 # PYTHON names the interpreter (3.10 or newer) that the environment is made with. pip takes its
@@ -24,7 +25,7 @@ EXAMPLES ?= .venv-examples
 BIN     := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -c constraints.txt
 
-.PHONY: demo examples test check nightly mutants processors bench compiled docs dist clean
+.PHONY: demo examples test check nightly virelay mutants processors bench compiled docs dist clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/quickstart.py examples/out/quickstart.png
@@ -54,6 +55,12 @@ nightly: processors mutants $(VENV)/.installed-test $(VENV)/.installed-nightly
 	failed=; for zoo in torchvision timm transformers; do \
 		$(BIN)/python -m benchmarks.coverage $$zoo || failed="$$failed $$zoo"; \
 	done; test -z "$$failed"
+
+# ViRelAy fixes versions of packages that no other environment should have.
+virelay: $(VENV)/.installed-test $(VENV)/.installed-virelay
+	test -x .venv-virelay/bin/virelay || { $(PYTHON) -m venv .venv-virelay && \
+		.venv-virelay/bin/python -m pip install virelay==0.6.1; }
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/spray
 
 # MUTANTS="mask sign" plants those with one of the words in their names.
 mutants: $(VENV)/.installed-test
@@ -112,6 +119,6 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf site $(VENV) $(EXAMPLES) build dist *.egg-info examples/out
+	rm -rf site $(VENV) $(EXAMPLES) .venv-virelay build dist *.egg-info examples/out
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import itertools
-import urllib.parse
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
 
 from lrpfx.concepts.accumulate import By
 from lrpfx.concepts.views import Reference, View, Viewer
@@ -269,43 +263,9 @@ def _text(value: Any) -> str:
 
 
 def _strip(views: Sequence[View], tile: int, most: int) -> tuple[str, int] | None:
-    """Samples side by side, their maps below, as a data URL of limited size; and a tile's side."""
-    if not views or any(view.image is None for view in views):
-        return None
-    from lrpfx.draw import Look
+    """Samples side by side, their maps below, as a data URL; and a tile's side."""
+    from lrpfx.draw import draw_strip
 
-    colours = Look().colors
-    pairs = []
-    for view in views:
-        assert view.image is not None and view.relevance is not None
-        limit = float(np.abs(view.relevance).max()) or 1.0
-        pairs.append((view.image, colours(view.relevance / limit / 2 + 0.5)[..., :3]))
-    for quality, side in ((80, tile), (60, tile), (60, 48), (45, 48), (40, 32), (10, 32)):
-        rows = [np.concatenate([_fitted(p[r], side) for p in pairs], axis=1) for r in (0, 1)]
-        found = _encoded(np.concatenate(rows), quality)
-        if len(found) <= most:
-            break
-    text = urllib.parse.quote(base64.b64encode(found).decode(), safe="/+=")
-    return f"data:image/webp;base64,{text}", side
-
-
-def _fitted(picture: NDArray[Any], side: int) -> NDArray[np.uint8]:
-    """In a square, in its own proportions."""
-    from PIL import Image
-
-    whole = Image.fromarray((picture.clip(0, 1) * 255).round().astype(np.uint8))
-    height, width = picture.shape[:2]
-    scale = side / max(height, width)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    square = Image.new("RGB", (side, side), (128, 128, 128))
-    how = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BOX
-    square.paste(whole.resize(size, how), ((side - size[0]) // 2, (side - size[1]) // 2))
-    return np.asarray(square)
-
-
-def _encoded(picture: NDArray[np.uint8], quality: int) -> bytes:
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "WEBP", quality=quality, method=2)
-    return file.getvalue()
+    images = [view.image for view in views if view.image is not None]
+    maps = [view.relevance for view in views if view.relevance is not None]
+    return draw_strip([images, maps], tile, most) if len(images) == len(views) > 0 else None

@@ -10,6 +10,7 @@ from lrpfx.draw.images import draw_image, draw_images
 from lrpfx.draw.look import Array, Look
 from lrpfx.draw.matrices import draw_matrix
 from lrpfx.draw.signals import draw_signal, draw_signals
+from lrpfx.draw.strips import draw_strip
 from lrpfx.draw.tables import draw_table, draw_tables
 from lrpfx.draw.volumes import draw_volumes
 
@@ -24,6 +25,7 @@ __all__ = [
     "draw_matrix",
     "draw_signal",
     "draw_signals",
+    "draw_strip",
     "draw_table",
     "draw_tables",
     "draw_volumes",

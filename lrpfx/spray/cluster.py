@@ -1,15 +1,7 @@
-"""Maps of many samples -> the strategies among them: spectral relevance analysis (SpRAy).
-
-A class can be recognised in several ways, one of which may be a watermark. Their maps look
-different, and cluster. This needs scikit-learn: ``pip install 'lrpfx[spray]'``.
-
-Source: Lapuschkin et al. 2019, https://doi.org/10.1038/s41467-019-08987-4, Methods.
-"""
+"""Maps of many samples -> clusters of them, by the spectrum of their neighbourhood graph."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from lrpfx.errors import InputError
-from lrpfx.report import Column, Table, Tabular
+from lrpfx.spray.strategies import Strategies
+from lrpfx.spray.strategy import Strategy
 
 try:
     from scipy.sparse import csgraph, identity
@@ -59,6 +52,8 @@ class SpectralRelevance(ClusterMixin, BaseEstimator):  # type: ignore[misc]  # s
         n_clusters_: How many there are.
         eigenvalues_: The smallest, ascending.
         embedding_: The eigenvectors, rows of unit length, (N, n_clusters_).
+        features_: The maps as they were clustered, flat, (N, F).
+        shape_: Of one of them, (height, width), or (F,) of vectors.
 
     Source: Lapuschkin et al. 2019; von Luxburg 2007, https://doi.org/10.1007/s11222-007-9033-z,
     section 8.3 (the gap).
@@ -170,7 +165,7 @@ class SpectralRelevance(ClusterMixin, BaseEstimator):  # type: ignore[misc]  # s
                 purity = float(np.unique(true[at], return_counts=True)[1].max() / len(at))
             if true is not None and told is not None:
                 accuracy = float((true[at] == told[at]).mean())
-            mean = self.features_[at].mean(0)
+            mean = self.features_[at].mean(0).reshape(self.shape_)
             found.append(Strategy(int(cluster), tuple(at.tolist()), purity, accuracy, mean))
         return Strategies(tuple(found))
 
@@ -194,6 +189,7 @@ class SpectralRelevance(ClusterMixin, BaseEstimator):  # type: ignore[misc]  # s
             height, width = self.size or (16, 16)
             small = min(height, maps.shape[1]), min(width, maps.shape[2])
             maps = F.adaptive_avg_pool2d(maps, small)
+        self.shape_ = tuple(maps.shape[1:])
         flat = maps.flatten(1)
         total = flat.abs().sum(1, keepdim=True)
         features: Array = (flat / torch.where(total == 0, 1, total)).numpy()
@@ -222,50 +218,3 @@ def _by_size(labels: NDArray[Any]) -> NDArray[np.int64]:
     ranked = [int(found[i]) for i in order if found[i] >= 0]
     numbers.update({label: k for k, label in enumerate(ranked)})
     return np.array([numbers[int(label)] for label in labels], dtype=np.int64)
-
-
-@dataclass(frozen=True, eq=False)
-class Strategy:
-    """One cluster.
-
-    Args:
-        cluster: Its number, -1 for noise.
-        samples: Indices of its samples.
-        purity: The share of its most frequent class; None without labels.
-        accuracy: The share of samples that the model gets right; None without predictions.
-        mean: The mean of its maps as they were clustered, flat.
-    """
-
-    cluster: int
-    samples: Sequence[int]
-    purity: float | None
-    accuracy: float | None
-    mean: Array
-
-
-@dataclass(frozen=True, repr=False, eq=False)
-class Strategies(Tabular):
-    """The clusters of many maps, the largest first."""
-
-    clusters: tuple[Strategy, ...]
-
-    def table(self) -> Table:
-        """One line per cluster."""
-        columns = [
-            Column("cluster", 8, right=True),
-            Column("size", 8, right=True),
-            Column("purity", 8, right=True),
-            Column("accuracy", 8, right=True),
-            Column("samples", 40),
-        ]
-        cells = [
-            [
-                "noise" if s.cluster < 0 else str(s.cluster),
-                str(len(s.samples)),
-                "" if s.purity is None else f"{s.purity:.0%}",
-                "" if s.accuracy is None else f"{s.accuracy:.0%}",
-                ", ".join(map(str, s.samples[:8])) + (" ..." if len(s.samples) > 8 else ""),
-            ]
-            for s in self.clusters
-        ]
-        return Table([f"strategies  {len(self.clusters)}"], columns, cells)

@@ -52,10 +52,26 @@ def test_the_number_of_clusters_can_be_given() -> None:
 def test_many_maps_are_clustered_as_few_are(monkeypatch: pytest.MonkeyPatch) -> None:
     maps, labels = planted()
     dense = SpectralRelevance().fit(maps)
-    monkeypatch.setattr("lrpfx.spray._DENSE", 10)
+    monkeypatch.setattr("lrpfx.spray.cluster._DENSE", 10)
     sparse = SpectralRelevance().fit(maps)
     np.testing.assert_allclose(sparse.eigenvalues_, dense.eigenvalues_, atol=1e-8)
     np.testing.assert_array_equal(sparse.labels_, dense.labels_)
+
+
+def test_many_maps_in_parts_that_nothing_joins() -> None:
+    """As many eigenvalues of zero as there are parts, which an iteration finds one by one."""
+    maps, labels = planted((500, 400, 300, 150))
+    found = SpectralRelevance().fit(maps)
+    assert found.n_clusters_ == 4 and adjusted_rand_score(labels, found.labels_) == 1.0
+
+
+def test_a_plane_by_umap() -> None:
+    pytest.importorskip("umap", reason="umap-learn is not installed: pip install 'lrpfx[umap]'")
+    maps, labels = planted()
+    placed = SpectralRelevance().fit(maps).embed("umap")
+    centres = np.stack([placed[labels.numpy() == k].mean(0) for k in range(3)])
+    nearest = np.linalg.norm(placed[:, None] - centres, axis=2).argmin(1)
+    np.testing.assert_array_equal(nearest, labels.numpy())
 
 
 def test_scales_of_maps_and_their_order_do_not_count() -> None:
@@ -75,6 +91,11 @@ def test_a_summary_says_what_is_in_each() -> None:
     assert [s.accuracy for s in summary.clusters] == [1.0, 1.0, 0.0]
     assert [labels[s.samples[0]].item() for s in summary.clusters] == [0, 1, 2]
     assert "accuracy" in repr(summary) and "30" in repr(summary)
+    for cluster in summary.clusters:
+        own = maps[list(cluster.samples)].double().sum(1)
+        small = torch.nn.functional.adaptive_avg_pool2d(own, (16, 16))
+        shares = small / small.abs().sum((1, 2), keepdim=True)
+        np.testing.assert_allclose(cluster.mean, shares.mean(0), atol=1e-12)
 
 
 def test_a_picture_keeps_strategies_apart() -> None:
