@@ -73,9 +73,14 @@ def project(found: SpectralRelevance, tmp_path_factory: pytest.TempPathFactory) 
     truth = torch.cat([torch.full((8,), 3), torch.zeros(62, dtype=torch.long)])
     logits = torch.eye(4)[truth]
     return to_virelay(
-        tmp_path_factory.mktemp("virelay"), relevance, truth, logits, {0: (range(8, 70), found)}, images=images,
+        tmp_path_factory.mktemp("virelay"),
+        relevance,
+        truth,
+        logits,
+        {0: (range(8, 70), found)},
+        images=images,
         class_names=["nought", "one", "two", HOSTILE],
-    )  # fmt: skip
+    )
 
 
 def test_files_for_virelay_hold_maps_and_clusters(project: Path, found: SpectralRelevance) -> None:
