@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from typing_extensions import TypeVar
 
+from lrpfx.as_shap import as_shap
 from lrpfx.capture import opened, tensors_in, tensors_of
 from lrpfx.conditions import Channel, Concept
 from lrpfx.display import layout, page, titles
@@ -265,6 +266,31 @@ class Explanation(Generic[_Form]):
         return token_text(
             ids, relevance, tokenizer, skip_special=skip_special, labels=labels, scale=scale
         )
+
+    def to_shap(
+        self,
+        *,
+        feature_names: Sequence[str] | None = None,
+        tokenizer: TokenizerLike | None = None,
+    ) -> Any:
+        """The explanation as SHAP has it, for its plots: ``shap.plots.waterfall(e.to_shap()[0])``.
+
+        Base values are what was absorbed (by biases, softmaxes ...), so that with the values they
+        sum to what was explained. Images have their channels last; several targets are outputs.
+
+        Args:
+            feature_names: Of a table.
+            tokenizer: Of token ids, see ``show_tokens``; without it the data are the ids.
+
+        Returns:
+            A ``shap.Explanation``.
+
+        Raises:
+            InputError: Not exactly one input is explained, or samples share it.
+            ImportError: SHAP is not installed.
+        """
+        given = self.relevance, self.inputs, self.absorbed, self.target
+        return as_shap(*given, feature_names, tokenizer)
 
     def _pairs(self) -> list[tuple[str, Tensor, Tensor]]:
         return explained_pairs(self.relevance, self.inputs)

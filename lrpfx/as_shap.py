@@ -1,0 +1,87 @@
+"""Relevance -> a ``shap.Explanation``, which the plots of SHAP draw."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from lrpfx.errors import InputError
+from lrpfx.heatmap import explained_pairs
+from lrpfx.text import TokenizerLike, token_text
+
+
+def as_shap(
+    relevance: Any,
+    inputs: Any,
+    absorbed: Tensor,
+    target: Tensor | None,
+    feature_names: Sequence[str] | None = None,
+    tokenizer: TokenizerLike | None = None,
+) -> Any:
+    """Values and base values of SHAP: their sum is what was explained.
+
+    Args:
+        relevance: Structured like the inputs; with a dimension of targets before it if there are
+            several.
+        inputs: What was explained.
+        absorbed: What reached no input, (N,) or (K, N).
+        target: The classes, if they are known.
+        feature_names: Of tables.
+        tokenizer: Gives the tokens of ids, see ``Explanation.show_tokens``.
+
+    Raises:
+        InputError: Not exactly one input is explained.
+        ImportError: SHAP is not installed.
+    """
+    try:
+        from shap import Explanation
+    except ImportError as error:
+        raise ImportError("to_shap() needs SHAP: pip install 'lrpfx[shap]'.") from error
+    pairs = explained_pairs(relevance, inputs)
+    if len(pairs) != 1:
+        raise InputError(
+            f"to_shap() is of one explained input, and this explanation has {len(pairs)}.",
+            where=[f"{name}: {tuple(x.shape)}" for name, _, x in pairs],
+            fix="explain one of them: wrt=.",
+        )
+    ((_, values, data),) = pairs
+    values = values.detach().cpu().double()
+    data = data.detach().cpu()
+    data = data.double() if data.is_floating_point() else data
+    several = values.ndim > data.ndim
+    base = absorbed.detach().cpu()
+    if base.ndim < 1 + several:
+        raise InputError(
+            "to_shap() needs what was absorbed for each sample, and the samples share an input.",
+            fix="explain inputs whose first dimension is that of the samples.",
+        )
+    if data.ndim == 4:  # channels last
+        values = values.movedim(-3, -1)
+        data = data.movedim(-3, -1)
+    if several:
+        values, base = values.movedim(0, -1), base.movedim(0, -1)
+    return Explanation(
+        values=values.numpy(),
+        base_values=base.double().numpy(),
+        data=_tokens(data, tokenizer) if tokenizer is not None else data.numpy(),
+        feature_names=None if feature_names is None else list(feature_names),
+        output_names=_names(target, values.shape[-1]) if several else None,
+    )
+
+
+def _tokens(ids: Tensor, tokenizer: TokenizerLike) -> Any:
+    """The token of each id, as an array of objects."""
+    if ids.is_floating_point():
+        raise InputError("the explained input holds no token ids.", fix="leave tokenizer=None.")
+    sentences = token_text(ids, ids, tokenizer).sentences
+    return np.array([[token for token, _ in one] for one in sentences], dtype=object)
+
+
+def _names(target: Tensor | None, number: int) -> list[str]:
+    """Of each of several targets its class, if that is the same for all samples."""
+    if target is None or target.ndim != 2 or not bool((target == target[:, :1]).all()):
+        return [f"target {k}" for k in range(number)]
+    return [f"class {int(row[0])}" for row in target]
