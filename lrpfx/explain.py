@@ -171,6 +171,7 @@ _CONDITIONED = 16
 #: So many are kept of the modes of a model that is taken by its batches.
 _MODES = 4
 _ONE_HOT = "one-hot times output"
+_NOT_FAST = "computed in the plain form: the fast one is not finite here"
 
 
 class _Asked(NamedTuple):
@@ -584,7 +585,7 @@ class Explainer:
                     if book is None and conditions is None:  # the plain form can name the place
                         exact = self._explain(inputs, one, layers, create_graph, True, asked, True)
                         if not several:  # or is finite: it keeps apart what the fast form joins
-                            return exact
+                            return replace(exact, report=exact.report.noting([_NOT_FAST]))
                     refuse_relevance(self._plan, book.bookings() if book is not None else {})
                 at = by_layer(calls, run.activations, pulled)
                 part = self._gather.explanation(

@@ -39,6 +39,10 @@ class Measured:
         """Whether ``end`` keeps its value where all of ``shift`` is moved by numbers of its own."""
         return self._same(end, lambda: self._with(end, {shift: self._drawn(shift)}))
 
+    def ignores_number(self, end: fx.Node, total: fx.Node) -> bool:
+        """Whether ``end`` keeps its value where one number is added to all of ``total``."""
+        return self._same(end, lambda: self._with(end, {total: self._value(total) + 0.7}))
+
     def ignores_scale(self, end: fx.Node, x: fx.Node, total: fx.Node, groups: fx.Node) -> bool:
         """Whether ``end`` keeps its value where x and its sums are scaled, each group by a number.
 

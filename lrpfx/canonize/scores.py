@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from lrpfx import ops
 from lrpfx.canonize.functionalize import copied, insert
@@ -26,7 +26,8 @@ _SIGNS: dict[Any, tuple[int, int]] = {
     aten.sub.Tensor: (1, -1),
     aten.rsub.Scalar: (-1, 1),
 }
-_SCALES = {aten.mul.Tensor, aten.div.Tensor, aten.neg.default}
+_DIVISIONS = {aten.div.Tensor}
+_SCALES = {aten.mul.Tensor, aten.neg.default, *_DIVISIONS}
 #: So many steps before an exponential a shift is looked for.
 _STEPS = 12
 
@@ -96,11 +97,14 @@ def without_influence(measured: Measured, ends: Sequence[fx.Node]) -> IsFree:
 
     def is_free(total: fx.Node, place: int) -> bool:
         shift: Any = total.args[place]
-        if not isinstance(shift, fx.Node) or not is_floating(shift.meta["val"]):
-            return True
+        value = shift.meta["val"] if isinstance(shift, fx.Node) else shift
+        number = not isinstance(value, Tensor)
+        if not number and not is_floating(value):
+            return False
         if softmax is not None and total in straight:  # there is no need to measure
-            rank = total.meta["val"].ndim
-            return _is_one_along(shift, softmax.args[1] % rank - rank)
+            return number or _is_one_along(shift, _dimension(softmax))
+        if number:  # added to a factor it has influence
+            return all(measured.ignores_number(end, total) for end in ends)
         source: fx.Node | None = shift
         while source is not None:
             if all(measured.ignores(end, source) for end in ends):
@@ -147,20 +151,35 @@ def alike(a: fx.Node, b: fx.Node) -> bool:
     return first == second
 
 
-def _entrywise(end: fx.Node) -> set[fx.Node]:
-    """The sums and products of the shape of ``end`` that it is computed from one by one."""
+def _entrywise(softmax: fx.Node) -> set[fx.Node]:
+    """The sums and scales of its shape that a softmax is computed from one by one.
+
+    Factors are the same for all entries that compete, so that what is so before them stays so.
+    """
     found: set[fx.Node] = set()
-    pending = end.all_input_nodes[:1]
+    dim = _dimension(softmax)
+    pending = softmax.all_input_nodes[:1]
     while pending:
         node = pending.pop()
-        if (
-            (node.target in _SIGNS or node.target in _SCALES)
-            and alike(node, end)
-            and node not in found
-        ):
-            found.add(node)
-            pending += node.all_input_nodes
+        if node in found or not alike(node, softmax):
+            continue
+        inputs = node.all_input_nodes
+        if node.target in _SCALES:
+            inputs = [n for n in inputs if not _is_one_along(n, dim)]
+            if len(inputs) > 1 or inputs != nodes_in(node.args[:1]) and node.target in _DIVISIONS:
+                continue
+        elif node.target not in _SIGNS:
+            continue
+        found.add(node)
+        pending += inputs
     return found
+
+
+def _dimension(softmax: fx.Node) -> int:
+    """The dimension that its entries compete along, counted from the last."""
+    rank = softmax.meta["val"].ndim
+    dim: Any = softmax.args[1]
+    return int(dim % rank - rank)
 
 
 def _is_one_along(node: fx.Node, dim: int) -> bool:

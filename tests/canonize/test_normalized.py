@@ -344,3 +344,39 @@ def test_a_log_softmax_inside_is_as_exact_as_it_is() -> None:
     z = torch.tensor([[0.0, 900.0, 2.0], [-900.0, 0.0, 1.0]], dtype=torch.float64)
     found = lrpfx.explain(Apply(lambda m, z: 2 * z.log_softmax(1)), z, 1, rules="attnlrp")
     torch.testing.assert_close(found.output, 2 * z.log_softmax(1))
+
+
+def _biased(x: Tensor) -> Tensor:
+    return torch.arange(x.shape[-1]) - torch.arange(x.shape[-2])[:, None]
+
+
+#: Constants before a softmax that are no shifts of it: they stand in a factor, or vary in it.
+NO_SHIFTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "in a factor": lambda s: s * (s.square().mean() + 1),
+    "in a factor of each": lambda s: s * (s.tanh() + 1),
+    "subtracted in a factor": lambda s: s * (2 - s.tanh()),
+    "in a masked factor": lambda s: s.masked_fill(s > 1, -30.0) * (s.square().mean() + 1),
+    "one for a row, in a factor": lambda s: s * (s.tanh() - s.detach().amax(-1, keepdim=True)),
+    "in a divisor": lambda s: s / (s.square() + 1),
+    "integers that vary": lambda s: s - _biased(s),
+}
+
+
+@pytest.mark.parametrize("name", NO_SHIFTS)
+def test_constants_that_a_softmax_depends_on_stay(name: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.q, self.v = nn.Linear(4, 4).double(), nn.Linear(4, 4).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (NO_SHIFTS[name](self.q(x) @ x.mT).softmax(-1) @ self.v(x)).sum(-1)
+
+    model, x = Model().eval(), torch.randn(2, 3, 4, dtype=torch.float64)
+    e = lrpfx.explain(model, x, torch.ones(2, 3).double(), rules=[("*", lrpfx.Gradient())])
+    variable = x.clone().requires_grad_()
+    model(variable).sum().backward()
+    torch.testing.assert_close(e.output, model(x))
+    if name != "in a divisor":  # which counts as a constant
+        torch.testing.assert_close(e.relevance, variable.grad)

@@ -298,8 +298,11 @@ def test_frozen_and_compiled_explainers_serve_conditions_by_the_plain_graph() ->
     conditions: list[Any] = [{"2": [1]}, {"2": [3], "5": [0]}]
     wanted = lrpfx.Explainer(model, x, "epsilon_plus")(x, 1, conditions=conditions).relevance
     frozen = lrpfx.Explainer(model, x, "epsilon_plus", freeze=True)
-    got = frozen(x, 1, conditions=conditions, ledger=False).relevance
-    torch.testing.assert_close(got, wanted)
+    compiled = lrpfx.Explainer(model, x, "epsilon_plus").compile(backend="eager")
+    compiled(x, 1, ledger=False)
+    for explainer in (frozen, compiled):
+        got = explainer(x, 1, conditions=conditions, ledger=False).relevance
+        torch.testing.assert_close(got, wanted)
 
 
 X = draw(2, 1, 7, 7)

@@ -646,3 +646,26 @@ def test_a_recovered_summand_is_no_denominator_where_nothing_arrives() -> None:
     explainer = lrpfx.Explainer(Integers(), x, rules)
     plain, fast = (explainer(x, ledger=ledger).relevance for ledger in (True, False))
     torch.testing.assert_close(fast, plain)
+
+
+def test_it_is_told_where_fast_relevance_is_not_finite_and_the_plain_form_is() -> None:
+    """Scores of -infinity times a live factor: fast, 0 times infinity."""
+
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.v = nn.Linear(4, 4).double(), nn.Linear(4, 4).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = torch.ones(3, 3).triu(1).bool()
+            scores = (self.q(x) @ x.mT).masked_fill(hidden, -torch.inf)
+            scores = scores * (x.square().mean((1, 2), keepdim=True) + 1)
+            return (scores.softmax(-1) @ self.v(x)).sum(1)
+
+    torch.manual_seed(0)
+    model, x = Masked().eval(), torch.randn(2, 3, 4, dtype=torch.float64)
+    explainer = lrpfx.Explainer(model, x)
+    plain, fast = (explainer(x, 1, ledger=ledger) for ledger in (True, False))
+    torch.testing.assert_close(fast.relevance, plain.relevance)
+    assert any("the fast one is not finite" in note for note in fast.report.notes)
+    assert not any("the fast one is not finite" in note for note in plain.report.notes)
