@@ -32,6 +32,7 @@ from lrpfx.capture import (
 from lrpfx.conditions import Condition, Conditions, Places, channels_of, read_conditions
 from lrpfx.errors import CaptureError, CompileError, InputError, SelectorError
 from lrpfx.explanation import Explanation, Layers
+from lrpfx.pipeline import pipeline_of
 from lrpfx.plan import RulesLike
 from lrpfx.prepare import BatchNorm, Prepared, prepare_by
 from lrpfx.report import Report
@@ -107,7 +108,9 @@ def explain(
     The model is captured anew for each call; for several explanations make an ``Explainer``.
 
     Args:
-        model: Any module that torch.export can trace, in evaluation mode. It is not modified.
+        model: Any module that torch.export can trace, in evaluation mode. It is not modified. A
+            ``transformers`` pipeline stands for its model; inputs may then be texts or images, and
+            the target a label.
         inputs: A tensor (N, ...), a tuple of positional or a dict of keyword arguments. Floating
             tensors are explained, and so are integer tensors that index an embedding: at its
             output, summed over features. Everything else is passed through as a constant.
@@ -163,6 +166,7 @@ def explain(
         SelectorError: A selector, composite or layer that names nothing.
     """
     explainer = Explainer(model, inputs, rules, wrt=wrt, capture=capture)
+    inputs, target = explainer._given(inputs, target)
     return explainer._run(inputs, target, layers, create_graph, ledger, _Asked())
 
 
@@ -242,6 +246,10 @@ class Explainer:
                 'freeze=True promises buffers that stay, and bn="batch" updates them.',
                 fix="leave out one of the two.",
             )
+        self._pipeline = pipeline_of(model)
+        if self._pipeline is not None:
+            model, inputs = self._pipeline.model, self._pipeline.inputs(inputs)
+            wrt, dynamic = self._pipeline.wrt(inputs, wrt), dynamic or self._pipeline.dynamic
         fixed = None
         if freeze and isinstance(model, nn.Module):
             fixed = versions(state_of(model))
@@ -462,7 +470,14 @@ class Explainer:
         Source: Achtibat et al. 2023 (CRP), https://doi.org/10.1038/s42256-023-00711-8, eq. 4 and 5.
         """
         asked = _Asked(conditions, pairing, through, start, init)
+        inputs, target = self._given(inputs, target)
         return self._serving(inputs)._run(inputs, target, layers, create_graph, ledger, asked)
+
+    def _given(self, inputs: Any, target: Any) -> tuple[Any, Any]:
+        """Inputs and target as the model takes them: a pipeline also takes texts and labels."""
+        if self._pipeline is None:
+            return inputs, target
+        return self._pipeline.inputs(inputs), self._pipeline.target(target)
 
     def _serving(self, inputs: Inputs) -> Explainer:
         """The Explainer whose graph holds for the inputs and, by batch, for the model's mode."""

@@ -161,6 +161,7 @@ def token_text(
         )
     if (scale not in ("each", "shared")) if isinstance(scale, str) else not scale > 0:
         raise InputError(f"scale={scale!r}.", fix="give 'each', 'shared' or a positive number.")
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of a pipeline
     skipped = _skipped(tokenizer, skip_special)
     sentences = []
     for row, values in zip(ids.tolist(), relevance.detach().double().tolist(), strict=True):

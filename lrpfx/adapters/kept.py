@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ class Kept:
 
     def __init__(self, model: nn.Module, rules: RulesLike = None, **options: Any) -> None:
         self.model, self._rules, self._options = model, rules, options
+        self._varying = {0, *options.get("dynamic", ())}
         self._explainers: dict[Any, Explainer] = {}
 
     def explain(self, inputs: Any, target: Any, wrt: Any = None, **options: Any) -> Explanation:
@@ -39,9 +41,7 @@ class Kept:
             **options: Of the call.
         """
         mode = tuple(module.training for module in self.model.modules())
-        loose, exact = (
-            (*_form(inputs, sizes), wrt, mode) for sizes in (slice(1, None), slice(None))
-        )
+        loose, exact = ((*_form(inputs, open_), wrt, mode) for open_ in (self._varying, ()))
         for key in (loose, exact):
             if key in self._explainers:
                 try:
@@ -55,11 +55,11 @@ class Kept:
         return explainer(inputs, target, **options)
 
 
-def _form(inputs: Any, sizes: slice) -> tuple[Any, ...]:
-    """What tells inputs of one form from others, by some of their sizes."""
+def _form(inputs: Any, varying: Collection[int]) -> tuple[Any, ...]:
+    """What tells inputs of one form from others, but for sizes that may vary."""
     leaves, spec = pytree.tree_flatten(inputs)
     forms = [
-        (leaf.dtype, leaf.device, leaf.ndim, tuple(leaf.shape[sizes]))
+        (leaf.dtype, leaf.device, *(-1 if d in varying else n for d, n in enumerate(leaf.shape)))
         if isinstance(leaf, Tensor)
         else repr(leaf)
         for leaf in leaves
