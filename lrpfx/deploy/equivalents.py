@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import decomposition_table
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 aten = torch.ops.aten
 Ints = Sequence[int]
@@ -272,7 +274,7 @@ _RESIZED: dict[Any, tuple[int, Any, bool]] = {
     aten._upsample_bicubic2d_aa_backward.default: (2, aten._upsample_bicubic2d_aa.default, True),
 }
 
-#: By op, what is written down in its place.
+#: By op, what is written down in its place; what PyTorch itself knows of others is in ``TABLE``.
 EQUIVALENTS: dict[Any, Callable[..., Any]] = {
     aten.convolution_backward.default: convolution_backward,
     aten.avg_pool2d_backward.default: _avg_pool_backward(2),
@@ -288,3 +290,18 @@ EQUIVALENTS: dict[Any, Callable[..., Any]] = {
     aten.copysign.Tensor: copysign,
     **{op: _resize_backward(*how) for op, how in _RESIZED.items()},
 }
+
+#: For the tracer.
+TABLE = {op: f for op, f in decomposition_table.items() if "backward" in str(op)} | EQUIVALENTS
+
+
+class Spelled(TorchFunctionMode):
+    """Ops whose own derivative is written in strides are run as others, which have the same."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        """The op, or what stands for it."""
+        if func is aten.adaptive_avg_pool2d.default and {*args[1]} == {1}:
+            return args[0].mean([-1, -2], keepdim=True)
+        return func(*args, **(kwargs or {}))

@@ -7,12 +7,14 @@ ops are written as the forward ops that they are equal to, which other runtimes 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -33,7 +35,8 @@ from lrpfx.capture import (
     dotted_names,
     tracing,
 )
-from lrpfx.deploy.equivalents import EQUIVALENTS
+from lrpfx.deploy.equivalents import TABLE, Spelled
+from lrpfx.deploy.locate import locate
 from lrpfx.deploy.seeds import seed_in_graph
 from lrpfx.explain import Explainer
 from lrpfx.run import Run, tidy
@@ -51,12 +54,19 @@ class Program:
         inputs: Names of the tensors that it takes, flat.
         outputs: Names of the tensors that it returns, flat.
         letters: Per tensor that it takes, names of the sizes that may vary.
+        locate: Finds where in the model ops come from.
     """
 
     exported: ExportedProgram
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     letters: tuple[Letters, ...]
+    locate: Callable[[Collection[Any]], Mapping[Any, list[str]]]
+
+    def places(self, ops: Collection[Any]) -> list[str]:
+        """Each of the ops, at each of its places."""
+        found = self.locate(ops)
+        return [f"{op}: {place}" for op in ops for place in found.get(op) or ["a rule"]]
 
 
 def make_program(explainer: Explainer, inputs: Inputs, by_input: bool) -> Program:
@@ -70,6 +80,7 @@ def make_program(explainer: Explainer, inputs: Inputs, by_input: bool) -> Progra
     signature, model = explainer._captured.signature, explainer.model
     leaves = check_inputs(signature, inputs)
     letters = letters_of(signature)
+    run = functools.partial(locate, explainer, leaves)
     leaves = [_doubled(leaf, each) for leaf, each in zip(leaves, letters, strict=True)]
     args, kwargs = pytree.tree_unflatten(leaves, signature.spec)
     ordered = kwargs or args  # as they were captured
@@ -94,6 +105,7 @@ def make_program(explainer: Explainer, inputs: Inputs, by_input: bool) -> Progra
         tuple(names[i] for i in tensors),
         tuple(_output_names(returned, names)),
         tuple(letters[i] for i in tensors),
+        run,
     )
 
 
@@ -192,8 +204,9 @@ def _written_down(
             flat[i] = tensor
         _same_sizes(flat, letters)
         target = flat.pop() if by_input else None
-        run = Run(*torch.func.functional_call(module, values, (*flat, None)))
-        (pulled,) = run.pull([seed_in_graph(run.explained, target)])
+        with Spelled():
+            run = Run(*torch.func.functional_call(module, values, (*flat, None)))
+            (pulled,) = run.pull([seed_in_graph(run.explained, target)])
         found, _ = gather.by_input(flat, pulled.starts)
         made.append((plain(gather.output(run.clean)), plain(gather.structured(found, inputs))))
         return pytree.tree_leaves(made[0])
@@ -201,8 +214,9 @@ def _written_down(
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     given: list[Tensor] = [mode.from_tensor(t, static_shapes=True) for t in state.values()]
     given += [_without_values(mode, leaves[i], letters[i]) for i in places]
-    with mode, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        graph = make_fx(explain, decomposition_table=EQUIVALENTS)(*given)
+    # Of ops in C++ that read sizes as numbers, the dispatcher in Python has others.
+    with mode, enable_python_dispatcher(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        graph = make_fx(explain, decomposition_table=TABLE)(*given)
     tidy(graph)
     return _with_state(graph, state, places, len(leaves)), made[0]
 

@@ -1,6 +1,7 @@
 """ONNX files: onnxruntime gives output and relevance as the Explainer does, at any batch size."""
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import lrpfx
+from lrpfx.errors import ExportError
 from tests.oracle import zoo
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="pip install -e '.[export]'")
@@ -95,3 +97,51 @@ def test_the_largest_class_may_be_explained_without_an_input_for_it(tmp_path: Pa
     expected = explainer("perceptron")(x)
     assert apart(output, expected.output) < TOLERANCE
     assert apart(relevance, expected.relevance) < TOLERANCE
+
+
+class Sampled(nn.Module):
+    """With an op whose gradient ONNX has nothing for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(1, 2, 3), nn.Linear(8, 3)
+        self.register_buffer("grid", torch.rand(1, 2, 2, 2) - 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = self.grid.expand(len(x), 2, 2, 2)
+        hidden = nn.functional.grid_sample(self.conv(x).relu(), grid, align_corners=False)
+        return self.head(hidden.flatten(1))
+
+
+def test_what_onnx_has_nothing_for_is_refused_by_op_module_and_line(tmp_path: Path) -> None:
+    x = torch.randn(2, 1, 6, 6)
+    explainer = lrpfx.Explainer(nn.Sequential(Sampled()), x, "epsilon_plus")
+    with pytest.raises(ExportError) as caught:
+        lrpfx.export(explainer, tmp_path / "model.onnx", x)
+    (where,) = caught.value.where
+    assert where.startswith("aten.grid_sampler_2d_backward.default: 0: grid_sampler, float32")
+    assert "test_onnx_file.py" in where and "nn.functional.grid_sample(" in where
+    assert not list(tmp_path.iterdir())
+    lrpfx.export(explainer, tmp_path / "model.pt2", x)
+
+
+def test_a_file_says_what_it_was_made_of_and_that_is_data_only(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx", reason="pip install -e '.[export]'")
+    path, names = tmp_path / "model.onnx", ["cat", "dog", "", "42"]
+    x = torch.randn(2, 6)
+    lrpfx.export(explainer("perceptron"), path, x, target="argmax", class_names=names)
+    session = onnxruntime.InferenceSession(path)
+    facts = json.loads(session.get_modelmeta().custom_metadata_map["lrpfx"])
+    assert facts["class_names"] == names
+    assert facts["versions"]["lrpfx"] == lrpfx.__version__
+    assert [node["rule"] for node in facts["nodes"]][0].startswith("Epsilon")
+    shapes = [value.shape for value in (*session.get_inputs(), *session.get_outputs())]
+    assert shapes == [["N", 6], ["N", 4], ["N", 6]]
+
+    expected = run(path, x)
+    changed = onnx.load(path)
+    told = '__import__("os").abort()'
+    changed.metadata_props[0].value = told
+    onnx.save(changed, path)
+    assert onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map["lrpfx"] == told
+    assert all(map(torch.equal, run(path, x), expected))
