@@ -1,5 +1,6 @@
 # make demo      train a small network, explain it, write a picture
-# make examples  a vision transformer, language models, a sentence encoder with its real weights, concepts
+# make examples  a vision transformer, language models, a sentence encoder with its real weights, concepts,
+#                an audit that finds a shortcut and takes it out
 # make test      what CI runs: lint, format, types, layers, tests
 # make nightly   tests with more and new examples, then the models of three libraries (hours)
 # make mutants   plant faults in a copy of the library: do the tests see each? (minutes)
@@ -38,6 +39,7 @@ examples: $(EXAMPLES)/.smollm2
 	$(EXAMPLES)/bin/python examples/sentences.py
 	$(EXAMPLES)/bin/python examples/smollm.py "The capital of France is Paris. The capital of Germany is" examples/out/smollm.png
 	$(EXAMPLES)/bin/python examples/concepts.py examples/out
+	OMP_NUM_THREADS=1 $(EXAMPLES)/bin/python examples/audit.py examples/out/audit
 
 # One thread per worker: pytest-xdist already fills the cores. A file's tests stay together as far
 # as that leaves no worker idle, as they share traces.

@@ -1,6 +1,7 @@
 """The models that the examples explain, against formulas written here."""
 
 import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -93,3 +94,25 @@ def by_modified_gradients(
     return cosine.detach(), [
         (w * g).sum(-1).detach() for w, g in zip(words, gradients, strict=True)
     ]
+
+
+@pytest.mark.nightly
+def test_the_audit_finds_the_mark_and_takes_it_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import audit
+
+    audit.main(tmp_path)
+    told = capsys.readouterr().out
+    trained, corrected = (
+        [float(n) for n in re.findall(r"([\d.]+)%", line)]
+        for line in told.splitlines()
+        if " accuracy: " in line
+    )
+    assert trained[0] > 97 and trained[1] < 80
+    assert corrected[0] > 97 and corrected[1] > 97
+    assert "agrees with the mark on 100.0%" in told and "8 of its 8 references" in told
+    assert "100% of its nearest are marked" in told and " 0% of its nearest are marked" in told
+    for name in ("audit.png", "concepts.html", "strategies.html"):
+        assert (tmp_path / name).stat().st_size > 10_000

@@ -98,7 +98,9 @@ class Scanned(Protocol):
     def targets(self) -> list[int]:
         """The classes that there are."""
 
-    def references(self, layer: str, concept: int, *, k: int, by: By) -> list[Reference]:
+    def references(
+        self, layer: str, concept: int, *, k: int, by: By, target: int | None
+    ) -> list[Reference]:
         """The samples that show a concept."""
 
     def top(self, layer: str, *, target: int, k: int) -> list[tuple[int, float]]:
@@ -117,6 +119,7 @@ class Page:
         concepts: By layer, those that are shown.
         k: How many references of each.
         by: What they are ranked by.
+        target: Of this class only; None for all.
         names: Of classes, and of samples.
     """
 
@@ -127,9 +130,11 @@ class Page:
         concepts: Mapping[str, Sequence[int]],
         k: int,
         by: By,
+        target: int | None,
         names: tuple[Mapping[int, str], Mapping[int, str]],
     ) -> None:
         self.table, self.viewer, self.concepts, self.k, self.by = table, viewer, concepts, k, by
+        self.target = target
         self.classes, self.samples = names
         count = max(1, sum(map(len, concepts.values())))
         self._most = _PICTURES * 3 // 4 // count
@@ -157,13 +162,14 @@ class Page:
     def _facts(self) -> str:
         facts = self.table.facts
         crop = {None: "whole samples", "field": "receptive fields", "relevance": "by relevance"}
+        only = "" if self.target is None else f" among {self._name(self.target)}"
         told = {
             "samples": facts["samples"],
             "rules": facts["rules"],
             "explained": facts["target"],
-            "references": f"by {self.by}, the best {self.k} of each concept; a sample, and below "
-            f"it what the concept saw for the explained class ({crop[self.viewer.crop]}): red "
-            "speaks for the class, blue against it",
+            "references": f"by {self.by}, the best {self.k} of each concept{only}; a sample, and "
+            f"below it what the concept saw for the explained class ({crop[self.viewer.crop]}): "
+            "red speaks for the class, blue against it",
             "layers": ", ".join(self.concepts),
         }
         return (
@@ -204,7 +210,10 @@ class Page:
             '<div class="cards">\n'
         )
         concepts = self.concepts[layer]
-        found = {c: self.table.references(layer, c, k=self.k, by=self.by) for c in concepts}
+        found = {
+            c: self.table.references(layer, c, k=self.k, by=self.by, target=self.target)
+            for c in concepts
+        }
         views = self.viewer.views(layer, [(c, r) for c in concepts for r in found[c]])
         for concept in concepts:
             yield self._card(layer, concept, list(itertools.islice(views, len(found[concept]))))

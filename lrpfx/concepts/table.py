@@ -208,7 +208,8 @@ class ConceptTable:
         k: int = 6,
         by: By = "relevance",
         crop: Crop = None,
-        target: Any = None,
+        target: int | None = None,
+        explained: Any = None,
         kinds: Mapping[str, Concept] | None = None,
         class_names: Names = None,
         path: str | os.PathLike[str] | None = None,
@@ -227,15 +228,17 @@ class ConceptTable:
             by: See ``references``.
             crop: "field": to the receptive field of the position where the concept is strongest.
                 "relevance": to the box that holds most of the map. None: whole samples.
-            target: What is explained, if the scan was of a callable.
+            target: References of this class only.
+            explained: What is explained, if the scan was of a callable.
             kinds: As in the scan.
             class_names: By class; None for those of ``dataset.classes``, if it has them.
             path: Where to write the figure, if anywhere; the ending names the format.
         """
-        viewer = self._viewer(explainer, dataset, target, kinds, crop, 32)
+        viewer = self._viewer(explainer, dataset, explained, kinds, crop, 32)
         rows = {}
         for concept in concepts:
-            found = self.references(layer, concept, k=min(k, self.facts["k"]), by=by)
+            most = min(k, self.facts["k"])
+            found = self.references(layer, concept, k=most, by=by, target=target)
             pairs = [(concept, reference) for reference in found]
             rows[f"{layer}: {concept}"] = list(viewer.views(layer, pairs))
         if not rows:
@@ -257,7 +260,8 @@ class ConceptTable:
         k: int = 8,
         by: By = "relevance",
         crop: Crop = None,
-        target: Any = None,
+        target: int | None = None,
+        explained: Any = None,
         kinds: Mapping[str, Concept] | None = None,
         class_names: Names = None,
         sample_names: Names = None,
@@ -276,15 +280,16 @@ class ConceptTable:
             most: So many of each layer, the most relevant first; None for all, in their order.
             k: How many references of each concept.
             by: See ``references``.
-            crop: See ``plot``, as ``target``, ``kinds`` and ``class_names``.
+            crop: See ``plot``.
             target: See ``plot``.
+            explained: See ``plot``.
             kinds: See ``plot``.
             class_names: See ``plot``.
             sample_names: By number; None for the file names in ``dataset.samples``, if it has them.
             batch_size: How many references are explained at a time.
             progress: Whether to show a progress bar.
         """
-        viewer = self._viewer(explainer, dataset, target, kinds, crop, batch_size)
+        viewer = self._viewer(explainer, dataset, explained, kinds, crop, batch_size)
         concepts = {
             layer: list(range(self.size(layer)))
             if most is None
@@ -294,7 +299,7 @@ class ConceptTable:
         files = getattr(dataset, "samples", None)
         own = [os.path.basename(str(f[0])) for f in files] if isinstance(files, list) else None
         names = _names(class_names, getattr(dataset, "classes", None)), _names(sample_names, own)
-        page = Page(self, viewer, concepts, min(k, self.facts["k"]), by, names)
+        page = Page(self, viewer, concepts, min(k, self.facts["k"]), by, target, names)
         count = sum(map(len, concepts.values()))
         with told(Path(path).parent), shown(count, 0, progress, "concepts") as tell:
 
@@ -309,7 +314,7 @@ class ConceptTable:
         self,
         explainer: Explainer,
         dataset: Any,
-        target: Any,
+        explained: Any,
         kinds: Mapping[str, Concept] | None,
         crop: Crop,
         batch_size: int,
@@ -322,12 +327,17 @@ class ConceptTable:
                 fix="give kinds= as in scan().",
             )
         rule = self.facts["target"]
-        if target is None and rule not in ("label", "predicted"):
+        if explained is None and rule not in ("label", "predicted"):
             raise InputError(
-                f"the scan explained a callable, {rule}.", fix="give it again as target=."
+                f"the scan explained a callable, {rule}.", fix="give it again as explained=."
             )
         return Viewer(
-            explainer, dataset, rule if target is None else target, kinds or {}, crop, batch_size
+            explainer,
+            dataset,
+            rule if explained is None else explained,
+            kinds or {},
+            crop,
+            batch_size,
         )
 
     def _check(self, layer: str, concept: int | None = None) -> None:

@@ -134,11 +134,13 @@ def test_only_some_concepts_are_shown_if_so_asked(
 ) -> None:
     table.to_html(
         tmp_path / "few.html", dataset=data, explainer=explainer, layers=["3"], most=1, k=2,
-        by="activation", crop="field", class_names={1: "ONE"}, progress=False,
+        by="activation", crop="field", target=1, class_names={1: "ONE"}, progress=False,
     )  # fmt: skip
     text = (tmp_path / "few.html").read_text()
     assert len(re.findall(r'<article id="c1-', text)) == 1 and 'id="c0' not in text
-    assert "ONE" in text and 'class="pale"' in text and text.count("<li ") == 2
+    assert (
+        text.count("<span>ONE</span>") == 2 and 'class="pale"' in text and text.count("<li ") == 2
+    )
 
 
 def test_what_is_no_image_is_listed(tmp_path: Path) -> None:
