@@ -138,8 +138,10 @@ def explain(
         layers: Module paths (globs allowed), or names of nodes in the report, whose relevance and
             activation are returned, too.
         create_graph: Keep the graph of the relevance, so that it can be differentiated with
-            respect to inputs and parameters: a loss of it trains the model. Forgotten while the
-            model is in training mode, ``backward()`` ends in an error that says so.
+            respect to inputs and parameters: a loss of it trains the model. Where it is seen that
+            the model is being trained (it is in training mode, and was turned to it or has new
+            parameters since the Explainer was made), a loss of relevance without its graph is an
+            error that says so. Elsewhere such a loss gives the parameters no gradient.
         ledger: When the sums of relevance at each node are computed, for the report. None: once
             the report is asked for them, by the plain form of all rules, run on inputs and
             parameters as they were (the explanation keeps the model for that; a change since is an
@@ -261,6 +263,7 @@ class Explainer:
         self._made_of = Recipe(model, example, rules, options | {"bn": bn})
         self._by_batch = bn == "batch"
         self._modes = [(module, module.training) for module in model.modules()]
+        self._parameters = versions(dict(self.model.named_parameters()))
         self._in_other_modes: dict[tuple[bool, ...], Explainer] = {}
         self._runs: Runs[Explainer] | None = None
         trim()
@@ -524,13 +527,21 @@ class Explainer:
         with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
             explanation = self._explain(inputs, target, layers, create_graph, ledger, asked)
         if a_loss_may_follow and self._is_being_trained():
-            return replace(explanation, relevance=without_graph(explanation.relevance))
+            return replace(
+                explanation,
+                relevance=without_graph(explanation.relevance),
+                embeddings=without_graph(explanation.embeddings),
+                layers=explanation.layers.mapped(without_graph),
+            )
         return explanation
 
     def _is_being_trained(self) -> bool:
-        if self._by_batch:
-            return any(module.training for module, _ in self._modes)
-        return is_being_trained(self._captured)
+        """In training mode, and turned to it since; or with parameters that have moved since."""
+        if is_being_trained(self._captured):
+            return True
+        if not any(module.training for module, _ in self._modes):
+            return False
+        return self._by_batch or versions(dict(self.model.named_parameters())) != self._parameters
 
     def _explain(
         self,

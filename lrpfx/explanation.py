@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, BinaryIO, Generic, NamedTuple
 
@@ -56,6 +56,10 @@ class LayerRelevance(_Both):
         both.passed = relevance if passed is None else passed
         return both
 
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> LayerRelevance:
+        """The same with other relevance."""
+        return type(self)(change(self.relevance), self.activation, change(self.passed))
+
 
 class LayerCalls(tuple[LayerRelevance, ...]):
     """One ``LayerRelevance`` per call of a module; a module called once can be read directly."""
@@ -99,6 +103,13 @@ class LayerCalls(tuple[LayerRelevance, ...]):
 
 class Layers(dict[str, LayerCalls]):
     """Module paths and the calls of each; shown a line each."""
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Layers:
+        """The same with other relevance."""
+        return Layers(
+            (path, LayerCalls.of((each.mapped(change) for each in calls), calls.channels))
+            for path, calls in self.items()
+        )
 
     def __repr__(self) -> str:
         lines = [f"{path}: {calls!r}" for path, calls in self.items()]

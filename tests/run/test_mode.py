@@ -94,6 +94,32 @@ def test_a_forgotten_graph_is_named(made: Made, with_another_loss: bool) -> None
     check_form(caught.value)
 
 
+@pytest.mark.parametrize("of", ["layers", "embeddings"])
+def test_so_it_is_of_relevance_inside(of: str) -> None:
+    model = nn.Sequential(nn.Embedding(5, 3), nn.Dropout(), nn.Flatten(), nn.Linear(6, 2)).eval()
+    explainer = lrpfx.Explainer(model, torch.tensor([[0, 1], [2, 3]]))
+    model.train()
+    e = explainer(torch.tensor([[0, 1], [2, 3]]), 1, layers=["0"])
+    inside = e.embeddings if of == "embeddings" else e.layers["0"].relevance
+    with pytest.raises(errors.InputError, match="create_graph=True"):
+        inside.square().sum().backward()
+
+
+def test_a_model_without_modes_is_seen_to_train_by_its_parameters() -> None:
+    """One that was never in evaluation mode: looked at it is as any other, until it has moved."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.randn(2, 4)
+    explainer = lrpfx.Explainer(model, x)
+    assert explainer(x, 1).relevance.numpy().shape == (2, 4)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(x).square().sum().backward()
+    optimizer.step()
+    with pytest.raises(errors.InputError, match="create_graph=True"):
+        (model(x).square().sum() + explainer(x, 1).relevance.abs().sum()).backward()
+    model.eval()
+    assert explainer(x, 1).relevance.numpy().shape == (2, 4)
+
+
 def test_relevance_that_is_only_looked_at_is_as_before(made: Made) -> None:
     model, explainer, x, y = made
     model.train()
