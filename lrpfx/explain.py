@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import Self
 
 from lrpfx.capture import (
@@ -82,6 +83,7 @@ from lrpfx.run import (
     refuse_seed,
     reported,
     target_per_condition,
+    through,
     without_graph,
 )
 from lrpfx.saved import Recipe, Weights, example_of, read_file, write_file
@@ -168,8 +170,7 @@ def explain(
         SelectorError: A selector, composite or layer that names nothing.
     """
     explainer = Explainer(model, inputs, rules, wrt=wrt, capture=capture)
-    inputs, target = explainer._given(inputs, target)
-    return explainer._run(inputs, target, layers, create_graph, ledger, _Asked())
+    return explainer._answer(explainer, inputs, target, layers, create_graph, ledger, _Asked())
 
 
 #: How many graphs with conditions are kept at most.
@@ -248,6 +249,8 @@ class Explainer:
                 'freeze=True promises buffers that stay, and bn="batch" updates them.',
                 fix="leave out one of the two.",
             )
+        self._parallel = model if isinstance(model, DistributedDataParallel) else None
+        model = model if self._parallel is None else self._parallel.module
         self._pipeline = pipeline_of(model)
         if self._pipeline is not None:
             model, inputs = self._pipeline.model, self._pipeline.inputs(inputs)
@@ -473,14 +476,29 @@ class Explainer:
         Source: Achtibat et al. 2023 (CRP), https://doi.org/10.1038/s42256-023-00711-8, eq. 4 and 5.
         """
         asked = _Asked(conditions, pairing, through, start, init)
-        inputs, target = self._given(inputs, target)
-        return self._serving(inputs)._run(inputs, target, layers, create_graph, ledger, asked)
+        return self._answer(None, inputs, target, layers, create_graph, ledger, asked)
 
-    def _given(self, inputs: Any, target: Any) -> tuple[Any, Any]:
-        """Inputs and target as the model takes them: a pipeline also takes texts and labels."""
-        if self._pipeline is None:
-            return inputs, target
-        return self._pipeline.inputs(inputs), self._pipeline.target(target)
+    def _answer(
+        self,
+        serving: Explainer | None,
+        inputs: Any,
+        target: Any,
+        layers: Sequence[str],
+        create_graph: bool,
+        ledger: bool | None,
+        asked: _Asked,
+    ) -> Explanation[Any]:
+        """The explanation, by the Explainer that serves these inputs."""
+        if self._pipeline is not None:
+            inputs, target = self._pipeline.inputs(inputs), self._pipeline.target(target)
+
+        def explain() -> Explanation[Any]:
+            by = self._serving(inputs) if serving is None else serving
+            return by._run(inputs, target, layers, create_graph, ledger, asked)
+
+        if self._parallel is None or not create_graph:
+            return explain()
+        return through(self._parallel, explain)
 
     def _serving(self, inputs: Inputs) -> Explainer:
         """The Explainer whose graph holds for the inputs and, by batch, for the model's mode."""

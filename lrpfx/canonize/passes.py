@@ -120,7 +120,7 @@ def _refuse_training(module: fx.GraphModule, by_batch: bool) -> fx.GraphModule:
     bad = []
     for node in filter(_is_aten, module.graph.nodes):
         arguments = tuple(bound_arguments(node).values())
-        if node.target in _RANDOM and arguments[_RANDOM[node.target]]:
+        if node.target in _RANDOM and arguments[_RANDOM[node.target]] and not _drops_none(node):
             bad.append((node, "is random"))
         elif node.target in _RECURRENT and _has_dropout(node):
             bad.append((node, "is random"))
@@ -154,6 +154,11 @@ def _place(node: fx.Node, why: str) -> tuple[str, str, str]:
 
 def _without_statistics(node: fx.Node) -> bool:
     return node.target is aten.batch_norm.default and bound_arguments(node)["running_mean"] is None
+
+
+def _drops_none(node: fx.Node) -> bool:
+    """Whether it is dropout of nothing, as layers have whose probability is 0."""
+    return bound_arguments(node).get("p") == 0
 
 
 def _has_dropout(node: fx.Node) -> bool:

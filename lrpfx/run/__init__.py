@@ -11,6 +11,7 @@ from lrpfx.run.explicit import tidy
 from lrpfx.run.gather import Bookings, Calls, Gather, absorbed_of, by_layer, reported
 from lrpfx.run.halves import in_float16, pull_scaled
 from lrpfx.run.mode import is_being_trained, mode_notes, without_graph
+from lrpfx.run.parallel import through
 from lrpfx.run.recorded import RecordedRun, Runs
 from lrpfx.run.refuse import refuse_if_the_model_does, refuse_relevance, refuse_seed
 from lrpfx.run.samples import is_batched
@@ -53,6 +54,7 @@ __all__ = [
     "refuse_seed",
     "reported",
     "target_per_condition",
+    "through",
     "tidy",
     "without_graph",
 ]
