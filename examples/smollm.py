@@ -63,7 +63,7 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
     return torch.corrcoef(ranks)[0, 1].item()
 
 
-def main(prompt: str = PROMPT, path: str = "") -> None:
+def main(prompt: str = PROMPT, path: str | None = None) -> None:
     model, tokenizer = load()
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     tokens = [tokenizer.decode(i).strip() or "␣" for i in ids[0]]
@@ -100,7 +100,8 @@ def main(prompt: str = PROMPT, path: str = "") -> None:
     said = ", ".join(f"{rules} {value:+.2f}" for rules, value in zip(RULES, found, strict=True))
     print(f"rank correlation with leaving one out, without the first token: {said}")
     print(f"({len(tokens) - 1} tokens of one sentence: this says little of the methods)")
-    if path:
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         values = torch.stack([row / row.abs().max() for row in rows.values()])
         title = f"{prompt}{tokenizer.decode(answer)} (each row by its largest)"
         lrpfx.figures.matrix(values, rows=list(rows), columns=tokens, title=title, path=path)

@@ -7,11 +7,14 @@ import os
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor
 
 from lrpfx.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["TokenText", "Tokenizer", "TokenizerLike", "token_text"]
 
@@ -105,6 +108,40 @@ class TokenText:
             label = f"<b>{html.escape(self.labels[i])}</b> " if self.labels else ""
             lines.append(f"<p>{label}{' '.join(spans)}</p>")
         return "".join(lines)
+
+    def plot(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        width: float = 7.0,
+        limit: int = _MOST,
+    ) -> Figure:
+        """Draw the sentences as a picture, as papers want it.
+
+        Args:
+            path: Where to write it, if anywhere; the ending names the format (png, pdf, svg).
+            width: Inches that lines are wrapped at.
+            limit: How many sentences at most. The picture says how many it leaves out.
+
+        Returns:
+            The figure; a notebook shows it.
+
+        Raises:
+            InputError: An option does not fit, or the picture cannot be written.
+        """
+        from lrpfx.draw import draw_tokens, positive, written
+
+        if not width > 1:
+            raise InputError(f"width={width!r}.", fix="give inches, more than 1.")
+        most = positive("limit", limit) or _MOST
+        lines = [
+            [(_visible(token), _colour(shade)) for token, shade in line]
+            for line in self._shades()[:most]
+        ]
+        more = len(self.sentences) - most
+        note = f"first {most} of {len(self.sentences)} sentences" if more > 0 else ""
+        labels = [_visible(label) for label in self.labels]
+        return written(draw_tokens(lines, labels, width, note), path)
 
     def to_html(self, path: str | os.PathLike[str] | None = None) -> str:
         """One page with every sentence, without scripts or other files.

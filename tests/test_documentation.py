@@ -98,11 +98,19 @@ def howto() -> dict[str, Any]:
     return names | {"centroids": torch.randn(3, 4), "points": torch.randn(5, 4)}
 
 
+def gallery() -> dict[str, Any]:
+    methods, tokens = ["attnlrp", "cplrp"], ["a", "b", "c"]
+    named = {"methods": methods, "tokens": tokens, "values": torch.rand(2, 3)}
+    drawn = {"volume": torch.rand(1, 1, 6, 5, 5), "curves": torch.rand(4, 9)}
+    return named | drawn | {"maps": torch.rand(4, 1, 5, 5), "lrpfx": lrpfx}
+
+
 SETUP: dict[str, Callable[[], dict[str, Any]]] = {
     "README.md": readme,
     "supported.md": readme,
     "api.md": api,
     "concepts.md": concepts,
+    "gallery.md": gallery,
     "howto.md": howto,
     "own_rule.md": lambda: {**images(), "x": torch.rand(2, 1, 8, 8)},
 }

@@ -128,3 +128,18 @@ def test_few_of_many_sentences_are_shown_and_all_are_printed() -> None:
     text = token_text(IDS.repeat(20, 1), RELEVANCE.repeat(20, 1), VOCABULARY)
     assert "and 24 more" in repr(text) and len(str(text).splitlines()) == 40
     assert "and 24 more" in text._repr_html_() and text.to_html().count("<p>") == 41
+
+
+def test_a_picture_of_tokens_wraps_and_says_what_it_leaves_out(tmp_path: Path) -> None:
+    text = token_text(IDS.repeat(3, 20), RELEVANCE.repeat(3, 20), VOCABULARY, labels=list("abcdef"))
+    figure = text.plot(tmp_path / "tokens.pdf", width=4, limit=2)
+    words = [t for t in figure.texts if t.get_text() == "<b>"]
+    assert len(words) == 40 and len({t.get_position()[1] for t in words}) > 4
+    assert all(0 <= t.get_position()[0] < 1 for t in figure.texts)
+    assert "first 2 of 6 sentences" in {t.get_text() for t in figure.texts}
+    boxes = [box.get_facecolor()[:3] for box in figure.artists]
+    assert len(boxes) == 120
+    assert boxes[0][0] == 1 > boxes[0][1] and boxes[1][2] == 1 > boxes[1][0]  # red, blue
+    assert b"/Type3" not in (tmp_path / "tokens.pdf").read_bytes()
+    with pytest.raises(lrpfx.errors.InputError, match="width"):
+        text.plot(width=0)

@@ -12,6 +12,7 @@ from lrpfx.draw.matrices import draw_matrix
 from lrpfx.draw.signals import draw_signal, draw_signals
 from lrpfx.draw.strips import draw_strip
 from lrpfx.draw.tables import draw_table, draw_tables
+from lrpfx.draw.tokens import draw_tokens
 from lrpfx.draw.volumes import draw_volumes
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "draw_strip",
     "draw_table",
     "draw_tables",
+    "draw_tokens",
     "draw_volumes",
     "look_of",
     "palette",
