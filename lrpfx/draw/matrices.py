@@ -31,6 +31,7 @@ def draw_matrix(
         left = 0.075 * max((len(name) for name in rows or ()), default=0) + 0.2
         top = (0.075 * longest if upright else 0.15) + 0.2 + 0.25 * (title is not None)
         width, height = max(left + across * size + 0.75, 2.0), top + count * size + 0.15
+        width = max(width, left + 0.07 * len(title or "") + 0.1)
         figure = Picture(figsize=(width, height), facecolor="white")
         body = across * size / width, count * size / height
         ax = figure.add_axes((left / width, 0.15 / height, *body))
