@@ -8,8 +8,8 @@ than that is a tie, as are samples with the same content; the smaller number win
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -46,35 +46,36 @@ class Best:
     @classmethod
     def of(cls, seen: _Seen, k: int, tie: float) -> Best:
         """Of N samples the best k."""
-        scores = np.ascontiguousarray(seen.scores.T)
-        positions = np.ascontiguousarray(seen.positions.T)
-        n, most = scores.shape[1], k + 16
-        everything = np.broadcast_to(np.arange(n), scores.shape)
+        scores, positions = (np.ascontiguousarray(a.T) for a in (seen.scores, seen.positions))
+        samples, contents = (
+            np.broadcast_to(a, scores.shape) for a in (seen.samples, seen.contents)
+        )
+        return cls(scores, samples, positions, contents)._ranked(k, tie)
 
-        def taken(rows: NDArray[Any], at: NDArray[np.int64]) -> Best:
-            found = (np.take_along_axis(one[rows], at, axis=1) for one in (scores, positions))
-            some, places = found
-            return cls(some, seen.samples[at], places, seen.contents[at])._ranked(k, tie)
-
-        if n <= 2 * most:
-            return taken(np.arange(len(scores)), everything)
-        worst = np.partition(scores, n - k, axis=1)[:, n - k]
-        close = (scores >= (worst - _SLACK * np.abs(worst))[:, None]).sum(1)
-        few, many = np.flatnonzero(close <= most), np.flatnonzero(close > most)
-        at = np.argpartition(-scores[few], most, axis=1)[:, :most]
-        # Where many scores are equal, such as those of a dead unit, their numbers decide.
-        parts = taken(few, at), taken(many, everything[many])
-        back = np.argsort(np.concatenate([few, many]))
-        joined = zip(*(vars(part).values() for part in parts), strict=True)
-        return cls(*(np.concatenate(pair)[back] for pair in joined))
-
-    def joined(self, other: Best, k: int, tie: float) -> Best:
-        """The best k of both."""
-        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return Best(*(np.concatenate(pair, axis=1) for pair in pairs))._ranked(k, tie)
+    @classmethod
+    def joined(cls, all_of_them: Sequence[Best], k: int, tie: float) -> Best:
+        """The best k of several."""
+        pairs = zip(*(vars(one).values() for one in all_of_them), strict=True)
+        return cls(*(np.concatenate(pair, axis=1) for pair in pairs))._ranked(k, tie)
 
     def _ranked(self, k: int, tie: float) -> Best:
         """In order, cut to k."""
+        most = k + 16
+        if self.scores.shape[1] <= 2 * most:
+            return self._sorted(k, tie)
+        # Not all have to be sorted, if few come into question.
+        some = np.argpartition(-self.scores, most, axis=1)[:, :most]
+        best = np.sort(np.take_along_axis(self.scores, some, axis=1), axis=1)
+        worst = best[:, -k]
+        # Where many scores are equal, such as those of a dead unit, their numbers decide.
+        close = best[:, 0] >= worst - _SLACK * np.abs(worst)
+        few, many = np.flatnonzero(~close), np.flatnonzero(close)
+        parts = self._rows(few)._taken(some[few])._sorted(k, tie), self._rows(many)._sorted(k, tie)
+        back = np.argsort(np.concatenate([few, many]))
+        pairs = zip(*(vars(part).values() for part in parts), strict=True)
+        return Best(*(np.concatenate(pair)[back] for pair in pairs))
+
+    def _sorted(self, k: int, tie: float) -> Best:
         scores = _of_twins(self.scores, self.samples, self.contents)
         order = np.argsort(-scores, axis=1, kind="stable")
         scores = np.take_along_axis(scores, order, axis=1)
@@ -85,14 +86,15 @@ class Best:
             again = np.lexsort((samples, groups), axis=1)
             order[tied] = np.take_along_axis(order[tied], again, axis=1)
             scores[tied] = np.take_along_axis(scores[tied], again, axis=1)
-        order = order[:, :k]
+        return replace(self._taken(order[:, :k]), scores=scores[:, :k])
 
-        def taken(one: NDArray[Any]) -> NDArray[Any]:
-            found: NDArray[Any] = np.take_along_axis(one, order, axis=1)
-            return found
+    def _rows(self, concepts: NDArray[np.int64]) -> Best:
+        return Best(*(one[concepts] for one in vars(self).values()))
 
-        rest = taken(self.samples), taken(self.positions), taken(self.contents)
-        return Best(scores[:, :k], *rest)
+    def _taken(self, at: NDArray[np.int64]) -> Best:
+        """Of each concept some, by where they stand."""
+        rows = np.arange(len(at))[:, None]
+        return Best(*(one[rows, at] for one in vars(self).values()))
 
 
 def _of_twins(
@@ -197,14 +199,15 @@ class Accumulator:
         if sum(one.scores.size for one in waiting) > _WAITING:
             self._rank(layer, by)
 
-    def merge(self, others: Accumulator) -> None:
-        """Take in what another has seen."""
-        for one in (self, others):
+    def merge(self, *others: Accumulator) -> None:
+        """Take in what others have seen."""
+        for one in (self, *others):
             one.settle()
-        for key, best in others.best.items():
-            self._join(key, best)
-        for at, sums in others.sums.items():
-            self._add(at, sums)
+        for key in dict.fromkeys(key for one in others for key in one.best):
+            self._join(key, *(one.best[key] for one in others if key in one.best))
+        for one in others:
+            for at, sums in one.sums.items():
+                self._add(at, sums)
 
     def settle(self) -> None:
         """Rank all that wait."""
@@ -214,7 +217,20 @@ class Accumulator:
     def save(self, path: str | os.PathLike[str], **facts: Any) -> None:
         """Write it, whole or not at all, with facts to go with it."""
         self.settle()
-        write_tables(path, self.columns(), facts)
+        keys, sums = self._keys(), self._classes()
+        numbers = [(*self._order(key), *self.best[key].scores.shape) for key in keys]
+        counts = [
+            (self.layers.index(at[0]), at[1], self.sums[at].count, len(self.sums[at].relevance))
+            for at in sums
+        ]
+        each = [vars(self.best[key]).values() for key in keys]
+        tables = {
+            "keys": _named(_KEYS, np.array(numbers, dtype=np.int64).reshape(-1, 5).T),
+            "best": _named(_KEPT, map(_flat, zip(*each, strict=True))),
+            "counts": _named(_COUNTS, np.array(counts, dtype=np.int64).reshape(-1, 4).T),
+            "sums": {"relevance": _flat([self.sums[at].relevance for at in sums])},
+        }
+        write_tables(path, tables, facts)
 
     @classmethod
     def load(
@@ -229,48 +245,45 @@ class Accumulator:
         Raises:
             InputError: The file is missing or damaged.
         """
-        found, tables = cls(k, layers, tie), read_tables(path)
-        given = tables["references"]
-        for layer, by, label, at in by_key(given, ("layer", "by", "class")):
-            count = int(given["concept"][at][-1]) + 1
-            rows = (given[name][at].reshape(count, -1) for name in _KEPT)
-            found.best[layers[layer], BY[by], int(label)] = Best(*rows)
-        given = tables["classes"]
-        for layer, label, at in by_key(given, ("layer", "class")):
-            sums = Sums(int(given["count"][at][0]), given["relevance"][at].copy())
-            found.sums[layers[layer], int(label)] = sums
+        found, tables, at = cls(k, layers, tie), read_tables(path), 0
+        for layer, by, label, concepts, ranks in zip(
+            *(tables["keys"][name].tolist() for name in _KEYS), strict=True
+        ):
+            rows = slice(at, at := at + concepts * ranks)
+            kept = (tables["best"][name][rows].reshape(concepts, ranks) for name in _KEPT)
+            found.best[layers[layer], BY[by], label] = Best(*kept)
+        at = 0
+        for layer, label, count, size in zip(
+            *(tables["counts"][name].tolist() for name in _COUNTS), strict=True
+        ):
+            sums = tables["sums"]["relevance"][at : (at := at + size)]
+            found.sums[layers[layer], label] = Sums(count, sums)
         return found
 
     def columns(self) -> dict[str, dict[str, NDArray[Any]]]:
         """As flat columns of two tables, ``references`` and ``classes``; layers by number."""
         self.settle()
-        references: dict[str, list[NDArray[Any]]] = {n: [] for n in _REFERENCES}
-        for layer, by, label in sorted(self.best, key=self._order):
-            best = self.best[layer, by, label]
+        references, classes = [], []
+        for key in self._keys():
+            best = self.best[key]
             concepts, ranks = best.samples.shape
-            given = (
-                *(np.full(best.samples.size, n) for n in self._order((layer, by, label))),
-                np.repeat(np.arange(concepts), ranks),
-                np.tile(np.arange(ranks), concepts),
-                *(one.reshape(-1) for one in vars(best).values()),
+            references.append(
+                (
+                    *(np.full(best.samples.size, number) for number in self._order(key)),
+                    np.repeat(np.arange(concepts), ranks),
+                    np.tile(np.arange(ranks), concepts),
+                    *(one.reshape(-1) for one in (best.scores, best.samples, best.positions)),
+                )
             )
-            for name, column in zip(_REFERENCES, given, strict=True):
-                references[name].append(column)
-        classes: dict[str, list[NDArray[Any]]] = {n: [] for n in _CLASSES}
-        for layer, label in sorted(self.sums, key=lambda at: (self.layers.index(at[0]), at[1])):
+        for layer, label in self._classes():
             sums = self.sums[layer, label]
             size = len(sums.relevance)
-            given = (
-                *(np.full(size, n) for n in (self.layers.index(layer), label)),
-                np.arange(size),
-                np.full(size, sums.count),
-                sums.relevance,
-            )
-            for name, column in zip(_CLASSES, given, strict=True):
-                classes[name].append(column)
+            numbers = (self.layers.index(layer), label)
+            given = (np.full(size, n) for n in numbers)
+            classes.append((*given, np.arange(size), np.full(size, sums.count), sums.relevance))
         return {
-            table: {name: np.concatenate(parts) for name, parts in columns.items()}
-            for table, columns in (("references", references), ("classes", classes))
+            "references": _named(_REFERENCES, map(_flat, zip(*references, strict=True))),
+            "classes": _named(_CLASSES, map(_flat, zip(*classes, strict=True))),
         }
 
     def _rank(self, layer: str, by: By) -> None:
@@ -281,9 +294,10 @@ class Accumulator:
             own = seen.some(seen.classes == label)
             self._join((layer, by, label), Best.of(own, self.k, self.tie))
 
-    def _join(self, key: Key, best: Best) -> None:
-        known = self.best.get(key)
-        self.best[key] = best if known is None else known.joined(best, self.k, self.tie)
+    def _join(self, key: Key, *more: Best) -> None:
+        known = [self.best[key]] if key in self.best else []
+        parts = [*known, *more]
+        self.best[key] = parts[0] if len(parts) == 1 else Best.joined(parts, self.k, self.tie)
 
     def _add(self, at: tuple[str, int], more: Sums) -> None:
         known = self.sums.get(at)
@@ -297,11 +311,27 @@ class Accumulator:
         layer, by, label = key
         return self.layers.index(layer), BY.index(by), label
 
+    def _keys(self) -> list[Key]:
+        return sorted(self.best, key=self._order)
+
+    def _classes(self) -> list[tuple[str, int]]:
+        return sorted(self.sums, key=lambda at: (self.layers.index(at[0]), at[1]))
+
 
 #: Columns of the tables.
+_KEYS = ("layer", "by", "class", "concepts", "ranks")
 _KEPT = ("score", "sample", "position", "content")
-_REFERENCES = ("layer", "by", "class", "concept", "rank", *_KEPT)
+_COUNTS = ("layer", "class", "count", "size")
+_REFERENCES = ("layer", "by", "class", "concept", "rank", "score", "sample", "position")
 _CLASSES = ("layer", "class", "concept", "count", "relevance")
+
+
+def _named(names: Sequence[str], columns: Iterable[Any]) -> dict[str, NDArray[Any]]:
+    return dict(zip(names, map(np.ascontiguousarray, columns), strict=True))
+
+
+def _flat(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    return np.concatenate([part.reshape(-1) for part in parts])
 
 
 def by_key(columns: Mapping[str, NDArray[Any]], by: tuple[str, ...]) -> Iterator[tuple[Any, ...]]:

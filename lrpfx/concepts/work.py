@@ -28,6 +28,9 @@ _PARTS = 16
 #: How long, and how many bytes of rows, are kept in memory before they are stored.
 _SECONDS, _BYTES = 60.0, 2**26
 
+#: How many parts are put together at a time.
+_TOGETHER = 8
+
 TargetRule = Literal["label", "predicted"] | Callable[[Any], Tensor]
 #: Is told how many samples were done.
 Tell = Callable[[int], Any]
@@ -151,14 +154,16 @@ class Work:
     def joined(self, store: Store) -> dict[str, dict[str, Any]]:
         """All parts, in their order."""
         whole = Accumulator(self.k, self.layers, self.tie)
-        for part in store.parts:
-            whole.merge(Accumulator.load(store.shard(part), self.k, self.layers, self.tie))
+        for first in store.parts[::_TOGETHER]:
+            some = store.parts[first : first + _TOGETHER]
+            whole.merge(
+                *(Accumulator.load(store.shard(p), self.k, self.layers, self.tie) for p in some)
+            )
         tables: dict[str, dict[str, Any]] = dict(whole.columns())
         references, classes = tables["references"], tables["classes"]
         named = read_columns(map(store.rows, store.parts), ["sample", "label"])
         order = np.argsort(named["sample"])
         at = np.searchsorted(named["sample"][order], references["sample"])
-        del references["content"]
         references["label"] = named["label"][order][at]
         references["score"] = _falling(references["score"], references["rank"])
         references["by"] = references["by"], BY
