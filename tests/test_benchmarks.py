@@ -15,6 +15,7 @@ from benchmarks import (
     measure,
     memory_vs_gradient,
     scaling,
+    scan,
     vs_peers,
     works,
 )
@@ -171,3 +172,11 @@ def test_rows_of_the_page_are_read_as_they_were_written() -> None:
     again = list(coverage.rows_of(page, "torchvision").values())
     same = coverage.replace_section(page, "torchvision", coverage.section("torchvision", again))
     assert same == page
+
+
+@pytest.mark.nightly
+def test_scan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "SIDE", 32)
+    whole = scan.merging
+    monkeypatch.setattr(scan, "merging", lambda: whole(2, 20, 5))
+    assert_complete(scan.table((40,), rounds=1), 1)

@@ -162,8 +162,9 @@ class Store:
 
     def tidy(self) -> None:
         """Leave out what a finished scan does not need, and what kills have left."""
-        for spare in (*map(self.shard, self.parts), *self.folder.glob(".*.part")):
-            spare.unlink(missing_ok=True)
+        for spare in (*self.folder.glob("shard-*.parquet"), *self.folder.glob(".*.part")):
+            with contextlib.suppress(OSError):  # of a folder that can only be read
+                spare.unlink()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
