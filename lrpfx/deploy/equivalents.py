@@ -218,6 +218,22 @@ _PLANAR = {
 }
 
 
+def _replicated_backward(n: int) -> Callable[..., Tensor]:
+    """Of a padding by the outermost values."""
+
+    def backward(grad_output: Tensor, self: Tensor, padding: Ints) -> Tensor:
+        matrices = []
+        for dim, size in enumerate(self.shape[-n:]):
+            low, high = padding[2 * (n - 1 - dim) : 2 * (n - dim)]
+            places = torch.arange(size + low + high, device=self.device) - low
+            read = places.clamp(min=0, max=size - 1)
+            numbers = torch.arange(size, device=self.device)
+            matrices.append((read[:, None] == numbers).to(self.dtype))
+        return _by_matrices(grad_output, matrices)
+
+    return backward
+
+
 # -- what picks one of several
 
 
@@ -232,6 +248,33 @@ def _max_pool_backward(n: int) -> Callable[..., Tensor]:
         return _scattered(grad_output, self, rest[-1], n)
 
     return backward
+
+
+def _adaptive_max_pool(n: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The largest of each window, of windows that differ in size, and its place in all."""
+
+    def forward(self: Tensor, output_size: Ints) -> tuple[Tensor, Tensor]:
+        sizes = self.shape[-n:]
+        lead = self.shape[:-n]
+        place = torch.zeros((1,) * 2 * n, dtype=torch.int64, device=self.device)
+        inside = torch.ones_like(place, dtype=torch.bool)
+        for dim, (size, out) in enumerate(zip(sizes, output_size, strict=True)):
+            window = torch.arange(out, device=self.device)
+            begin, end = window * size // out, ((window + 1) * size + out - 1) // out
+            longest = (size + out - 1) // out + 1
+            at = begin[:, None] + torch.arange(longest, device=self.device)
+            shape = [1] * 2 * n
+            shape[dim], shape[n + dim] = out, longest
+            place = place * size + at.clamp(max=size - 1).reshape(shape)
+            inside = inside & (at < end[:, None]).reshape(shape)
+        place, inside = place.flatten(n), inside.flatten(n)
+        windows = self.flatten(-n)[..., place.flatten()].reshape(*lead, *place.shape)
+        windows = torch.where(inside, windows, torch.finfo(self.dtype).min)
+        values, first = windows.max(-1)
+        index = place.expand(windows.shape).gather(-1, first[..., None])[..., 0]
+        return values, index
+
+    return forward
 
 
 # -- elementwise
@@ -287,6 +330,11 @@ EQUIVALENTS: dict[Any, Callable[..., Any]] = {
     aten.max_pool3d_with_indices_backward.default: _max_pool_backward(3),
     aten.adaptive_max_pool2d_backward.default: _max_pool_backward(2),
     aten.adaptive_max_pool3d_backward.default: _max_pool_backward(3),
+    aten.replication_pad1d_backward.default: _replicated_backward(1),
+    aten.replication_pad2d_backward.default: _replicated_backward(2),
+    aten.replication_pad3d_backward.default: _replicated_backward(3),
+    aten.adaptive_max_pool2d.default: _adaptive_max_pool(2),
+    aten.adaptive_max_pool3d.default: _adaptive_max_pool(3),
     aten.copysign.Tensor: copysign,
     **{op: _resize_backward(*how) for op, how in _RESIZED.items()},
 }

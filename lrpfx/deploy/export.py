@@ -14,7 +14,7 @@ from lrpfx.deploy.check import Case, make_cases
 from lrpfx.deploy.onnx_file import write_onnx
 from lrpfx.deploy.program import Program, make_program
 from lrpfx.deploy.torch_file import write_aoti, write_pt2
-from lrpfx.errors import InputError, TargetError
+from lrpfx.errors import ExportError, InputError, TargetError, some
 from lrpfx.explain import Explainer
 
 #: By ending, the first that fits: what writes a program, and what is to be known of it.
@@ -80,13 +80,28 @@ def export(
         )
     if not path.parent.is_dir():
         raise InputError(f"there is no folder {path.parent}.", fix="make it first.")
+    _refuse(explainer)
     facts = about(explainer, target, class_names)
     by_input = target is None
     cases = make_cases(explainer, inputs, by_input)
     program = make_program(explainer, inputs, by_input)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".lrpfx-") as folder:
         write(program, Path(folder) / path.name, facts, cases)
-        for file in sorted(
-            Path(folder).iterdir()
-        ):  # weights of more than 2 GB are one of their own
+        for file in Path(folder).iterdir():  # weights of more than 2 GB have one of their own
             os.replace(file, path.parent / file.name)
+
+
+def _refuse(explainer: Explainer) -> None:
+    """Raise ExportError for what a program of inputs and parameters cannot be."""
+    if explainer._by_batch:
+        raise ExportError(
+            'an Explainer of bn="batch" cannot be exported: each call changes running statistics.',
+            fix="export one made in evaluation mode.",
+        )
+    if decided := [read for read in explainer._captured.decisions or () if read.of_inputs]:
+        raise ExportError(
+            "the model was recorded, and its run was decided by values; a file would hold what it "
+            "did for these inputs only.",
+            where=some(list(map(str, decided))),
+            fix='make the Explainer with capture="export", which says what is in the way.',
+        )

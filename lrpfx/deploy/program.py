@@ -7,8 +7,8 @@ ops are written as the forward ops that they are equal to, which other runtimes 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,12 +33,15 @@ from lrpfx.capture import (
     argument_names,
     check_inputs,
     dotted_names,
+    first_line,
     tracing,
 )
 from lrpfx.deploy.equivalents import TABLE, Spelled
-from lrpfx.deploy.locate import locate
 from lrpfx.deploy.seeds import seed_in_graph
+from lrpfx.deploy.watch import Watch, Watched
+from lrpfx.errors import ExportError
 from lrpfx.explain import Explainer
+from lrpfx.ops import record
 from lrpfx.run import Run, tidy
 
 #: Names of the sizes of one tensor that may vary, by dimension.
@@ -54,19 +57,18 @@ class Program:
         inputs: Names of the tensors that it takes, flat.
         outputs: Names of the tensors that it returns, flat.
         letters: Per tensor that it takes, names of the sizes that may vary.
-        locate: Finds where in the model ops come from.
+        origins: By op, where in the model it comes from.
     """
 
     exported: ExportedProgram
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     letters: tuple[Letters, ...]
-    locate: Callable[[Collection[Any]], Mapping[Any, list[str]]]
+    origins: Mapping[Any, Collection[str]]
 
     def places(self, ops: Collection[Any]) -> list[str]:
         """Each of the ops, at each of its places."""
-        found = self.locate(ops)
-        return [f"{op}: {place}" for op in ops for place in found.get(op) or ["a rule"]]
+        return [f"{op}: {at}" for op in ops for at in self.origins.get(op) or ["a rule"]]
 
 
 def make_program(explainer: Explainer, inputs: Inputs, by_input: bool) -> Program:
@@ -80,7 +82,6 @@ def make_program(explainer: Explainer, inputs: Inputs, by_input: bool) -> Progra
     signature, model = explainer._captured.signature, explainer.model
     leaves = check_inputs(signature, inputs)
     letters = letters_of(signature)
-    run = functools.partial(locate, explainer, leaves)
     leaves = [_doubled(leaf, each) for leaf, each in zip(leaves, letters, strict=True)]
     args, kwargs = pytree.tree_unflatten(leaves, signature.spec)
     ordered = kwargs or args  # as they were captured
@@ -92,8 +93,10 @@ def make_program(explainer: Explainer, inputs: Inputs, by_input: bool) -> Progra
         args, kwargs = with_target(args, kwargs, target, name)
         leaves, letters = [*leaves, target], [*letters, {0: "N"} if any(letters) else {}]
         arguments, names = [*arguments, name], [*names, name]
-    with tracing():
-        graph, returned = _written_down(explainer, leaves, letters, ordered, by_input)
+    watch = Watch()
+    with tracing(), _refusing(watch):
+        graph, returned = _written_down(explainer, leaves, letters, ordered, by_input, watch)
+        watch.place = ""
         structures = pytree.tree_structure((args, kwargs)), pytree.tree_structure(returned)
         graph.graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(arguments, *structures)))
         graph.recompile()
@@ -105,8 +108,23 @@ def make_program(explainer: Explainer, inputs: Inputs, by_input: bool) -> Progra
         tuple(names[i] for i in tensors),
         tuple(_output_names(returned, names)),
         tuple(letters[i] for i in tensors),
-        run,
+        watch.places,
     )
+
+
+@contextlib.contextmanager
+def _refusing(watch: Watch) -> Iterator[None]:
+    """Tracers may raise anything: what they say, and the node that they were at."""
+    try:
+        yield
+    except Exception as error:  # the Explainer itself has been run on the inputs by now
+        raise ExportError(
+            "the explanation cannot be written down for all values and sizes: "
+            f"{type(error).__name__}: {first_line(error)}",
+            where=[watch.place] if watch.place else [],
+            fix="give the module there another rule, or write its lines so that nothing in them "
+            "depends on values.",
+        ) from error
 
 
 # -- what is called how
@@ -191,12 +209,15 @@ def _written_down(
     letters: Sequence[Letters],
     inputs: Inputs,
     by_input: bool,
+    watch: Watch,
 ) -> tuple[fx.GraphModule, Any]:
     """All ops of an explanation as a graph of the flat inputs, and what it returned."""
     gather, module = explainer._gather, explainer._for_export()
     state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     made: list[Any] = []
+    records = {r.name: r for n in explainer._module.graph.nodes if (r := record(n)) is not None}
+    watched = Watched(module, records, watch)
 
     def explain(*tensors: Tensor) -> list[Any]:
         values, flat = dict(zip(state, tensors, strict=False)), list(leaves)
@@ -204,8 +225,8 @@ def _written_down(
             flat[i] = tensor
         _same_sizes(flat, letters)
         target = flat.pop() if by_input else None
-        with Spelled():
-            run = Run(*torch.func.functional_call(module, values, (*flat, None)))
+        with Spelled(), watch:
+            run = Run(*watched.run_with(values, [*flat, None]))
             (pulled,) = run.pull([seed_in_graph(run.explained, target)])
         found, _ = gather.by_input(flat, pulled.starts)
         made.append((plain(gather.output(run.clean)), plain(gather.structured(found, inputs))))

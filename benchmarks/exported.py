@@ -1,0 +1,196 @@
+"""Explanations as ONNX files: ``python -m benchmarks.exported``.
+
+A model of each family is exported with its relevance, and run by onnxruntime. Asked is whether
+output and map are the Explainer's, how large the file is beside the weights, and what a call costs
+beside one of the Explainer.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lrpfx
+from benchmarks.coverage import randomize
+from benchmarks.measure import Table, command, interleaved, milliseconds, publish
+from benchmarks.zoos import declare_missing_ops
+
+declare_missing_ops()
+
+COLUMNS = (
+    "model",
+    "weights, MB",
+    "file, MB",
+    "made in, CPU s",
+    "lrpfx, ms",
+    "onnxruntime, ms",
+    "output differs",
+    "map differs",
+)
+#: Relative to the largest value of the map.
+TOLERANCE = 1e-5
+#: Of torchvision, a family each, with the side of its images.
+IMAGES = {
+    "alexnet": 64,
+    "squeezenet1_1": 64,
+    "vgg11": 64,
+    "resnet18": 64,
+    "resnext50_32x4d": 64,
+    "wide_resnet50_2": 64,
+    "mobilenet_v2": 64,
+    "mobilenet_v3_small": 64,
+    "mnasnet0_5": 64,
+    "shufflenet_v2_x0_5": 64,
+    "googlenet": 64,
+    "regnet_x_400mf": 64,
+    "efficientnet_b0": 64,
+    "convnext_tiny": 64,
+    "densenet121": 64,
+    "inception_v3": 96,
+    "vit_b_32": 224,
+    "swin_t": 64,
+}
+
+
+class LastToken(nn.Module):
+    """A language model's logits after the last position."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.model(input_ids=input_ids, use_cache=False).logits[:, -1]
+
+
+def image_case(name: str) -> tuple[nn.Module, Any]:
+    """A model of torchvision with random weights, and two images."""
+    import torchvision
+
+    model = torchvision.models.get_model(name, weights=None).eval()
+    x = torch.randn(2, 3, IMAGES[name], IMAGES[name])
+    with torch.no_grad():
+        return randomize(model, x), x
+
+
+def bert() -> tuple[nn.Module, Any]:
+    """A small BERT that classifies sentences."""
+    import transformers
+
+    config = transformers.BertConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128
+    )
+    ids = torch.randint(5, 1000, (2, 16))
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return transformers.BertForSequenceClassification(config).eval(), inputs
+
+
+def llama() -> tuple[nn.Module, Any]:
+    """A small Llama."""
+    import transformers
+
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=128,
+        vocab_size=1000,
+    )
+    model = LastToken(transformers.LlamaForCausalLM(config)).eval()
+    return model, torch.randint(5, 1000, (2, 16))
+
+
+CASES: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
+    **{name: lambda name=name: image_case(name) for name in IMAGES},
+    "BERT, 2 layers": bert,
+    "Llama, 2 layers": llama,
+}
+
+
+def add_row(made: Table, name: str, model: nn.Module, inputs: Any, budget: float) -> None:
+    """Export one model, and run the file beside the Explainer."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    explainer = lrpfx.Explainer(model, inputs)
+    tensors = list(inputs.values()) if isinstance(inputs, dict) else [inputs]
+    target = torch.arange(len(tensors[0]))
+    with tempfile.TemporaryDirectory() as folder:
+        path, begun = Path(folder) / "model.onnx", time.process_time()
+        lrpfx.export(explainer, path, inputs)
+        took, size = time.process_time() - begun, path.stat().st_size
+        session = onnxruntime.InferenceSession(path, options)
+    names = [given.name for given in session.get_inputs()]
+    feeds = {n: t.numpy() for n, t in zip(names, [*tensors, target], strict=True)}
+    found = [torch.from_numpy(a) for a in session.run(None, feeds)]
+    expected = explainer(inputs, target, ledger=False)
+    output, relevance = _first(expected.output), _first(expected.relevance)
+    apart = [_apart(found[0], output), _apart(found[-1], relevance)]
+    if max(apart) > TOLERANCE:
+        made.wrong.append(f"{name}: output and map differ by {apart[0]:.1e} and {apart[1]:.1e}")
+    times = interleaved(
+        {
+            "lrpfx": lambda: explainer(inputs, target, ledger=False).relevance,
+            "onnxruntime": lambda: session.run(None, feeds),
+        },
+        budget,
+    )
+    weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    made.add(
+        name,
+        f"{weights / 1e6:.1f}",
+        f"{size / 1e6:.1f}",
+        f"{took:.0f}",
+        milliseconds(times["lrpfx"]),
+        milliseconds(times["onnxruntime"]),
+        *(f"{value:.0e}" for value in apart),
+    )
+
+
+def _first(found: Any) -> Tensor:
+    """The tensor itself, or the first in a mapping."""
+    values = found.values() if isinstance(found, Mapping) else [found]
+    return next(value for value in values if isinstance(value, Tensor))
+
+
+def _apart(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).abs().max() / expected.abs().max())
+
+
+def table(names: Sequence[str], budget: float) -> Table:
+    """A row for each."""
+    made = Table("Exported to ONNX", COLUMNS)
+    for name in names:
+        torch.manual_seed(0)
+        try:
+            add_row(made, name, *CASES[name](), budget)
+        except Exception as error:  # the others are measured nevertheless
+            made.wrong.append(f"{name}: {type(error).__name__}: {error}")
+            print(made.wrong[-1], flush=True)
+    made.notes.append(
+        "Two samples with a class each, the default rules, random weights, float32. Differences "
+        "are relative to the largest value."
+    )
+    return made
+
+
+def main() -> int:
+    """Print the table."""
+    options = command("exported", __doc__).parse_args()
+    warnings.simplefilter("ignore")
+    made = table([name for name in CASES if options.only in name], options.seconds)
+    return publish("exported", made, options.write)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
