@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from lrpfx.canonize.functionalize import insert
+from lrpfx.canonize.insert import insert
 from lrpfx.ops import bound_arguments
 
 aten = torch.ops.aten

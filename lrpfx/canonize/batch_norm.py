@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from lrpfx.canonize.commute import batch_norm_constants
-from lrpfx.canonize.functionalize import insert
+from lrpfx.canonize.insert import insert
 from lrpfx.ops import BATCH, HALVES, HELD, bound_arguments, reachable
 
 aten = torch.ops.aten

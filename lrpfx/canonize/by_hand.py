@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from lrpfx.canonize.functionalize import insert
 from lrpfx.canonize.hold import is_inverted, live_values
+from lrpfx.canonize.insert import insert
 from lrpfx.canonize.parts import lerp
 from lrpfx.canonize.writer import Writer
 from lrpfx.ops import bound_arguments, hardsigmoid, module_calls, output_leaves, precision, varying

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from lrpfx import ops
-from lrpfx.canonize.functionalize import copied, insert
+from lrpfx.canonize.insert import copied, insert
 from lrpfx.ops import (
     BATCH,
     CONVS,

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from lrpfx import ops
-from lrpfx.canonize.functionalize import copied
+from lrpfx.canonize.insert import copied
 from lrpfx.canonize.measure import Measured
 from lrpfx.canonize.scores import alike
 from lrpfx.ops import FINAL, Composed, Final, is_floating, live_names, output_leaves

@@ -20,7 +20,7 @@ from lrpfx.canonize.commute import (
     way_from_layers,
     weight_of,
 )
-from lrpfx.canonize.functionalize import insert
+from lrpfx.canonize.insert import insert
 from lrpfx.ops import (
     CONVS,
     KEPT,

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
-from torch.utils import _pytree as pytree
+from torch import fx
 
+from lrpfx.canonize.insert import insert
+from lrpfx.canonize.memory import Memory, writes
 from lrpfx.capture import Program, first_line, tracing
 from lrpfx.errors import CaptureError
-from lrpfx.ops import argument_names, bound_arguments, nodes_in, source_line
+from lrpfx.ops import nodes_in, source_line
 
 aten = torch.ops.aten
 
@@ -23,9 +22,9 @@ def functionalize(
 ) -> fx.GraphModule:
     """``y = relu_(x)`` -> ``y = relu(x)``; writes into views -> scatters.
 
-    Renaming is exact where nothing reads the written storage later except through the in-place
-    op's own result. Where something does, PyTorch's functionalisation rewrites the whole graph,
-    at the cost of a second trace.
+    Tensors that share memory are views of one another, each by an op. What is written into one is
+    put into what it is a view of, and so on; others are viewed anew where they are read. Where a
+    view is not known, PyTorch's functionalisation rewrites the whole graph, by a second trace.
 
     Args:
         program: The graph as it was captured.
@@ -38,18 +37,11 @@ def functionalize(
     apart = targets.intersection(cast) if regions else set()
     inner = [body for body in bodies if body is not module]
     regions = regions or any(writes(node) for body in inner for node in body.graph.nodes)
-    memories: dict[int | None, list[fx.Node]] = {}
-    for node in module.graph.nodes:
-        memories.setdefault(_storage(node), []).append(node)
-    private = all(
-        _is_private(node, memories[_storage(nodes_in(node.args)[0])])
-        for node in module.graph.nodes
-        if writes(node)
-    )
-    if private and not regions:
-        for node in [n for n in module.graph.nodes if writes(n)]:
-            _rename(node)
-        return module
+    if not regions:
+        memory = Memory(module.graph)
+        if memory.known:
+            memory.renew()
+            return module
     _detach_regions(program.graph_module)
     with tracing():
         known = torch.export.default_decompositions()
@@ -98,88 +90,6 @@ def unlifted(program: Program) -> fx.GraphModule:
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     return module
-
-
-def writes(node: fx.Node) -> bool:
-    """Whether the op changes memory that it is given."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
-def functional(target: torch._ops.OpOverload) -> torch._ops.OpOverload | None:
-    """``relu_.default`` -> ``relu.default``, which takes the same arguments; None without such.
-
-    The overload's name tells nothing: ``pow_.Scalar`` is ``pow.Tensor_Scalar``.
-    """
-    namespace, name = target._schema.name.split("::")
-    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
-    given = _arguments(target._schema)
-    for overload in packet.overloads() if packet is not None and given else ():
-        other = getattr(packet, overload)
-        if _arguments(other._schema) == given and not other._schema.is_mutable:
-            found: torch._ops.OpOverload = other
-            return found
-    return None
-
-
-def _arguments(schema: Any) -> dict[str, str]:
-    """Type of each, in any order; what is written is ``self`` or ``input``. Empty for lists."""
-    named = {"self" if a.name == "input" else a.name: str(a.type) for a in schema.arguments}
-    return named if "Tensor" in map(str, (r.type for r in schema.returns)) else {}
-
-
-def _is_private(node: fx.Node, same_memory: Sequence[fx.Node]) -> bool:
-    """Whether the written memory is read later through the node's own result only.
-
-    The fake tensors of a trace share storage exactly where the real ones do.
-    """
-    if _storage(same_memory[0]) is None or functional(node.target) is None:  # type: ignore[arg-type]
-        return False
-    before = itertools.takewhile(lambda other: other < node, same_memory)
-    return not any(user is not node and node < user for other in before for user in other.users)
-
-
-def _storage(node: fx.Node) -> int | None:
-    value = node.meta.get("val")
-    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
-
-
-def _rename(node: fx.Node) -> None:
-    value: Tensor = node.meta["val"]
-    op = functional(node.target)  # type: ignore[arg-type]
-    assert op is not None
-    names = argument_names(op)
-    if names == argument_names(node.target) or names[0] == "input":
-        args, kwargs = node.args, node.kwargs
-    else:  # polygamma has its tensor last
-        args, kwargs = (), bound_arguments(node)
-    with node.graph.inserting_before(node):
-        new = insert(node, op, args, kwargs)
-        if new.meta["val"].dtype != value.dtype:  # in-place ops keep their dtype
-            new = insert(node, aten.to.dtype, (new, value.dtype))
-    node.replace_all_uses_with(new)
-    node.graph.erase_node(node)
-
-
-def insert(
-    like: fx.Node, target: Any, args: Sequence[Any], kwargs: dict[str, Any] | None = None
-) -> fx.Node:
-    """A call at the graph's insert point, with the provenance of ``like`` and its own value."""
-    new = like.graph.call_function(target, tuple(args), dict(kwargs or {}))
-    keep = ("nn_module_stack", "stack_trace", "torch_fn")
-    new.meta = {key: like.meta[key] for key in keep if key in like.meta}
-    values = fx.node.map_arg((new.args, new.kwargs), lambda n: n.meta["val"])
-    given = pytree.tree_leaves([n.meta["val"] for n in nodes_in((new.args, new.kwargs))])
-    mode = next((v.fake_mode for v in given if hasattr(v, "fake_mode")), None)
-    assert mode is not None and isinstance(values, tuple)
-    with mode, enable_python_dispatcher(), torch.no_grad():
-        new.meta["val"] = target(*values[0], **values[1])
-    return new
-
-
-def copied(node: fx.Node, other: Mapping[fx.Node, fx.Node], like: fx.Node) -> fx.Node:
-    """A node's call with others in the place of some of its inputs, as ``insert`` makes it."""
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: other.get(n, n))
-    return insert(like, node.target, args, kwargs)
 
 
 def _is_region(node: fx.Node, word: str = "") -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from lrpfx import ops
-from lrpfx.canonize.functionalize import insert
+from lrpfx.canonize.insert import insert
 from lrpfx.ops import HELD, SHAPED, is_floating, live_names, reachable, varying
 
 aten = torch.ops.aten

@@ -24,12 +24,12 @@ from lrpfx.canonize.functionalize import (
     copies_to_casts,
     functionalize,
     inline_no_grad,
-    insert,
     unlifted,
-    writes,
 )
 from lrpfx.canonize.hold import hold_divisors, hold_statistics
+from lrpfx.canonize.insert import insert
 from lrpfx.canonize.measure import INPUTS
+from lrpfx.canonize.memory import writes
 from lrpfx.canonize.normalized import whole_softmaxes
 from lrpfx.canonize.norms import open_statistics
 from lrpfx.canonize.pairs import pair_complex

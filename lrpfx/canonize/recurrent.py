@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from lrpfx.canonize.functionalize import insert
+from lrpfx.canonize.insert import insert
 from lrpfx.errors import CaptureError
 from lrpfx.ops import bound_arguments, source_line
 

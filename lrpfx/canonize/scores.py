@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from lrpfx import ops
-from lrpfx.canonize.functionalize import copied, insert
+from lrpfx.canonize.insert import copied, insert
 from lrpfx.canonize.measure import Measured
 from lrpfx.ops import HELD, is_floating, live_names, nodes_in
 

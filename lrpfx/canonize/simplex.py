@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lrpfx.canonize.functionalize import insert
+from lrpfx.canonize.insert import insert
 from lrpfx.ops import entmax, precision, varying
 
 aten = torch.ops.aten

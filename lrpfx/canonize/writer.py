@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from lrpfx.canonize.functionalize import insert
+from lrpfx.canonize.insert import insert
 
 aten = torch.ops.aten
 

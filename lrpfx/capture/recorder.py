@@ -119,7 +119,11 @@ class Recorder(ProxyTorchDispatchMode):
             given[1:] = [self._passes_not(n) for n in given[1:]]
         given_args, given_kwargs = pytree.tree_unflatten(given, spec)
         self.running = node = self._write(func, given_args, given_kwargs)
-        out = func(*args, **kwargs)
+        try:
+            out = func(*args, **kwargs)
+        except Exception:  # which the model may catch, and go another way
+            self.graph.erase_node(node)
+            raise
         self.read_by(func, flat)
         self._cast(func, flat, spec, node, out)
         if any(out is t for t in flat) and not func._schema.is_mutable:

@@ -1,0 +1,35 @@
+"""New nodes, with the provenance of others and a value of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch.utils import _pytree as pytree
+
+from lrpfx.ops import nodes_in
+
+
+def insert(
+    like: fx.Node, target: Any, args: Sequence[Any], kwargs: dict[str, Any] | None = None
+) -> fx.Node:
+    """A call at the graph's insert point, with the provenance of ``like`` and its own value."""
+    new = like.graph.call_function(target, tuple(args), dict(kwargs or {}))
+    keep = ("nn_module_stack", "stack_trace", "torch_fn")
+    new.meta = {key: like.meta[key] for key in keep if key in like.meta}
+    values = fx.node.map_arg((new.args, new.kwargs), lambda n: n.meta["val"])
+    given = pytree.tree_leaves([n.meta["val"] for n in nodes_in((new.args, new.kwargs))])
+    mode = next((v.fake_mode for v in given if hasattr(v, "fake_mode")), None)
+    assert mode is not None and isinstance(values, tuple)
+    with mode, enable_python_dispatcher(), torch.no_grad():
+        new.meta["val"] = target(*values[0], **values[1])
+    return new
+
+
+def copied(node: fx.Node, other: Mapping[fx.Node, fx.Node], like: fx.Node) -> fx.Node:
+    """A node's call with others in the place of some of its inputs, as ``insert`` makes it."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: other.get(n, n))
+    return insert(like, node.target, args, kwargs)
