@@ -92,6 +92,13 @@ def concepts() -> dict[str, Any]:
     return images(features=nn.Sequential(*convolutions))
 
 
+def audit() -> dict[str, Any]:
+    names = concepts()
+    x, labels = torch.rand(40, 1, 8, 8), torch.arange(40) % 10
+    data = torch.utils.data.TensorDataset(x, labels)
+    return names | {"dataset": data, "x": x, "labels": labels, "predictions": labels}
+
+
 def howto() -> dict[str, Any]:
     pooled = {"0": nn.Conv2d(1, 4, 3, padding=1), "1": nn.ReLU(), "2": nn.MaxPool2d(2)}
     names = images(**pooled, layer4=nn.Conv2d(4, 4, 1))
@@ -109,6 +116,7 @@ SETUP: dict[str, Callable[[], dict[str, Any]]] = {
     "README.md": readme,
     "supported.md": readme,
     "api.md": api,
+    "audit.md": audit,
     "concepts.md": concepts,
     "gallery.md": gallery,
     "howto.md": howto,
