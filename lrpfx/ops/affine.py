@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import maybe_current_level
 
 Signal = tuple[Tensor, ...]
 
@@ -152,8 +153,11 @@ class AffineMap:
 def pull_back(run: Callable[..., Any], x: Signal, s: Tensor | tuple[Tensor, ...]) -> Signal:
     """J's per input, J the Jacobian at ``x``; with a graph of its own if autograd is on.
 
-    Integer outputs have none. In less than half the time that ``torch.func.vjp`` takes.
+    Integer outputs have none. In less than half the time that ``torch.func.vjp`` takes, which is
+    what serves inside of transforms such as ``vmap``.
     """
+    if maybe_current_level() is not None or torch.compiler.is_dynamo_compiling():
+        return _pull_back_transformed(run, x, s)
     wanted = torch.is_grad_enabled()
     with torch.enable_grad():
         # Views, as one tensor may be several inputs.
@@ -168,6 +172,19 @@ def pull_back(run: Callable[..., Any], x: Signal, s: Tensor | tuple[Tensor, ...]
         return tuple(torch.zeros_like(t) for t in x)
     live, weights = zip(*pairs, strict=True)
     return torch.autograd.grad(live, at, weights, create_graph=wanted, materialize_grads=True)
+
+
+def _pull_back_transformed(
+    run: Callable[..., Any], x: Signal, s: Tensor | tuple[Tensor, ...]
+) -> Signal:
+    def outputs(*at: Tensor) -> tuple[Tensor, ...]:
+        out = run(*at)
+        every = (out,) if isinstance(out, Tensor) else out
+        return tuple(o for o in every if o.is_floating_point())
+
+    back = torch.func.vjp(outputs, *x)[1]
+    pulled: Signal = back(s if isinstance(s, tuple) else (s,))
+    return pulled
 
 
 Part = tuple[Signal, AffineMap]

@@ -77,6 +77,7 @@ def rewrite(
         values = _values(graph, statistics, streams.clean.__getitem__)
         graph.call_module(f"follows_{number}", (values, [graph.get_attr(n) for n in names]))
     graph.output(outputs)
+    _ask_for_sizes(graph)
     return _finish(module, graph)
 
 
@@ -158,6 +159,15 @@ def instrument(
     )
     finished = _finish(module, graph)
     return freeze(finished) if frozen and fast else finished
+
+
+def _ask_for_sizes(graph: fx.Graph) -> None:
+    """``sym_size(x, 0)`` -> ``x.size(0)``, which transforms such as ``vmap`` know."""
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.sym_size.int:
+            node.op, node.target = "call_method", "size"
+        elif node.target is torch.ops.aten.sym_numel.default:
+            node.op, node.target = "call_method", "numel"
 
 
 def _values(

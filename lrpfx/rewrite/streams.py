@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Container, Mapping, Sequence
 
+import torch
 from torch import fx
 
 from lrpfx.ops import reachable, record, slot_nodes
@@ -69,7 +70,10 @@ class Streams:
         if node not in self.live:
             return
         if node in self.own:
+            # A tensor of its own, as dynamo takes none twice for the arguments of a Function.
             self.phantoms[node] = self.clean[node]
+            own = self.graph.call_function(torch.ops.aten.alias.default, (self.clean[node],))
+            self.clean[node] = own
         elif record(node) is not None:
             self.phantoms[node] = self.twin(node)
         elif node.target is operator.getitem:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import maybe_current_level
 
 from lrpfx.errors import RuleError
 from lrpfx.ops import Call, Site, is_floating
@@ -76,6 +77,27 @@ class _Relevance(torch.autograd.Function):
         return None, None, None, *passed, *(None for _ in values)
 
 
+class _Transformed(_Relevance):
+    """The same inside of transforms such as ``vmap``, which want forward and context apart."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(step: Step, ledger: Ledger | None, *rest: Any) -> Any:  # type: ignore[override]
+        return _Relevance.forward(_Unread(), step, ledger, *rest)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _Relevance.forward(ctx, *inputs)
+
+
+class _Unread:
+    """A context that nobody reads."""
+
+    def save_for_backward(self, *tensors: Any) -> None:
+        """Nothing."""
+
+
 def phantom(like: Tensor) -> Tensor:
     """Zeros of a tensor's shape, dtype and device that take no memory."""
     return like.new_zeros(()).expand(like.shape)
@@ -114,8 +136,9 @@ class Step:
             return self._apply(ledger, clean, *rest)
 
     def _apply(self, ledger: Ledger | None, clean: Any, *rest: Any) -> Any:
+        function = _Relevance if maybe_current_level() is None else _Transformed
         # PyTorch gives apply no types.
-        return _Relevance.apply(self, ledger, clean, *rest)  # type: ignore[no-untyped-call]
+        return function.apply(self, ledger, clean, *rest)  # type: ignore[no-untyped-call]
 
     def phantom(self, clean: Tensor) -> Tensor:
         """What stands for an output in the phantom stream."""
