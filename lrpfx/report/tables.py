@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import html
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
+from shutil import get_terminal_size
 from typing import NamedTuple
 
 #: A notebook's own style cuts tables off, and puts words on the right.
@@ -16,10 +19,11 @@ _STYLE = (
     "table.lrpfx tr td.n { text-align: right; white-space: nowrap; }</style>"
 )
 _MOST = 60  # rows that are shown without being asked for
+_LEAST = 6  # characters of a column of words
 
 
 class Column(NamedTuple):
-    """A title, the most characters of a cell below it, and whether cells line up on the right."""
+    """A title, characters of a line where room is scarce, and whether its numbers line up right."""
 
     title: str
     most: int
@@ -32,10 +36,10 @@ class Table:
 
     Args:
         lines: What is said above the table.
-        columns: Of the first, a path, the end is kept where a cell is too long; of the others the
-            beginning. Without columns there is no table.
+        columns: Without columns there is no table.
         cells: Per row, one text per column.
-        width: The most characters of a line of text.
+        width: The most characters of a line of text. A cell that is too long for its column goes
+            on in the next line; nothing is cut off.
     """
 
     lines: Sequence[str]
@@ -45,12 +49,14 @@ class Table:
 
     def text(self, most: int | None = None) -> str:
         """Lines of at most ``width`` characters; at most so many rows, and how many there are."""
-        lines = [wrap(line, self.width) for line in self.lines]
+        room = _room(self.width)
+        lines = [wrap(line, room) for line in self.lines]
         if self.columns:
-            widths = self._widths()
-            lines.append(self._line([column.title for column in self.columns], widths))
+            widths = self._widths(room)
+            lines += self._row([column.title for column in self.columns], widths)
             lines.append("  ".join("-" * width for width in widths))
-            lines += [self._line(cells, widths) for cells in self.cells[:most]]
+            for cells in self.cells[:most]:
+                lines += self._row(cells, widths)
         if most is not None and len(self.cells) > most:
             lines.append(f"... and {len(self.cells) - most} more rows: print() shows all")
         return "\n".join(line.rstrip() for line in lines)
@@ -75,21 +81,34 @@ class Table:
             for column, cell in zip(self.columns, cells, strict=True)
         )
 
-    def _widths(self) -> list[int]:
+    def _widths(self, room: int) -> list[int]:
+        """As wide as the cells; where there is no room, what is over ``most`` gives way first."""
         widths = [
-            min(column.most, max([len(column.title), *(len(cells[i]) for cells in self.cells)]))
+            max([len(column.title), *(len(cells[i]) for cells in self.cells)])
             for i, column in enumerate(self.columns)
         ]
-        while sum(widths) + 2 * (len(widths) - 1) > self.width:
-            widths[widths.index(max(widths))] -= 1
+        widths = [
+            min(width, column.most) if column.right else width
+            for column, width in zip(self.columns, widths, strict=True)
+        ]
+        words = [i for i, column in enumerate(self.columns) if not column.right] or [0]
+        while sum(widths) + 2 * (len(widths) - 1) > room:
+            over = max(words, key=lambda i: (max(0, widths[i] - self.columns[i].most), widths[i]))
+            if widths[over] <= _LEAST:
+                break
+            widths[over] -= 1
         return widths
 
-    def _line(self, cells: Sequence[str], widths: Sequence[int]) -> str:
-        shown = []
-        for i, (column, cell, width) in enumerate(zip(self.columns, cells, widths, strict=True)):
-            text = _cut(cell, width, keep_end=i == 0)
-            shown.append(text.rjust(width) if column.right else text.ljust(width))
-        return "  ".join(shown)
+    def _row(self, cells: Sequence[str], widths: Sequence[int]) -> list[str]:
+        """The lines of a row: what is too long for its column goes on below, in its column."""
+        broken = [fold(cell, width) for cell, width in zip(cells, widths, strict=True)]
+        return [
+            "  ".join(
+                text.rjust(width) if column.right else text.ljust(width)
+                for column, text, width in zip(self.columns, line, widths, strict=True)
+            )
+            for line in zip_longest(*broken, fillvalue="")
+        ]
 
 
 class Tabular:
@@ -130,7 +149,17 @@ def _key(line: str) -> tuple[str, str]:
     return html.escape(word), html.escape(space + rest.strip())
 
 
-def _cut(text: str, width: int, keep_end: bool) -> str:
-    if len(text) <= width:
-        return text
-    return "…" + text[1 - width :] if keep_end else text[: width - 1] + "…"
+def fold(text: str, width: int) -> list[str]:
+    """Lines of at most ``width`` characters, broken behind spaces and marks where there are any."""
+    lines = []
+    while len(text) > width:
+        cut = max((text.rfind(mark, 0, width) + 1 for mark in " .,:;/_-("), default=0)
+        cut = cut if cut > width // 3 else width
+        lines.append(text[:cut])
+        text = text[cut:]
+    return [*lines, text]
+
+
+def _room(most: int) -> int:
+    """Characters of a line: those of the terminal, if it is one and narrower."""
+    return min(most, get_terminal_size().columns) if sys.stdout.isatty() else most

@@ -74,6 +74,27 @@ def narrow(text: str) -> bool:
     return all(len(line) <= 100 for line in text.splitlines())
 
 
+@pytest.mark.parametrize("columns", [None, 80])
+def test_nothing_of_a_table_is_cut_off(
+    plus: Report, columns: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is too long for its column goes on below it, in a terminal of any width."""
+    if columns is not None:
+        monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+        monkeypatch.setenv("COLUMNS", str(columns))
+    deep = "model.encoder.layers.11.attention.self.query_projection"
+    rows = [replace(row, module=deep, why=f"kind linear: {deep}") for row in plus.rows]
+    text = str(replace(plus, rows=tuple(rows)))
+    assert all(len(line) <= (columns or 120) for line in text.splitlines()) and "…" not in text
+    ruler = next(line for line in text.splitlines() if line.startswith("---"))
+    starts = [0, *(i + 2 for i, c in enumerate(ruler) if ruler[i : i + 2] == "  ")]
+    row = text.split(ruler)[1].strip("\n").splitlines()
+    at = [slice(a, b) for a, b in zip(starts, [*starts[1:], None], strict=True)]
+    for column, whole in ((0, deep), (3, deep)):
+        said = "".join(line[at[column]].strip() for line in row)
+        assert said.count(whole) == len(rows)
+
+
 # -- leaks ----------------------------------------------------------------------------------------
 
 
