@@ -10,7 +10,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -43,7 +42,7 @@ _LOG_SOFTMAXES = {aten.log_softmax.int, aten._log_softmax.default}
 _NORM = aten.linalg_vector_norm.default
 #: Kinds of ops that are proportional to their input, those with a guard such as a small number.
 _SUMS = {"reduction", "avg_pool", "sum", "linear"}
-_PROPORTIONAL = {*_SUMS, "scale", "shift", "clamp", "max", "where", "abs", "relu"}
+PROPORTIONAL = {*_SUMS, "scale", "shift", "clamp", "max", "where", "abs", "relu"}
 
 
 def whole_softmaxes(module: fx.GraphModule) -> fx.GraphModule:
@@ -57,7 +56,6 @@ def whole_softmaxes(module: fx.GraphModule) -> fx.GraphModule:
     """
     graph, measured = module.graph, Measured(module)
     finest = max(map(precision, output_leaves(graph)), default=0)
-    _merge_twice(graph)
     live = live_values(graph)
     for node in [n for n in graph.nodes if n in live]:
         if node.target in _SOFTMAXES:
@@ -87,24 +85,6 @@ def _open_log_softmax(module: fx.GraphModule, node: fx.Node) -> None:
         new = insert(node, aten.where.self, (there, logarithm, kept))
         node.replace_all_uses_with(compose(module, new, weights, [logarithm, there, new]))
     module.graph.erase_node(node)
-
-
-#: What is merged where it is computed twice: exponentials and what is subtracted in them.
-_TWICE = {aten.exp.default, aten.amax.default, aten.max.default, aten.max.dim, operator.getitem}
-
-
-def _merge_twice(graph: fx.Graph) -> None:
-    """``exp(a - max(a)) / sum(exp(a - max(a)))`` with exponential and maximum once."""
-    if sum(node.target in _TWICE for node in graph.nodes) < 2:
-        return
-    first: dict[str, fx.Node] = {}
-    same: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        called = fx.node.map_arg((node.args, node.kwargs), same.__getitem__)
-        own = called if node.op == "call_function" else node.name if node.op != "get_attr" else ""
-        same[node] = first.setdefault(f"{node.op} {node.target} {own}", node)
-        if same[node] is not node and node.target in _TWICE:
-            node.replace_all_uses_with(same[node])
 
 
 class _Exponential:
@@ -285,12 +265,14 @@ class _Exponential:
         total = self._total(below)
         assert total is not None
         first = way.index(total)
-        if not all(alike(n, self.node) for n in way[:first]):
-            return False
-        guards = list(
-            takewhile(lambda n: alike(n, total) and self._kind(n) != "reshape", way[first + 1 :])
-        )
-        way = [*way[: first + 1], *guards]
+        if all(alike(n, self.node) for n in way[:first]):
+            way, rest = way[: first + 1], way[first + 1 :]
+            for node in rest:  # guards
+                if not alike(node, total) or self._kind(node) == "reshape":
+                    break
+                way.append(node)
+        else:  # parts are summed up, and then their sums
+            total = way[-1]
         last = way[-1]
         with end.graph.inserting_before(end):
             groups = _handed_back(total, last, self.node, end)
@@ -411,7 +393,7 @@ def _power(node: fx.Node, powers: Mapping[fx.Node, int | None]) -> int | None:
         return None
     if op.family in ("product", "matmul"):
         return sum(known)
-    alike = len(set(known)) == 1 and (op.family in ("move", "select") or op.kind in _PROPORTIONAL)
+    alike = len(set(known)) == 1 and (op.family in ("move", "select") or op.kind in PROPORTIONAL)
     return known[0] if alike else None
 
 

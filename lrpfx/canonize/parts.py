@@ -13,7 +13,7 @@ from torch import fx
 
 from lrpfx.canonize import embeddings, live_weights, norms, scatters
 from lrpfx.canonize.writer import Writer
-from lrpfx.ops import bound_arguments, einsum, hardsigmoid, varying
+from lrpfx.ops import bound_arguments, einsum, hardsigmoid, precision, varying
 
 aten = torch.ops.aten
 
@@ -99,6 +99,14 @@ def open_parts(module: fx.GraphModule) -> fx.GraphModule:
 _LETTERS = string.ascii_letters
 
 Parts = Callable[..., "fx.Node | None"]
+
+
+def _power_of_number(op: Writer, self: Any, exponent: fx.Node | None = None) -> fx.Node | None:
+    """c ** x is exp(x log c), and 2 ** x by its own name; a softmax may be of either."""
+    base, x = (2.0, self) if exponent is None else (self, exponent)
+    if not isinstance(base, (int, float)) or base <= 0 or base == 1 or precision(x) < 4:
+        return None  # in halves x log c is too far from x
+    return op(aten.exp.default, op.times(x, math.log(base)))
 
 
 def _glu(op: Writer, self: fx.Node, dim: int) -> fx.Node:
@@ -305,6 +313,8 @@ _NORMS = [aten.norm.Scalar, aten.norm.ScalarOpt_dtype]
 _NORMS += [aten.norm.ScalarOpt_dim, aten.norm.ScalarOpt_dim_dtype]
 
 _PARTS: dict[Any, Parts] = {
+    aten.exp2.default: _power_of_number,
+    aten.pow.Scalar: _power_of_number,
     **dict.fromkeys([*_CONVS, aten.linear.default], live_weights.layer),
     aten.batch_norm.default: live_weights.norm_of_channels,
     aten.group_norm.default: live_weights.norm_of_channels,

@@ -28,6 +28,7 @@ from lrpfx.canonize.functionalize import (
 )
 from lrpfx.canonize.hold import hold_divisors, hold_statistics
 from lrpfx.canonize.insert import insert
+from lrpfx.canonize.joined import join_exponentials, one_exponential_each
 from lrpfx.canonize.measure import INPUTS
 from lrpfx.canonize.memory import writes
 from lrpfx.canonize.normalized import whole_softmaxes
@@ -35,6 +36,7 @@ from lrpfx.canonize.norms import open_statistics
 from lrpfx.canonize.pairs import pair_complex
 from lrpfx.canonize.parts import one_name_each, open_parts
 from lrpfx.canonize.recurrent import RECURRENT, open_recurrent
+from lrpfx.canonize.side_by_side import products_with_parts
 from lrpfx.canonize.simplex import whole_entmax
 from lrpfx.capture import Program
 from lrpfx.errors import CaptureError, TrainingModeError, counted
@@ -300,6 +302,9 @@ PASSES: tuple[Pass, ...] = (
     views_to_reshapes,
     whole_relus,
     whole_functions,
+    products_with_parts,
+    one_exponential_each,
+    join_exponentials,
     whole_softmaxes,
     group_heads,
     open_attention,

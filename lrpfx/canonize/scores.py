@@ -98,6 +98,8 @@ def without_influence(measured: Measured, ends: Sequence[fx.Node]) -> IsFree:
     def is_free(total: fx.Node, place: int) -> bool:
         shift: Any = total.args[place]
         value = shift.meta["val"] if isinstance(shift, fx.Node) else shift
+        if isinstance(shift, fx.Node) and shift.meta.get(HELD) == SHIFT:
+            return True
         number = not isinstance(value, Tensor)
         if not number and not is_floating(value):
             return False
