@@ -62,7 +62,7 @@ def scan(
         normalize: "sample": relevance is divided by the sum of its absolute values over the
             layer's concepts, so that samples with large outputs do not win.
         activation: Read "after" the nonlinearity that follows a layer, or "before" it. A concept's
-            is the largest over its positions.
+            is the largest over its positions; of a kind that has none, all that is the concept's.
         normalize_activation: The same for activation.
         kinds: By layer, the kind of concepts; channels elsewhere.
         batch_size: How many samples are explained at a time.

@@ -215,8 +215,7 @@ class Work:
             seen = batch.numbers, classes, batch.contents
             found.update(layer, "relevance", scores, positions, *seen)
             rows[f"vectors:{layer}"] = scores.astype(np.float32)
-            if (active := self._activation(layer, explanation)) is not None:
-                found.update(layer, "activation", *active, *seen)
+            found.update(layer, "activation", *self._activation(layer, explanation), *seen)
         return rows
 
     def _relevance(self, layer: str, explanation: Any) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -237,15 +236,18 @@ class Work:
         places = np.full(tuple(scores.shape), -1) if each is None else _numbers(each.argmax(2))
         return _numbers(scores), places
 
-    def _activation(self, layer: str, explanation: Any) -> tuple[NDArray[Any], NDArray[Any]] | None:
+    def _activation(self, layer: str, explanation: Any) -> tuple[NDArray[Any], NDArray[Any]]:
+        """The largest of each concept over its positions, and where; all of it without those."""
         at, behind = explanation.layers[layer], explanation.layers[self.behind[layer]].activation
         kind = self.kinds.get(layer, Channel()).at(at.activation.shape, at.channels)
         each = kind.positions(behind, behind)
         if each is None:
-            return None
-        most = each.max(2)
-        scores = _shares(most.values) if self.normalize_active == "sample" else most.values
-        return _numbers(scores), _numbers(most.indices)
+            scores = kind.encode(behind, behind)
+            places = torch.full(tuple(scores.shape), -1)
+        else:
+            scores, places = each.max(2)
+        scores = _shares(scores) if self.normalize_active == "sample" else scores
+        return _numbers(scores), _numbers(places)
 
     def _target(self, labels: Tensor | None) -> Any:
         if self.target == "label":
@@ -286,7 +288,7 @@ def _numbers(values: Tensor) -> NDArray[Any]:
 
 def _falling(scores: NDArray[Any], ranks: NDArray[np.int64]) -> NDArray[np.float64]:
     """Scores that do not rise from one rank to the next: ties have that of the first."""
-    found = scores.astype(np.float64)
+    found = scores.astype(np.float64) + 0.0  # without negative zeros
     for rank in range(1, int(ranks.max(initial=0)) + 1):
         at = np.flatnonzero(ranks == rank)
         found[at] = np.minimum(found[at], found[at - 1])

@@ -341,6 +341,11 @@ def test_other_kinds_targets_and_data(explainer: lrpfx.Explainer, tmp_path: Path
     e = explainer(x, samples().tensors[1], layers=["3"])
     wanted = e.layers["3"].relevance.flatten(1)
     np.testing.assert_allclose(neurons.vectors("3"), wanted, rtol=1e-5, atol=1e-7)
+    active = torch.relu(e.layers["3"].activation.flatten(1))
+    for neuron in (0, 7):
+        order = sorted(range(17), key=lambda i: (-active[i, neuron], i))[:3]
+        found = neurons.references("3", neuron, by="activation")
+        assert [r.sample for r in found] == order
     most = scan(
         explainer, samples(), statistic="max", normalize=None, out=tmp_path / "c", **options
     )
