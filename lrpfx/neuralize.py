@@ -85,8 +85,10 @@ class KMeans(nn.Module):
     halfway between the two centres, where h_k is zero. Relevance sums to f_c.
 
     Args:
-        centroids: (K, D) with K >= 2, or a fitted clustering with ``cluster_centers_``, such as
-            ``sklearn.cluster.KMeans``. Their dtype is that of the computation.
+        centroids: (K, D) with K >= 2, such as a codebook; or a fitted estimator of scikit-learn
+            that assigns by the nearest centre (``KMeans``, ``MiniBatchKMeans``, ``MeanShift``,
+            ``AffinityPropagation``, ``NearestCentroid`` ...). Their dtype is that of the
+            computation, which holds N K (K - 1) D numbers.
         beta: How sharp the pool over competitors is, in units of 1 / squared distance. The
             source takes 1 / mean of f_c over the data.
 
@@ -126,10 +128,16 @@ class KMeans(nn.Module):
 
 def _centres(given: Any) -> Tensor:
     """(K, D) floating numbers of a tensor, an array, or a fitted estimator."""
-    found = getattr(given, "cluster_centers_", given)
+    names = ("cluster_centers_", "centroids_")
+    found = next((getattr(given, name) for name in names if hasattr(given, name)), given)
     fix = "give centres (K, D), K >= 2, or a fitted estimator that has cluster_centers_."
-    if hasattr(given, "fit") and not hasattr(given, "cluster_centers_"):
+    if hasattr(given, "fit") and found is given:
         raise InputError(f"KMeans: this {type(given).__name__} has no cluster_centers_.", fix=fix)
+    if (metric := getattr(given, "metric", "euclidean")) != "euclidean":
+        raise InputError(
+            f"KMeans: this {type(given).__name__} measures distance by {metric!r}.",
+            fix="only of Euclidean distances the differences are linear.",
+        )
     try:
         centres = torch.as_tensor(found).detach().clone()
     except (TypeError, ValueError, RuntimeError) as error:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.cluster import KMeans, MiniBatchKMeans
+from sklearn.neighbors import NearestCentroid
 from torch import nn
 
 import lrpfx
@@ -42,6 +43,15 @@ def test_the_largest_output_is_the_nearest_centre(beta: float) -> None:
     ):
         net = Neuralized(estimator, beta)
         assert (net(torch.from_numpy(POINTS)).argmax(1).numpy() == estimator.predict(POINTS)).all()
+
+
+def test_nearest_centroids_are_classes() -> None:
+    labels = fitted().predict(POINTS) * 10
+    classifier = NearestCentroid().fit(POINTS, labels)
+    found = Neuralized(classifier)(torch.from_numpy(POINTS)).argmax(1).numpy()
+    assert (classifier.classes_[found] == classifier.predict(POINTS)).all()
+    with pytest.raises(errors.InputError, match="'manhattan'"):
+        Neuralized(NearestCentroid(metric="manhattan").fit(POINTS, labels))
 
 
 @pytest.mark.parametrize("clusters", [2, 4])
