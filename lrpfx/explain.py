@@ -25,6 +25,7 @@ from lrpfx.capture import (
     check_inputs,
     flatten_inputs,
     is_finite,
+    lines_forgotten,
     state_of,
     trim,
     varying_sizes,
@@ -169,8 +170,9 @@ def explain(
         RuleError: A rule with illegal parameters, or on an op that it does not fit.
         SelectorError: A selector, composite or layer that names nothing.
     """
-    explainer = Explainer(model, inputs, rules, wrt=wrt, capture=capture)
-    return explainer._answer(explainer, inputs, target, layers, create_graph, ledger, _Asked())
+    with lines_forgotten():
+        explainer = Explainer(model, inputs, rules, wrt=wrt, capture=capture)
+        return explainer._answer(explainer, inputs, target, layers, create_graph, ledger, _Asked())
 
 
 #: How many graphs with conditions are kept at most.

@@ -32,7 +32,7 @@ from lrpfx.capture.outputs import from_dicts, tensors_in, to_dicts
 from lrpfx.capture.preserve import preserved
 from lrpfx.capture.quiet import quiet
 from lrpfx.capture.recorder import Read
-from lrpfx.capture.release import trim
+from lrpfx.capture.release import lines_forgotten, trim
 from lrpfx.capture.running import run_given, run_model
 from lrpfx.capture.state import State, Versions, state_of, versions
 
@@ -66,6 +66,7 @@ __all__ = [
     "is_explained",
     "is_finite",
     "leaves_in",
+    "lines_forgotten",
     "mixing_note",
     "opened",
     "preserved",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import linecache
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+from torch.fx import graph_module
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 
@@ -36,6 +38,22 @@ def released() -> Iterator[None]:
         for method in vars(ShapeEnv).values():
             if hasattr(method, "cache_clear"):
                 method.cache_clear()
+
+
+@contextmanager
+def lines_forgotten() -> Iterator[None]:
+    """Let go of the lines of code that are written inside.
+
+    PyTorch keeps the code of each graph for good, for the lines of tracebacks.
+    """
+    kept = graph_module._loader.eval_cache
+    before = set(kept)
+    try:
+        yield
+    finally:
+        for key in kept.keys() - before:
+            kept.pop(key, None)
+            linecache.cache.pop(key, None)
 
 
 def trim() -> None:

@@ -1,6 +1,7 @@
 """What a trace leaves behind: nothing that grows from call to call."""
 
 import gc
+import linecache
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.graph_module import _loader
 
 import lrpfx
 from tests.conftest import Apply
@@ -49,6 +51,16 @@ def test_traces_are_let_go(forward: Callable[..., Any]) -> None:
             pass
         counts.append(left())
     assert max(counts[1:]) <= max(counts[:2]), counts
+
+
+@pytest.mark.parametrize("capture", ["export", "record"])
+def test_the_code_of_graphs_is_let_go(capture: Any) -> None:
+    model, x, lines = nn.Linear(3, 2), torch.ones(2, 3), []
+    for _ in range(3):
+        explanation = lrpfx.explain(model, x, 1, capture=capture)
+        lines.append(len(linecache.cache) + len(_loader.eval_cache))
+    assert lines[2] == lines[1]
+    assert explanation.report.reached is not None  # by a graph that runs without its lines
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
