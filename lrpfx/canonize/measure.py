@@ -39,6 +39,15 @@ class Measured:
         """Whether ``end`` keeps its value where all of ``shift`` is moved by numbers of its own."""
         return self._same(end, lambda: self._with(end, {shift: self._drawn(shift)}))
 
+    def moves(self, end: fx.Node, shift: fx.Node) -> bool:
+        """Whether every entry of ``end`` is another where all of ``shift`` is moved so."""
+        try:
+            with torch.no_grad():
+                value, other = self._value(end), self._with(end, {shift: self._drawn(shift)})
+        except Exception:  # as in ``_same``
+            return False
+        return bool((value != other).all())
+
     def ignores_number(self, end: fx.Node, total: fx.Node) -> bool:
         """Whether ``end`` keeps its value where one number is added to all of ``total``."""
         return self._same(end, lambda: self._with(end, {total: self._value(total) + 0.7}))

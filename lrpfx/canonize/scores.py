@@ -110,7 +110,8 @@ def without_influence(measured: Measured, ends: Sequence[fx.Node]) -> IsFree:
         source: fx.Node | None = shift
         while source is not None:
             if all(measured.ignores(end, source) for end in ends):
-                return True
+                # Of a mask that is filled again little may be left of what it was before.
+                return source is shift or measured.moves(shift, source)
             source = _moved(source)
         return False
 

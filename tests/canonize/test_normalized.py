@@ -350,6 +350,14 @@ def _biased(x: Tensor) -> Tensor:
     return torch.arange(x.shape[-1]) - torch.arange(x.shape[-2])[:, None]
 
 
+def _windows(x: Tensor) -> Tensor:
+    """As of shifted windows: what is left of the first filling is what counts for nothing."""
+    part = x.new_zeros(x.shape[-1])
+    part[1:] = 1
+    apart = part[:, None] - part
+    return apart.masked_fill(apart != 0, -100.0).masked_fill(apart == 0, 0.0)
+
+
 #: Constants before a softmax that are no shifts of it: they stand in a factor, or vary in it.
 NO_SHIFTS: dict[str, Callable[[Tensor], Tensor]] = {
     "in a factor": lambda s: s * (s.square().mean() + 1),
@@ -358,6 +366,7 @@ NO_SHIFTS: dict[str, Callable[[Tensor], Tensor]] = {
     "in a masked factor": lambda s: s.masked_fill(s > 1, -30.0) * (s.square().mean() + 1),
     "one for a row, in a factor": lambda s: s * (s.tanh() - s.detach().amax(-1, keepdim=True)),
     "in a divisor": lambda s: s / (s.square() + 1),
+    "a mask that is filled": lambda s: (s[None] + _windows(s)).flatten(0, 1),
     "integers that vary": lambda s: s - _biased(s),
 }
 
