@@ -398,6 +398,46 @@ MUTANTS = [
         "tests/test_errors.py",
         "what_where and selector",
     ),
+    Mutant(
+        "round-off decides which samples are best",
+        "concepts/accumulate.py",
+        "first - own > tie * np.abs(first)",
+        "first - own > 0",
+        "tests/concepts/test_scan.py",
+        "however_samples_are_parted",
+    ),
+    Mutant(
+        "a part that was interrupted begins anew",
+        "concepts/work.py",
+        "            found = Accumulator.load(store.shard(part), self.k, self.layers, self.tie)\n",
+        "            pass\n",
+        "tests/concepts/test_engines.py",
+        "goes_on_in_its_middle",
+    ),
+    Mutant(
+        "a scan that is interrupted keeps nothing of its part",
+        "concepts/work.py",
+        "        finally:\n            keep()",
+        "        finally:\n            reached == end and keep()",
+        "tests/concepts/test_engines.py",
+        "goes_on_in_its_middle",
+    ),
+    Mutant(
+        "names are not escaped on the page of a scan",
+        "concepts/page.py",
+        "    return html.escape(str(value))",
+        "    return str(value)",
+        "tests/concepts/test_page.py",
+        "escapes_names",
+    ),
+    Mutant(
+        "a receptive field forgets dilation",
+        "conditions/fields.py",
+        "    wide = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]",
+        "    wide = [k - 1 for d, k in zip(dilation, kernel, strict=True)]",
+        "tests/conditions/test_fields.py",
+        "outside_of_a_field",
+    ),
 ]
 
 

@@ -45,19 +45,19 @@ def table(explainer: lrpfx.Explainer, tmp_path_factory: pytest.TempPathFactory) 
 class Items(Dataset[Any]):
     """The samples, each after a pause; there are some that cannot be read."""
 
-    def __init__(self, stops: tuple[int, ...] = (), pause: float = 0) -> None:
-        self.stops, self.pause = stops, pause
+    def __init__(self, stops: tuple[int, ...] = (), pause: float = 0, size: int = 17) -> None:
+        self.stops, self.pause, self.data = stops, pause, samples(size)
         self.read: list[int] = []
 
     def __len__(self) -> int:
-        return 17
+        return len(self.data)
 
     def __getitem__(self, i: int) -> Any:
         time.sleep(self.pause)
         self.read.append(i)
         if i in self.stops:
             raise OSError("no such picture")
-        return samples()[i]
+        return self.data[i]
 
 
 def everything_in(folder: Path) -> dict[str, bytes]:
@@ -149,6 +149,20 @@ def test_before_an_item_that_raises_nothing_is_lost(
     scan(explainer, data, out=tmp_path / "a", **options)
     assert not {1, 2, 3, 4, 6, 7, 8, 9, 10} & set(data.read)  # others tell the data sets apart
     assert tables_in(tmp_path / "a") == tables_in(whole.folder)
+
+
+def test_a_part_goes_on_in_its_middle(explainer: lrpfx.Explainer, tmp_path: Path) -> None:
+    """The second of 16 parts has samples 2, 3 and 4, of which the last cannot be read."""
+    options = {**OPTIONS, "batch_size": 1}
+    whole = scan(explainer, Items(size=40), out=tmp_path / "whole", **options)
+    data = Items(stops=(4,), size=40)
+    with pytest.raises(lrpfx.errors.InputError, match="sample 4 "):
+        scan(explainer, data, out=tmp_path / "a", **options)
+    assert len(list((tmp_path / "a").glob("shard-*"))) == 2
+    data.stops, data.read = (), []
+    scan(explainer, data, out=tmp_path / "a", **options)
+    assert {2, 3}.isdisjoint(data.read) and data.read.count(4) == 1
+    assert everything_in(tmp_path / "a") == everything_in(whole.folder)
 
 
 def test_ray_writes_the_same_bytes(
