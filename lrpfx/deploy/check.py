@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,10 +51,13 @@ class Case:
 
     def check(self, run: Run, what: str) -> None:
         """Raise ExportError unless ``run`` gives the expected tensors."""
-        got = run(self.args, self.kwargs)
+        got = [t.to(self.expected[0].device) for t in run(self.args, self.kwargs)]
         worst = worst_difference(self.expected, got)
-        if worst <= 1 or worst <= _CHAOS * worst_difference(self.expected, self.near()):
+        if worst <= 1:
             return
+        if math.isfinite(worst):
+            if worst <= _CHAOS * worst_difference(self.expected, self.near()):
+                return
         raise ExportError(
             f"{what} gives another output or relevance than the Explainer "
             f"({worst:.1e} times the tolerance).",
@@ -102,8 +106,8 @@ def _case(explainer: Explainer, leaves: Sequence[Any], classes: int | None) -> C
     args, kwargs = pytree.tree_unflatten(list(leaves), explainer._captured.signature.spec)
     target: Tensor | None = None
     if classes is not None:
-        samples = len(next(t for t in leaves if isinstance(t, Tensor) and t.ndim))
-        target = torch.arange(samples) % classes
+        first = next(t for t in leaves if isinstance(t, Tensor) and t.ndim)
+        target = torch.arange(len(first), device=first.device) % classes
         name = target_name(argument_names(explainer.model, kwargs or args))
         args, kwargs = with_target(args, kwargs, target, name)
 

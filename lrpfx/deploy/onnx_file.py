@@ -37,12 +37,22 @@ def write_onnx(program: Program, path: Path, facts: str, cases: Sequence[Case]) 
         made = _translated(program)
     made.model.metadata_props[KEY] = facts
     made.save(path)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    sessions: list[Any] = []
 
     def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        feeds = {name: t.cpu().numpy() for name, t in zip(program.inputs, given, strict=True)}
-        return [torch.from_numpy(a) for a in session.run(None, feeds)]
+        try:
+            if not sessions:
+                providers = ["CPUExecutionProvider"]
+                sessions.append(onnxruntime.InferenceSession(path, providers=providers))
+            feeds = {name: t.cpu().numpy() for name, t in zip(program.inputs, given, strict=True)}
+            return [torch.from_numpy(a) for a in sessions[0].run(None, feeds)]
+        except Exception as error:  # its classes are of its own, as those of numpy
+            raise ExportError(
+                f"onnxruntime cannot run what was written: {first_line(error)}",
+                fix="export it in float32, for whose ops onnxruntime has kernels: model.float(); "
+                'or to "model.pt2".',
+            ) from error
 
     for case in cases:
         case.check(run, "onnxruntime")

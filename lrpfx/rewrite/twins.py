@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import maybe_current_level
 
-from lrpfx.errors import RuleError
+from lrpfx.errors import ExportError, RuleError
 from lrpfx.ops import Call, Site, is_floating
 from lrpfx.rewrite.ledger import Ledger
 from lrpfx.rules import Rule
@@ -163,7 +163,17 @@ class Join(Step):
     """Where the two streams meet, at an output: its value, with relevance as its gradient."""
 
     def __call__(self, clean: Any, *rest: Any, ledger: Ledger | None = None) -> Any:
-        """The output; in the caller's grad mode, so that no_grad gives plain tensors."""
+        """The output; in the caller's grad mode, so that no_grad gives plain tensors.
+
+        Raises:
+            ExportError: It is traced into a file, which would have no backward pass.
+        """
+        if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+            raise ExportError(
+                "a rewritten graph is traced into a file: that would hold the forward pass alone, "
+                "as relevance is the graph's backward pass.",
+                fix="lrpfx.export(explainer, path, x) writes output and relevance.",
+            )
         return self._apply(ledger, clean, *rest)
 
     def phantom(self, clean: Tensor) -> Tensor:

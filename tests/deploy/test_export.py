@@ -173,6 +173,16 @@ def test_a_rule_that_reads_values_is_refused_by_module_and_line(tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("tracer", ["export", "jit"])
+def test_the_forward_pass_alone_is_not_exported(tracer: str) -> None:
+    module = lrpfx.Explainer(perceptron(), X, "epsilon_plus").graph_module
+    with pytest.raises(ExportError, match="the forward pass alone"):
+        if tracer == "jit":
+            torch.jit.trace(module, X)
+        else:
+            torch.export.export(module, (X,), strict=False)
+
+
 @pytest.mark.parametrize("make, x", [(tokens, IDS), (score, X)], ids=["tokens", "score"])
 def test_the_strongest_output_is_explained_where_there_are_no_classes(
     make: Any, x: Tensor, tmp_path: Path

@@ -1,7 +1,7 @@
 """ONNX files: onnxruntime gives output and relevance as the Explainer does, at any batch size."""
 
-import functools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -59,44 +59,48 @@ MODELS: dict[str, Any] = {
 }
 
 
-@functools.cache
-def explainer(name: str) -> lrpfx.Explainer:
+@pytest.fixture(scope="module", params=MODELS)
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model's name, its Explainer and its file."""
+    name = request.param
     model, shape, rules = MODELS[name]
-    return lrpfx.Explainer(model(), torch.randn(2, *shape), rules)
+    explainer = lrpfx.Explainer(model(), torch.randn(2, *shape), rules)
+    path = tmp_path_factory.mktemp(name) / "model.onnx"
+    lrpfx.export(explainer, path, torch.randn(2, *shape))
+    return name, explainer, path
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_a_file_gives_output_and_relevance_of_a_class_per_sample(name: str, tmp_path: Path) -> None:
-    path, shape = tmp_path / "model.onnx", MODELS[name][1]
-    lrpfx.export(explainer(name), path, torch.randn(2, *shape))
-    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+def test_a_file_gives_output_and_relevance_of_a_class_per_sample(written: Any) -> None:
+    name, explainer, path = written
+    assert [file.name for file in path.parent.iterdir()] == ["model.onnx"]
     session = onnxruntime.InferenceSession(path)
     assert [i.name for i in session.get_inputs()] == ["input", "target"]
     assert [o.name for o in session.get_outputs()] == ["output", "relevance"]
     for samples in (1, 2, 5):
-        x, target = torch.randn(samples, *shape), torch.arange(samples) % 4 - 2
+        x, target = torch.randn(samples, *MODELS[name][1]), torch.arange(samples) % 4 - 2
         output, relevance = run(path, x, target)
-        expected = explainer(name)(x, target)
+        expected = explainer(x, target)
         assert apart(output, expected.output) < TOLERANCE
         assert apart(relevance, expected.relevance) < TOLERANCE
 
 
-@pytest.mark.parametrize("target", [4, -5, -9])
-def test_a_class_that_is_out_of_range_is_refused_by_the_file(target: int, tmp_path: Path) -> None:
-    path = tmp_path / "model.onnx"
-    lrpfx.export(explainer("perceptron"), path, torch.randn(2, 6))
-    with pytest.raises(Exception, match="[Oo]ut of range"):
-        run(path, torch.randn(2, 6), torch.tensor([0, target]))
+def test_a_class_that_is_out_of_range_is_refused_by_the_file(written: Any) -> None:
+    name, _, path = written
+    for target in (5, -6, -9):
+        with pytest.raises(Exception, match="[Oo]ut of range"):
+            run(path, torch.randn(2, *MODELS[name][1]), torch.tensor([0, target]))
 
 
-def test_the_largest_class_may_be_explained_without_an_input_for_it(tmp_path: Path) -> None:
-    path = tmp_path / "model.onnx"
-    lrpfx.export(explainer("perceptron"), path, torch.randn(2, 6), target="argmax")
-    x = torch.randn(7, 6)
-    output, relevance = run(path, x)
-    expected = explainer("perceptron")(x)
-    assert apart(output, expected.output) < TOLERANCE
-    assert apart(relevance, expected.relevance) < TOLERANCE
+def test_the_lines_of_the_page_run_it(written: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, explainer, path = written
+    monkeypatch.chdir(path.parent)
+    page = Path(lrpfx.__file__).parent.parent / "docs" / "export.md"
+    (lines,) = re.findall(r"```py\n(.*?)```", page.read_text("utf-8"), re.S)
+    x = torch.randn(2, *MODELS[name][1])
+    names: dict[str, Any] = {"images": x.numpy()}
+    exec(lines.replace("[3, 5]", "[3, 1]"), names)
+    expected = explainer(x, [3, 1])
+    assert apart(torch.from_numpy(names["relevance"]), expected.relevance) < TOLERANCE
 
 
 class Sampled(nn.Module):
@@ -125,11 +129,21 @@ def test_what_onnx_has_nothing_for_is_refused_by_op_module_and_line(tmp_path: Pa
     lrpfx.export(explainer, tmp_path / "model.pt2", x)
 
 
+def test_what_onnxruntime_has_no_kernel_for_is_refused(tmp_path: Path) -> None:
+    layers = nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(32, 3)
+    x = torch.randn(2, 1, 6, 6).double()
+    explainer = lrpfx.Explainer(nn.Sequential(*layers).double(), x, "epsilon_plus")
+    with pytest.raises(ExportError, match="onnxruntime cannot run(.|\n)*float32"):
+        lrpfx.export(explainer, tmp_path / "model.onnx", x)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_says_what_it_was_made_of_and_that_is_data_only(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx", reason="pip install -e '.[export]'")
     path, names = tmp_path / "model.onnx", ["cat", "dog", "", "42"]
     x = torch.randn(2, 6)
-    lrpfx.export(explainer("perceptron"), path, x, target="argmax", class_names=names)
+    explainer = lrpfx.Explainer(perceptron(), x, "epsilon_plus")
+    lrpfx.export(explainer, path, x, target="argmax", class_names=names)
     session = onnxruntime.InferenceSession(path)
     facts = json.loads(session.get_modelmeta().custom_metadata_map["lrpfx"])
     assert facts["class_names"] == names
@@ -138,7 +152,9 @@ def test_a_file_says_what_it_was_made_of_and_that_is_data_only(tmp_path: Path) -
     shapes = [value.shape for value in (*session.get_inputs(), *session.get_outputs())]
     assert shapes == [["N", 6], ["N", 4], ["N", 6]]
 
-    expected = run(path, x)
+    expected, explanation = run(path, x), explainer(x)
+    assert apart(expected[0], explanation.output) < TOLERANCE
+    assert apart(expected[1], explanation.relevance) < TOLERANCE
     changed = onnx.load(path)
     told = '__import__("os").abort()'
     changed.metadata_props[0].value = told
