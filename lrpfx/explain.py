@@ -134,10 +134,10 @@ def explain(
             what it is laid over, ``[("layer4.*", Gamma()), "epsilon_plus_flat"]``. Your own
             entries come first, and the first match wins. A list without an end is laid over the
             default, ``composites.Auto``, which None is by itself. An entry is a pair of selector
-            and rule. A selector is an op kind ("conv"), a module class, a module-path glob
-            ("layer4.*"), "*", a predicate on the node's record such as ``First()``, or a tuple of
-            these, any of which may match. A dict of entries, and a rule alone (for every op that it
-            fits), are taken as well.
+            and rule. A selector is an op kind (``"conv"``), a module class, a module-path glob
+            (``"layer4.*"``), ``"*"``, a predicate on the node's record such as ``First()``, or a
+            tuple of these, any of which may match. A dict of entries, and a rule alone (for every
+            op that it fits), are taken as well.
         layers: Module paths (globs allowed), or names of nodes in the report, whose relevance and
             activation are returned, too.
         create_graph: Keep the graph of the relevance, so that it can be differentiated with

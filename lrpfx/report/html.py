@@ -27,6 +27,10 @@ pre { white-space: pre-wrap; }
 .bar { display: inline-block; width: 80px; height: .7em; background: #eee; margin: 0 .4em; }
 .bar i { display: block; height: 100%; }
 .plus { background: #d6604d; } .minus { background: #4393c3; } .kept { background: #666; }
+@media (max-width: 50em) {
+body { margin: 1em; } details { margin-left: 0; } table { margin-left: 0; }
+td, th { white-space: normal; } td { display: inline-block; }
+}
 """
 
 _LEGEND = (
