@@ -39,6 +39,7 @@ examples: $(EXAMPLES)/.smollm2
 	$(EXAMPLES)/bin/python examples/sentences.py examples/out/sentences.png
 	$(EXAMPLES)/bin/python examples/smollm.py "The capital of France is Paris. The capital of Germany is" examples/out/smollm.png
 	$(EXAMPLES)/bin/python examples/concepts.py examples/out
+	OMP_NUM_THREADS=1 $(EXAMPLES)/bin/python examples/right_for_right_reasons.py
 	OMP_NUM_THREADS=1 $(EXAMPLES)/bin/python examples/audit.py examples/out/audit
 
 # One thread per worker: pytest-xdist already fills the cores. A file's tests stay together as far
