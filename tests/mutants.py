@@ -237,6 +237,14 @@ MUTANTS = [
         "batch_norm or fold",
     ),
     Mutant(
+        "what is written is not seen by other views",
+        "canonize/memory.py",
+        "        if node not in self._source or time == latest:",
+        "        if True:",
+        "tests/canonize/test_memory.py",
+        "writes",
+    ),
+    Mutant(
         "a folded bias is not scaled",
         "canonize/fold.py",
         "bias = None if bias is None else insert(node, aten.mul.Tensor, (bias, scale))",

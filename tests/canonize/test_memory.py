@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import lrpfx
 from lrpfx.canonize import functionalize, memory
 from lrpfx.capture import capture
 from tests.conftest import Apply
@@ -78,3 +79,29 @@ def test_programs_of_views_and_writes_compute_what_pytorch_computes(seed: int) -
     module.graph.lint()
     module.recompile()
     torch.testing.assert_close(module(x), model(x))
+
+
+def _written(self: Any, x: Tensor) -> Tensor:
+    y = self.a(x).clone()
+    left, right = y[:, :2], y.narrow(1, 2, 2)
+    left.mul_(2)
+    right[:, 0] = left[:, 1]
+    y.view(-1, 2, 2).transpose(1, 2)[0].add_(1)
+    y[-1] = y[0].tanh()
+    y.flatten()[3:5].mul_(2)
+    y.permute(1, 0)[1:].sub_(0.5)
+    return self.b(y)  # type: ignore[no-any-return]
+
+
+def test_writes_have_the_gradient_of_pytorch_at_every_size_of_the_batch() -> None:
+    torch.manual_seed(0)
+    model = Apply(_written, a=nn.Linear(4, 4).double(), b=nn.Linear(4, 3).double())
+    rules = [("*", lrpfx.Gradient())]
+    explainer = lrpfx.Explainer(model, torch.randn(4, 4).double(), rules, capture="export")
+    for n in (2, 5):
+        x = torch.randn(n, 4).double().requires_grad_()
+        seed = torch.randn(n, 3).double()
+        explanation = explainer(x.detach(), seed)
+        (model(x) * seed).sum().backward()
+        torch.testing.assert_close(explanation.output, model(x).detach())
+        torch.testing.assert_close(explanation.relevance, x.grad)
