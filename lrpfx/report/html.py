@@ -29,7 +29,7 @@ pre { white-space: pre-wrap; }
 .plus { background: #d6604d; } .minus { background: #4393c3; } .kept { background: #666; }
 @media (max-width: 50em) {
 body { margin: 1em; } details { margin-left: 0; } table { margin-left: 0; }
-td, th { white-space: normal; } td { display: inline-block; }
+td, th { white-space: normal; } details td { display: inline-block; }
 }
 """
 
