@@ -7,6 +7,8 @@
 # make processors  the tests with the kernels of older processors, on two threads each
 # make bench     what explanations cost: refreshes docs/performance.md (a quarter of an hour)
 # make compiled  what they cost compiled: its section of docs/performance.md (as long again)
+# make faithfulness  trains five networks and evaluates every method on them: refreshes
+#                docs/faithfulness.md (half an hour with the installation, on two cores)
 # make docs      the pages of docs/ and the docstrings as a site, in site/
 # make dist      wheel and sdist in dist/, each installed and run outside of the checkout
 # make virelay   files for ViRelAy, read by ViRelAy itself in an environment of its own
@@ -26,7 +28,8 @@ EXAMPLES ?= .venv-examples
 BIN     := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -c constraints.txt
 
-.PHONY: demo examples test check nightly virelay mutants processors bench compiled docs dist clean
+.PHONY: demo examples test check nightly virelay mutants processors bench compiled faithfulness docs \
+	dist clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/python examples/quickstart.py examples/out/quickstart.png
@@ -91,6 +94,20 @@ compiled: $(VENV)/.installed-test
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
 		$(BIN)/python -m benchmarks.compiled --write --seconds=3 $(BENCH)
 
+# LXT replaces methods of transformers 4.52, and does not run with 5: it has an environment of its own.
+# It asks for packages that are not used here, so it is installed without what it requires.
+faithfulness: $(VENV)/.installed-faithfulness .venv-lxt/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.faithfulness --write \
+		--jobs $(JOBS) --lxt .venv-lxt/bin/python
+
+.venv-lxt/.installed: constraints.txt
+	$(PYTHON) -m venv .venv-lxt
+	.venv-lxt/bin/python -m pip install -c constraints.txt torch torchvision numpy matplotlib \
+		tqdm typing-extensions zennit==0.5.1
+	.venv-lxt/bin/python -m pip install transformers==4.52.4 accelerate==1.7.0 tabulate==0.9.0
+	.venv-lxt/bin/python -m pip install --no-deps lxt==2.1
+	@touch $@
+
 # Strict: a link that leads nowhere fails, and so does a tutorial that raises an error. The variable
 # silences a notice of the theme's makers.
 docs: $(EXAMPLES)/.installed-docs
@@ -132,6 +149,6 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 clean:
-	rm -rf site $(VENV) $(EXAMPLES) .venv-virelay build dist *.egg-info examples/out
+	rm -rf site $(VENV) $(EXAMPLES) .venv-virelay .venv-lxt build dist *.egg-info examples/out
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

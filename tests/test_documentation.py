@@ -112,6 +112,30 @@ def gallery() -> dict[str, Any]:
     return named | drawn | {"maps": torch.rand(4, 1, 5, 5), "lrpfx": lrpfx}
 
 
+class Words(nn.Module):
+    """Two classes of sentences, by the sum of what words are worth."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(9, 4), nn.Linear(4, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.embed(ids)).mean(1))
+
+
+def evaluate() -> dict[str, Any]:
+    names = images()
+    x = names["x"] = torch.rand(6, 1, 8, 8)
+    masks = torch.zeros(6, 8, 8, dtype=torch.bool)
+    masks[:, 2:6, 2:6] = True
+    return names | {
+        "masks": masks,
+        "words": Words().eval(),
+        "ids": torch.randint(9, (3, 5)),
+        "explanation_of_images": lrpfx.explain(names["model"], x, target=3),
+    }
+
+
 SETUP: dict[str, Callable[[], dict[str, Any]]] = {
     "README.md": readme,
     "supported.md": readme,
@@ -120,6 +144,8 @@ SETUP: dict[str, Callable[[], dict[str, Any]]] = {
     "concepts.md": concepts,
     "gallery.md": gallery,
     "howto.md": howto,
+    "evaluate.md": evaluate,
+    "rules.md": evaluate,
     "own_rule.md": lambda: {**images(), "x": torch.rand(2, 1, 8, 8)},
 }
 

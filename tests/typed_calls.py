@@ -66,3 +66,19 @@ def pictures(e: lrpfx.Explanation, x: Tensor, tokenizer: Any) -> None:
     lrpfx.heatmap.grid(None, [e, e], titles=["cat"], wrap=4)
     e.show_tokens(tokenizer, skip_special=True, scale="shared").to_html("tokens.html")
     e.show_tokens(["a", "b"], labels=["first"])
+
+
+def evaluation(model: nn.Module, x: Tensor, ids: Tensor, masks: Tensor) -> None:
+    explainer = lrpfx.Explainer(model, x)
+    explanation = lrpfx.attributors.smoothgrad(explainer, x, 3, rules="epsilon_plus")
+    lrpfx.attributors.integrated_gradients(model, (x, ids), lambda out: out[:, 1], baseline=0.5)
+    lrpfx.attributors.occlusion(model, x, 3, window=(1, 4, 4), stride=2, fill="mean")
+    curves = lrpfx.evaluate.perturbation(model, x, explanation, 3, order="least", fill=0.0)
+    assert_type(curves.abpc, Tensor)
+    low, high = curves.interval("aopc")[1:]
+    lrpfx.evaluate.perturbation(model, ids, explanation, fill="drop").plot("curves.png")
+    lrpfx.evaluate.randomization(explainer, x, 3).plot()
+    lrpfx.evaluate.randomization(model, x, 3, method=lrpfx.attributors.gradient)
+    lrpfx.evaluate.localization(explanation, masks).mass.mean()
+    composite, trials = lrpfx.tune(model, x, 3, rules=["auto", "epsilon_plus"], budget=2)
+    lrpfx.explain(model, x, rules=composite)
