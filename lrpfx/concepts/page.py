@@ -59,10 +59,9 @@ const cards = [...document.querySelectorAll('article')], find = document.querySe
 const shown = () => cards.filter(card => !card.hidden);
 const told = document.querySelector('#told');
 find.addEventListener('input', () => {
-  const words = find.value.toLowerCase().split(/\\s+/).filter(Boolean);
-  for (const card of cards)
-    card.hidden = !words.every(word => card.textContent.toLowerCase().includes(word));
-  told.textContent = words.length ? shown().length + ' shown' : '';
+  const words = find.value.trim().toLowerCase();
+  for (const card of cards) card.hidden = !card.textContent.toLowerCase().includes(words);
+  told.textContent = words ? shown().length + ' shown' : '';
 });
 addEventListener('hashchange', () => {
   const card = document.getElementById(decodeURIComponent(location.hash.slice(1)));
