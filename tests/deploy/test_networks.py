@@ -22,7 +22,7 @@ TOLERANCE = 1e-5
 def check(case: laws.Case, path: Path) -> None:
     """Samples once and twice over, the strongest output of each."""
     network = case.network
-    model = to_torch(network).float()
+    model = to_torch(network, "modules").float()
     x = tuple(t.float() for t in laws.tensors(network))
     rules = laws.entries(network) or None
     explainer = lrpfx.Explainer(model, x, rules)
