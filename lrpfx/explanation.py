@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, BinaryIO, Generic, NamedTuple
@@ -390,8 +391,10 @@ class Explanation(Generic[_Form]):
             with open(path, "rb") as file:
                 return _restored(file)
         except Exception as error:  # whatever a missing, damaged or hostile file leads to
+            known = zipfile.is_zipfile(path) or isinstance(error, OSError)
+            why = f"{type(error).__name__}: {error}" if known else "it is no .npz file"
             raise InputError(
-                f"{os.fspath(path)!s} holds no explanation: {type(error).__name__}: {error}",
+                f"{os.fspath(path)!s} holds no explanation: {why}",
                 fix="give a file written by Explanation.save().",
             ) from error
 

@@ -160,7 +160,8 @@ def check_inputs(signature: Signature, inputs: Inputs) -> list[Any]:
             "the inputs do not fit what the model was captured with.",
             where=bad,
             fix=_conversion(leaves, signature)
-            or "convert them, or make an Explainer for inputs of this form.",
+            or "convert them, or make an Explainer for inputs of this form"
+            + _lengths(leaves, signature),
         )
     for letter, sizes in varying_sizes(signature, leaves).items():
         if len(sizes) > 1 or 0 in sizes:
@@ -223,6 +224,19 @@ def _has_form(leaf: Tensor, form: TensorForm) -> bool:
     )
     same_kind = leaf.dtype == form.dtype and leaf.device == form.device
     return same_shape and same_kind and leaf.layout == torch.strided
+
+
+def _lengths(leaves: Sequence[Any], signature: Signature) -> str:
+    """What lets a size vary, if sizes are all that differs."""
+    other = set()
+    for leaf, form in zip(leaves, signature.leaves, strict=True):
+        if isinstance(form, TensorForm) and isinstance(leaf, Tensor) and leaf.ndim:
+            if len(leaf.shape) != len(form.shape) or leaf.dtype != form.dtype:
+                return "."
+            pairs = enumerate(zip(leaf.shape, form.shape, strict=True))
+            other |= {d for d, (n, m) in pairs if d and isinstance(m, int) and n != m}
+    dims = ", ".join(map(str, sorted(other))) + ("," if len(other) == 1 else "")
+    return f"; one for sizes of many kinds is Explainer(..., dynamic=({dims}))." if other else "."
 
 
 def _conversion(leaves: Sequence[Any], signature: Signature) -> str:

@@ -66,7 +66,7 @@ class Seed:
 def is_several(target: Any) -> bool:
     """Whether ``target`` asks for several explanations of each sample."""
     if isinstance(target, (Tensor, np.ndarray)):
-        return target.ndim == 2 and "float" not in str(target.dtype)
+        return target.ndim == 2 and not any(t in str(target.dtype) for t in ("float", "bool"))
     if isinstance(target, list) and target:
         arrays = (Tensor, np.ndarray)
         return all(isinstance(r, (list, tuple)) or isinstance(r, arrays) and r.ndim for r in target)
@@ -260,6 +260,8 @@ def _strongest(output: Tensor) -> tuple[Tensor, Tensor | None, str, str]:
     mask = torch.zeros_like(flat, dtype=torch.bool)
     mask[torch.arange(len(best), device=best.device), best] = True
     classes = best if output.ndim == 2 else None
+    if flat.shape[1] == 1:
+        return mask.reshape(output.shape), classes, "the output value", ""
     text = "strongest output per sample (argmax)"
     return mask.reshape(output.shape), classes, text, ", one-hot times output"
 
@@ -293,9 +295,12 @@ def _classes(output: Tensor, target: Any) -> Tensor:
         )
     n, size = output.shape[:2]
     try:
-        if isinstance(target, (bool, str)) or (
-            isinstance(target, Tensor) and target.dtype == torch.bool
-        ):
+        if isinstance(target, Tensor) and target.dtype == torch.bool:
+            raise TargetError(
+                f"target is a mask of shape {tuple(target.shape)}, which names no class.",
+                fix="add up what it keeps: lambda out: (out[:, k] * mask).flatten(1).sum(1).",
+            )
+        if isinstance(target, (bool, str)):
             raise TypeError(f"{target!r} is no class")
         classes = torch.as_tensor(target, device=output.device)
         if classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:

@@ -504,3 +504,17 @@ def test_one_hot_rows_are_not_taken_for_classes() -> None:
 def test_of_a_map_the_report_says_which_dimension_a_class_is_of() -> None:
     target = lrpfx.explain(nn.Conv2d(4, 6, 1), torch.randn(2, 4, 3, 3), 1).report.target
     assert target == "class 1 (dimension 1, all of [3, 3]), one-hot times output"
+
+
+def test_a_single_output_is_no_class_and_a_mask_no_target() -> None:
+    model, x = nn.Sequential(nn.Linear(3, 1)).eval(), torch.randn(2, 3)
+    assert lrpfx.explain(model, x).report.target == "the output value"
+    with pytest.raises(errors.TargetError, match="is a mask") as caught:
+        lrpfx.explain(nn.Conv2d(1, 2, 1).eval(), torch.randn(1, 1, 2, 2), torch.ones(2, 2) > 0)
+    assert "lambda out" in str(caught.value)
+
+
+def test_another_length_is_told_what_lets_it_vary() -> None:
+    explainer = lrpfx.Explainer(nn.Sequential(nn.Linear(3, 1)).eval(), torch.randn(2, 4, 3))
+    with pytest.raises(errors.InputError, match=r"dynamic=\(1,\)"):
+        explainer(torch.randn(2, 5, 3), (0, 0))
