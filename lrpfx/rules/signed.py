@@ -57,10 +57,14 @@ class Sign(AffineRule):
         """R_x = sgn(x) * (W's)."""
         assert isinstance(R, Tensor)
         f = self._parameters(call.affine(x))
-        d = denominator([(x, f)], f.bias) if self.zero_params else z
-        s, _ = divide(R, d, self.epsilon)
-        c = f.T(s, x)
-        shares = tuple(torch.where(self._above(a), b, -b) for a, b in zip(x, c, strict=True))
+        shares: tuple[Tensor, ...] = tuple(map(torch.zeros_like, x))
+        for term in self.terms(Input(x, call.nonneg, padding=call.padding), f, z):
+            known = None if self.zero_params else term.total
+            d = denominator(term.parts, term.bias) if known is None else known
+            s, _ = divide(R * term.gate, d, self.epsilon)
+            for c in (W.T(s, x) for part, W in term.parts if part is not None):
+                signed = (torch.where(self._above(a), b, -b) for a, b in zip(x, c, strict=True))
+                shares = tuple(r + share for r, share in zip(shares, signed, strict=True))
 
         def absorbed() -> Absorbed:
             return {"sign": sum_all([R]) - sum_all(shares)}
