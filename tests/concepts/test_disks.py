@@ -40,7 +40,7 @@ def mounted(folder: Path, options: str) -> Iterator[None]:
 
 
 @pytest.mark.skipif(shutil.which("mount") is None or os.geteuid() != 0, reason="needs root")
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.nightly)])
 def test_a_full_disk_loses_nothing_that_was_done(
     explainer: lrpfx.Explainer, tmp_path: Path, workers: int
 ) -> None:
