@@ -52,6 +52,7 @@ def _takes_alone(captured: Captured, leaves: Sequence[Any], shape: Sequence[int]
     def shapes(given: list[Any]) -> list[tuple[int, ...]]:
         try:
             with TRACING, preserved(captured.model):
+                captured.model.eval()  # in training mode batch norm refuses a single sample
                 output = run_model(captured.model, copies(given), captured.signature.spec)
         except InputError:
             return []

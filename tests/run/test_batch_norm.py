@@ -224,6 +224,31 @@ def test_the_graph_module_updates_once_per_forward() -> None:
     torch.testing.assert_close(relevance, plain.relevance)
 
 
+class Writes(nn.Module):
+    """A write into a view that is read later, for which the whole graph is rewritten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)
+        self.again, self.head = nn.BatchNorm2d(4, momentum=None), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm(self.conv(x)))
+        x[:, :2].mul_(2)
+        return self.head(self.again(F.relu(self.again(x), inplace=True)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("capture", ["export", "record"])
+def test_every_way_of_capture_follows_the_batch(capture: Any) -> None:
+    torch.manual_seed(0)
+    model = Writes().double().train()
+    twin = copy.deepcopy(model)
+    explainer = lrpfx.Explainer(model, images(), SMOOTH["epsilon"], bn="batch", capture=capture)
+    for _ in range(2):
+        torch.testing.assert_close(explainer(images(), 1).output, twin(images()))
+        torch.testing.assert_close(buffers(model), buffers(twin), rtol=1e-12, atol=1e-12)
+
+
 def test_a_change_of_momentum_is_seen() -> None:
     model = net()
     explainer = lrpfx.Explainer(model, images(), bn="batch")
