@@ -89,8 +89,10 @@ def write(outcomes: Mapping[str, Sequence[Outcome]], docs: Path | None) -> None:
     print(body)
     if docs is not None:
         first = next(o for some in outcomes.values() for o in some)
+        seeds = max(o.seed for some in outcomes.values() for o in some) + 1
         head = _HEAD.format(
-            seeds=max(o.seed for some in outcomes.values() for o in some) + 1,
+            seeds=seeds,
+            drawn="networks and samples" if seeds > 1 else "samples; another network may differ",
             samples=len(next(r for r in first.results if not r.refused).abpc),
             steps=STEPS,
             environment=environment(),
@@ -122,7 +124,7 @@ interval of the difference on the same samples holds zero.
   no measure of what gradients are for.
 - **ms**: CPU time per sample on one thread in a batch of {samples}, without set-up.
 
-In brackets are 95 % intervals of a bootstrap over networks and samples.
+In brackets are 95 % intervals of a bootstrap over {drawn}.
 {environment}
 
 Rows of lrpfx are named by their `rules=`; those without a library are `lrpfx.attributors`, which
