@@ -9,6 +9,7 @@
 # make compiled  what they cost compiled: its section of docs/performance.md (as long again)
 # make faithfulness  trains five networks and evaluates every method on them: refreshes
 #                docs/faithfulness.md (half an hour with the installation, on two cores)
+# make exported  what files of explanations cost: their section of docs/performance.md (as long again)
 # make docs      the pages of docs/ and the docstrings as a site, in site/
 # make dist      wheel and sdist in dist/, each installed and run outside of the checkout
 # make virelay   files for ViRelAy, read by ViRelAy itself in an environment of its own
@@ -28,7 +29,7 @@ EXAMPLES ?= .venv-examples
 BIN     := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -c constraints.txt
 
-.PHONY: demo examples test check nightly virelay mutants processors bench compiled faithfulness docs \
+.PHONY: demo examples test check nightly virelay mutants processors bench compiled exported faithfulness docs \
 	dist clean
 
 demo: $(VENV)/.installed-demo
@@ -93,6 +94,10 @@ bench: $(VENV)/.installed-test
 compiled: $(VENV)/.installed-test
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
 		$(BIN)/python -m benchmarks.compiled --write --seconds=3 $(BENCH)
+
+exported: $(VENV)/.installed-test $(VENV)/.installed-export
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
+		$(BIN)/python -m benchmarks.exported --write --seconds=3 $(BENCH)
 
 # LXT replaces methods of transformers 4.52, and does not run with 5: it has an environment of its own.
 # It asks for packages that are not used here, so it is installed without what it requires.
