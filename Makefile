@@ -12,6 +12,7 @@
 # make exported  what files of explanations cost: their section of docs/performance.md (as long again)
 # make docs      the pages of docs/ and the docstrings as a site, in site/
 # make dist      wheel and sdist in dist/, each installed and run outside of the checkout
+# make adapters  the tests with SHAP, Quantus, PyTorch Geometric, inseq, Ray and UMAP
 # make virelay   files for ViRelAy, read by ViRelAy itself in an environment of its own
 # make clean     remove the environments and everything generated
 #
@@ -29,7 +30,7 @@ EXAMPLES ?= .venv-examples
 BIN     := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -c constraints.txt
 
-.PHONY: demo examples test check nightly virelay mutants processors bench compiled exported faithfulness docs \
+.PHONY: demo examples test check nightly adapters virelay mutants processors bench compiled exported faithfulness docs \
 	dist clean
 
 demo: $(VENV)/.installed-demo
@@ -58,11 +59,18 @@ test: $(VENV)/.installed-test
 check: test
 
 # The coverage of every library is measured, also if that of another falls short.
-nightly: processors mutants $(VENV)/.installed-test $(VENV)/.installed-nightly
+nightly: processors mutants adapters $(VENV)/.installed-test $(VENV)/.installed-nightly
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) --dist worksteal -m "" --hypothesis-profile nightly
 	failed=; for zoo in torchvision timm transformers; do \
 		$(BIN)/python -m benchmarks.coverage $$zoo || failed="$$failed $$zoo"; \
 	done; test -z "$$failed"
+
+# Heavier than all other packages together; without them these tests are skipped, with the reason.
+adapters: $(VENV)/.installed-test $(VENV)/.installed-shap $(VENV)/.installed-quantus \
+		$(VENV)/.installed-pyg $(VENV)/.installed-inseq $(VENV)/.installed-ray \
+		$(VENV)/.installed-umap
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(JOBS) -m "" tests/adapters tests/test_as_shap.py \
+		tests/test_pipeline.py tests/concepts/test_engines.py tests/spray
 
 # ViRelAy fixes versions of packages that no other environment should have.
 virelay: $(VENV)/.installed-test $(VENV)/.installed-virelay
