@@ -46,6 +46,8 @@ class Memory:
         for node in graph.nodes:
             address = storage(node)
             sharing = [n for n in node.all_input_nodes if address and storage(n) == address]
+            if node.target is operator.getitem and sharing and sharing[0] not in self._source:
+                continue  # one of several results, of which none is a view
             if sharing:
                 self._source[node] = sharing[0]
         self._writes = dict.fromkeys(node for node in graph.nodes if writes(node))
@@ -60,7 +62,7 @@ class Memory:
         """Whether every view that is written into is one that can be written back."""
         roots: dict[int | None, int] = {}
         for node in self._graph.nodes:
-            if node not in self._source:
+            if node not in self._source and isinstance(node.meta.get("val"), Tensor):
                 roots[storage(node)] = roots.get(storage(node), 0) + 1
         for node in self._writes:
             target = node.args[0] if node.args else None
