@@ -31,7 +31,7 @@ from lrpfx.capture import (
     varying_sizes,
     versions,
 )
-from lrpfx.conditions import Condition, Conditions, Places, channels_of, read_conditions
+from lrpfx.conditions import Condition, Conditions, Places, read_conditions
 from lrpfx.errors import CaptureError, CompileError, InputError, SelectorError
 from lrpfx.explanation import Explanation, Layers
 from lrpfx.pipeline import pipeline_of
@@ -39,13 +39,8 @@ from lrpfx.plan import RulesLike
 from lrpfx.prepare import BatchNorm, Prepared, prepare_by
 from lrpfx.report import Report
 from lrpfx.rewrite import (
-    UNCHANGED,
     Booking,
     Ledger,
-    Tap,
-    find_taps,
-    instrument,
-    rewrite,
     running_of,
 )
 from lrpfx.rules import Gradient, ReLURule
@@ -54,10 +49,11 @@ from lrpfx.run import (
     Assumptions,
     Bookings,
     Books,
-    Calls,
     Compiled,
     CompiledRun,
+    Explicit,
     Gather,
+    Graphs,
     Init,
     Largest,
     Made,
@@ -175,8 +171,6 @@ def explain(
         return explainer._answer(explainer, inputs, target, layers, create_graph, ledger, _Asked())
 
 
-#: How many graphs with conditions are kept at most.
-_CONDITIONED = 16
 #: So many are kept of the modes of a model that is taken by its batches.
 _MODES = 4
 _ONE_HOT = "one-hot times output"
@@ -286,18 +280,27 @@ class Explainer:
         self._gather = Gather(self._captured, self._module, self._starts)
         self._assumptions = Assumptions(self._module, self._plan.assignments)
         self._alarm = Alarm(self._plan)
-        self._books = Books(
-            self._module, self._plan, self._current, self._for_books, self._explanation
-        )
         self._state = State(model, fixed, self._captured.read)
-        self._pointed: tuple[dict[str, Tensor], int] = {}, 0
+        self._graphs = Graphs(
+            self._captured,
+            self._module,
+            self._starts,
+            self._live,
+            self._plan,
+            self._places,
+            self._state,
+            self._running,
+            self._beside,
+        )
+        graphs = self._graphs
+        self._books = Books(
+            self._module, self._plan, graphs.current, graphs.for_books, self._explanation
+        )
         self._compiled: Compiled | None = None
         leaves = flatten_inputs(inputs)[0]
         self._met = {self._sizes(leaves)}
         self._batched: dict[int, bool] = {}
         self._largest = Largest(self._live, leaves)
-        self._public: fx.GraphModule | None = None  # as the others: made when it is asked for
-        self._instrumented: dict[tuple[Any, ...], tuple[fx.GraphModule, dict[str, Calls]]] = {}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Model, rules, and example inputs; the copy captures the model anew."""
@@ -369,12 +372,7 @@ class Explainer:
     @property
     def graph_module(self) -> fx.GraphModule:
         """The rewritten graph: forward is the model's, backward puts relevance into ``x.grad``."""
-        with TRACING:
-            self._refresh()
-            if self._public is None:
-                plan, prefix = self._plan.assignments, self._captured.prefix
-                self._public = rewrite(self._module, plan, self._live, self._running, prefix)
-            return self._public
+        return self._graphs.for_users()
 
     @property
     def report(self) -> Report:
@@ -431,7 +429,7 @@ class Explainer:
                 fix='compile one of bn="running", made in evaluation mode.',
             )
         frozen = self._state.fixed is not None
-        self._compiled = Compiled(self._for_compiler, frozen, options)
+        self._compiled = Compiled(self._graphs.for_compiler, frozen, options)
         return self
 
     def __call__(
@@ -509,7 +507,7 @@ class Explainer:
         if self._captured.decisions is None:
             return self
         with TRACING:
-            self._refresh()
+            self._graphs.refresh()
             if self._runs is None:
                 self._runs = Runs(RecordedRun(self._captured, self._module, self), self._anew)
             return self._runs.serving(inputs)
@@ -583,9 +581,9 @@ class Explainer:
         ledger = (ledger is None or ledger) and single and not later
         fast = not ledger and not create_graph
         with TRACING:
-            self._refresh()
+            self._graphs.refresh()
             self._check_sizes(inputs, leaves)
-            module, calls = self._instrument(paths, conditions, fast=fast)
+            module, calls = self._graphs.for_calls(paths, conditions, fast=fast)
         kept = [_kept(v, create_graph) for v in leaves]
         book = Ledger() if ledger else None
 
@@ -653,7 +651,7 @@ class Explainer:
         notes = [*notes, *self._alarm.notes(parts, seeds, booked, book_now)]
         bookings: Bookings = booked
         if later:
-            bookings = self._books.later(parts[0], kept, seeds[0], self._current())
+            bookings = self._books.later(parts[0], kept, seeds[0], self._graphs.current())
         seed = replace(seeds[0], description=told, notes=(*notes, *seeds[0].notes, *blank))
         return reported(parts if several else parts[0], bookings, seed)
 
@@ -672,54 +670,11 @@ class Explainer:
             starts=self._starts,
         )
 
-    def _instrument(
-        self,
-        paths: tuple[str, ...],
-        conditions: Conditions | None = None,
-        fast: bool = False,
-    ) -> tuple[fx.GraphModule, dict[str, Calls]]:
-        """The graph that also returns what is asked for of ``layers``; calls per module path."""
-        edits = UNCHANGED if conditions is None else conditions.edits
-        places = () if conditions is None else tuple(conditions.places)
-        key = paths, fast, places, edits.key
-        if key not in self._instrumented:
-            frozen = self._state.fixed is not None
-            self._instrumented[key] = self._new(paths, fast, frozen, conditions)
-            conditioned = [k for k in self._instrumented if k[2]]
-            if len(conditioned) > _CONDITIONED:
-                del self._instrumented[conditioned[0]]
-        return self._instrumented[key]
-
-    def _new(
-        self,
-        paths: tuple[str, ...],
-        fast: bool,
-        frozen: bool,
-        conditions: Conditions | None = None,
-    ) -> tuple[fx.GraphModule, dict[str, Calls]]:
-        found: dict[str, list[Tap]] = {}
-        for path in paths:
-            try:
-                found |= find_taps(self._module.graph, self._live, [path], self._captured.prefix)
-            except SelectorError:
-                place = self._places.known(path)
-                if place is None:
-                    raise
-                found[path] = [place.tap]
-        edits = UNCHANGED
-        if conditions is not None:
-            edits = conditions.edits
-            found |= {name: [place.tap] for name, place in conditions.places.items()}
-        taps = [tap for calls in found.values() for tap in calls]
-        plan, starts = self._plan.assignments, list(self._starts)
-        module = instrument(
-            self._module, plan, self._live, starts, taps, edits=edits, fast=fast, frozen=frozen
-        )
-        calls = {
-            path: Calls(len(calls), channels_of(calls[0].relevance, self._live))
-            for path, calls in found.items()
-        }
-        return module, calls
+    def _beside(self) -> tuple[list[fx.GraphModule], Sequence[Explicit]]:
+        """Graphs of the model's parameters that are not among the forms of its own."""
+        checked = self._assumptions.module
+        explicit = [] if self._compiled is None else self._compiled.explicit
+        return [] if checked is None else [checked], explicit
 
     def _is_batched(self, leaves: Sequence[Any], index: int) -> bool:
         """Whether the first dimension of an output is that of the samples."""
@@ -728,65 +683,19 @@ class Explainer:
             self._batched[index] = is_batched(*of, index, leaves)
         return self._batched[index]
 
-    def _for_books(self, fast: bool, node: fx.Node | None) -> fx.GraphModule:
-        """The graph in one of its forms, with what arrives at a node if there is one."""
-        with TRACING:
-            if node is None:
-                return self._instrument((), fast=fast)[0]
-            tap, starts = Tap(node, node), list(self._starts)
-            plan = self._plan.assignments
-            return instrument(self._module, plan, self._live, starts, [tap], fast=fast)
-
     def _booked(self, leaves: Sequence[Any], seed: Seed) -> Mapping[str, Booking]:
         """The ledger of the plain form."""
         book = Ledger()
         with torch.no_grad():
-            run = Run(*self._for_books(fast=False, node=None)(*leaves, book))
+            run = Run(*self._graphs.for_books(fast=False, node=None)(*leaves, book))
             list(run.pull([seed]))
         return book.bookings()
-
-    def _current(self) -> dict[str, Tensor]:
-        """What relevance hangs on of the model, as it is now; every graph is pointed to it."""
-        with TRACING:
-            self._refresh()
-            state = self._state.current()
-        followed = {name for one in self._running for name in (*one.buffers, one.batches)}
-        return {name: t for name, t in state.items() if name not in followed}
 
     def _explanation(self, made: Made, run: Run, pulled: Pulled) -> Explanation:
         """An explanation made once more, of no layers."""
         inputs, seed = made.found.inputs, made.seed
         given = inputs, made.leaves, run.clean, seed, pulled.starts, Layers()
         return self._gather.explanation(*given, self._report)
-
-    def _for_export(self) -> fx.GraphModule:
-        """A graph of its own, of the parameters that the model holds now, without fused kernels."""
-        self._refresh()
-        plan, starts = self._plan.assignments, list(self._starts)
-        return instrument(self._module, plan, self._live, starts, fast=True, fused=False)
-
-    def _for_compiler(self, paths: tuple[str, ...]) -> fx.GraphModule:
-        """A graph of its own; what is constant in it is seen once its ops are written down."""
-        return self._new(paths, fast=True, frozen=False)[0]
-
-    def _refresh(self) -> None:
-        """Point every graph at the parameters that the model holds now."""
-        state, prefix = self._state.current(), self._captured.prefix
-        graphs = [self._module, *(m for m, _ in self._instrumented.values())]
-        graphs += [m for m in (self._public, self._assumptions.module) if m is not None]
-        explicit = [] if self._compiled is None else self._compiled.explicit
-        graphs += [one.module for one in explicit]
-        if self._pointed[0] is state and self._pointed[1] == len(graphs):
-            return
-        self._pointed = state, len(graphs)
-        for module in graphs:
-            for name, held in state_of(module).items():
-                current = state.get(name.removeprefix(prefix))
-                if current is not None and current is not held:
-                    owner, _, attribute = name.rpartition(".")
-                    setattr(module.get_submodule(owner), attribute, current)
-        for one in explicit:
-            one.reload()
 
     def _sizes(self, leaves: Sequence[Any]) -> frozenset[tuple[str, int]]:
         """The sizes that may vary, as these inputs have them."""

@@ -212,7 +212,7 @@ def _written_down(
     watch: Watch,
 ) -> tuple[fx.GraphModule, Any]:
     """All ops of an explanation as a graph of the flat inputs, and what it returned."""
-    gather, module = explainer._gather, explainer._for_export()
+    gather, module = explainer._gather, explainer._graphs.for_export()
     state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     made: list[Any] = []

@@ -4,7 +4,7 @@ from lrpfx.rewrite.freeze import freeze, written
 from lrpfx.rewrite.ledger import Booking, Ledger
 from lrpfx.rewrite.masks import UNCHANGED, Edge, Edits
 from lrpfx.rewrite.modules import Tap, instrument, rewrite
-from lrpfx.rewrite.statistics import running_of, unfollowed
+from lrpfx.rewrite.statistics import Running, running_of, unfollowed
 from lrpfx.rewrite.taps import find_taps
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "freeze",
     "instrument",
     "rewrite",
+    "Running",
     "running_of",
     "unfollowed",
     "written",

@@ -7,8 +7,9 @@ from lrpfx.run.blank import blank_notes
 from lrpfx.run.books import Books, Made
 from lrpfx.run.compiled import Compiled, CompiledRun
 from lrpfx.run.conditioned import Init, condition_seeds, target_per_condition
-from lrpfx.run.explicit import tidy
+from lrpfx.run.explicit import Explicit, tidy
 from lrpfx.run.gather import Bookings, Calls, Gather, absorbed_of, by_layer, reported
+from lrpfx.run.graphs import Graphs
 from lrpfx.run.halves import in_float16, pull_scaled
 from lrpfx.run.mode import is_being_trained, mode_notes, without_graph
 from lrpfx.run.parallel import through
@@ -25,7 +26,9 @@ __all__ = [
     "Calls",
     "Compiled",
     "CompiledRun",
+    "Explicit",
     "Gather",
+    "Graphs",
     "Init",
     "Largest",
     "Made",
