@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -51,7 +51,6 @@ from lrpfx.run import (
     Books,
     Compiled,
     CompiledRun,
-    Explicit,
     Gather,
     Graphs,
     Init,
@@ -290,11 +289,15 @@ class Explainer:
             self._places,
             self._state,
             self._running,
-            self._beside,
+            self._assumptions,
         )
         graphs = self._graphs
         self._books = Books(
-            self._module, self._plan, graphs.current, graphs.for_books, self._explanation
+            self._module,
+            self._plan,
+            graphs.current,
+            graphs.for_books,
+            _again(self._gather, self._report),
         )
         self._compiled: Compiled | None = None
         leaves = flatten_inputs(inputs)[0]
@@ -430,6 +433,7 @@ class Explainer:
             )
         frozen = self._state.fixed is not None
         self._compiled = Compiled(self._graphs.for_compiler, frozen, options)
+        self._graphs.compiled = self._compiled
         return self
 
     def __call__(
@@ -670,12 +674,6 @@ class Explainer:
             starts=self._starts,
         )
 
-    def _beside(self) -> tuple[list[fx.GraphModule], Sequence[Explicit]]:
-        """Graphs of the model's parameters that are not among the forms of its own."""
-        checked = self._assumptions.module
-        explicit = [] if self._compiled is None else self._compiled.explicit
-        return [] if checked is None else [checked], explicit
-
     def _is_batched(self, leaves: Sequence[Any], index: int) -> bool:
         """Whether the first dimension of an output is that of the samples."""
         if index not in self._batched:
@@ -690,12 +688,6 @@ class Explainer:
             run = Run(*self._graphs.for_books(fast=False, node=None)(*leaves, book))
             list(run.pull([seed]))
         return book.bookings()
-
-    def _explanation(self, made: Made, run: Run, pulled: Pulled) -> Explanation:
-        """An explanation made once more, of no layers."""
-        inputs, seed = made.found.inputs, made.seed
-        given = inputs, made.leaves, run.clean, seed, pulled.starts, Layers()
-        return self._gather.explanation(*given, self._report)
 
     def _sizes(self, leaves: Sequence[Any]) -> frozenset[tuple[str, int]]:
         """The sizes that may vary, as these inputs have them."""
@@ -719,6 +711,17 @@ class Explainer:
                 fix="make an Explainer for inputs of this size.",
             ) from error
         self._met.add(sizes)
+
+
+def _again(gather: Gather, report: Report) -> Callable[[Made, Run, Pulled], Explanation]:
+    """Makes an explanation once more, of no layers; it does not keep the Explainer."""
+
+    def explanation(made: Made, run: Run, pulled: Pulled) -> Explanation:
+        inputs, seed = made.found.inputs, made.seed
+        given = inputs, made.leaves, run.clean, seed, pulled.starts, Layers()
+        return gather.explanation(*given, report)
+
+    return explanation
 
 
 def _made_again(cls: type[_Explainer], recipe: Recipe) -> _Explainer:

@@ -241,6 +241,8 @@ def _lengths(leaves: Sequence[Any], signature: Signature) -> str:
 
 def _conversion(leaves: Sequence[Any], signature: Signature) -> str:
     """What gives all inputs the form that was captured, if one of the usual steps does."""
+    if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves):
+        return ""  # there are no values to convert
     for told, change in _STEPS:
         if all(
             _has_form(change(leaf, form), form)

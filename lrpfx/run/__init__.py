@@ -7,7 +7,7 @@ from lrpfx.run.blank import blank_notes
 from lrpfx.run.books import Books, Made
 from lrpfx.run.compiled import Compiled, CompiledRun
 from lrpfx.run.conditioned import Init, condition_seeds, target_per_condition
-from lrpfx.run.explicit import Explicit, tidy
+from lrpfx.run.explicit import tidy
 from lrpfx.run.gather import Bookings, Calls, Gather, absorbed_of, by_layer, reported
 from lrpfx.run.graphs import Graphs
 from lrpfx.run.halves import in_float16, pull_scaled
@@ -26,7 +26,6 @@ __all__ = [
     "Calls",
     "Compiled",
     "CompiledRun",
-    "Explicit",
     "Gather",
     "Graphs",
     "Init",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx
@@ -12,7 +12,8 @@ from lrpfx.conditions import Conditions, Places, channels_of
 from lrpfx.errors import SelectorError
 from lrpfx.plan import Plan
 from lrpfx.rewrite import UNCHANGED, Running, Tap, find_taps, instrument, rewrite
-from lrpfx.run.explicit import Explicit
+from lrpfx.run.assumptions import Assumptions
+from lrpfx.run.compiled import Compiled
 from lrpfx.run.gather import Calls
 
 #: How many graphs with conditions are kept at most.
@@ -31,7 +32,7 @@ class Graphs:
         places: Where conditions can be laid.
         state: Parameters and buffers.
         running: Buffers that follow the statistics of batches.
-        beside: Further graphs that exist by now, and compiled ones.
+        assumptions: Holds a graph of its own, maybe.
     """
 
     def __init__(
@@ -44,11 +45,13 @@ class Graphs:
         places: Places,
         state: State,
         running: Sequence[Running],
-        beside: Callable[[], tuple[Sequence[fx.GraphModule], Sequence[Explicit]]],
+        assumptions: Assumptions,
     ) -> None:
         self._captured, self._module, self._starts, self._live = captured, module, starts, live
         self._plan, self._places, self._state, self._running = plan, places, state, running
-        self._beside = beside
+        self._assumptions = assumptions
+        #: Graphs that are compiled, once they are asked for.
+        self.compiled: Compiled | None = None
         self._pointed: tuple[dict[str, Tensor], int] = {}, 0
         self.public: fx.GraphModule | None = None
         self.instrumented: dict[tuple[Any, ...], tuple[fx.GraphModule, dict[str, Calls]]] = {}
@@ -143,9 +146,9 @@ class Graphs:
     def refresh(self) -> None:
         """Point every graph at the parameters that the model holds now."""
         state, prefix = self._state.current(), self._captured.prefix
-        others, explicit = self._beside()
-        graphs = [self._module, *(m for m, _ in self.instrumented.values()), *others]
-        graphs += [] if self.public is None else [self.public]
+        graphs = [self._module, *(m for m, _ in self.instrumented.values())]
+        graphs += [m for m in (self.public, self._assumptions.module) if m is not None]
+        explicit = [] if self.compiled is None else self.compiled.explicit
         graphs += [one.module for one in explicit]
         if self._pointed[0] is state and self._pointed[1] == len(graphs):
             return
