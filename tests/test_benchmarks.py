@@ -68,6 +68,7 @@ def test_many_targets() -> None:
     assert_complete(many_targets.table(makes, ("epsilon_plus",), BUDGET), 3)
 
 
+@pytest.mark.nightly
 def test_compiled() -> None:
     models = [(small_image, ("epsilon_plus",)), (small_llama, ("attnlrp",))]
     assert_complete(compiled.table(models, BUDGET, "eager"), 2)
@@ -84,6 +85,7 @@ def test_scaling(tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="the resident set is read from /proc")
 def test_memory_vs_gradient() -> None:
     gradient = memory_vs_gradient.measure("tiny", "gradient", "cpu")

@@ -209,11 +209,11 @@ WIDEST = Report(
 @given(report=REPORTS)
 @example(report=WIDEST)
 def test_no_report_is_wider_than_a_terminal(report: Report) -> None:
-    """Whatever names, rules, shapes and numbers it has to show."""
+    """Whatever names, rules, shapes and numbers it has to show; long ones go on below."""
     lines = repr(report).splitlines()
     assert all(len(line) <= 120 for line in lines), max(lines, key=len)
     table = next(i for i, line in enumerate(lines) if set(line) == {"-", " "} or "---" in line)
-    assert len(lines) - table - 1 == len(report.rows)
+    assert len(lines) - table - 1 >= len(report.rows)
 
 
 @given(report=REPORTS)

@@ -38,6 +38,9 @@ def functionalize(
     inner = [body for body in bodies if body is not module]
     regions = regions or any(writes(node) for body in inner for node in body.graph.nodes)
     if not regions:
+        for node in module.graph.nodes:
+            if node.target is aten.detach_.default:  # as tensors that forward() makes have it
+                node.target = aten.detach.default  # it changes no value
         memory = Memory(module.graph)
         if memory.known:
             memory.renew()

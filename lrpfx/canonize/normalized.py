@@ -40,6 +40,8 @@ NORMALISER = "normaliser of a softmax"
 _SOFTMAXES = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
 _LOG_SOFTMAXES = {aten.log_softmax.int, aten._log_softmax.default}
 _NORM = aten.linalg_vector_norm.default
+#: What takes parts that stand side by side.
+_PARTS = {aten.select.int, aten.slice.Tensor}
 #: Kinds of ops that are proportional to their input, those with a guard such as a small number.
 _SUMS = {"reduction", "avg_pool", "sum", "linear"}
 PROPORTIONAL = {*_SUMS, "scale", "shift", "clamp", "max", "where", "abs", "relu"}
@@ -271,8 +273,10 @@ class _Exponential:
                 if not alike(node, total) or self._kind(node) == "reshape":
                     break
                 way.append(node)
-        else:  # parts are summed up, and then their sums
-            total = way[-1]
+        elif all(alike(n, self.node) or n.target in _PARTS for n in way[:first]):
+            total = way[-1]  # parts are summed up, and then their sums
+        else:
+            return False
         last = way[-1]
         with end.graph.inserting_before(end):
             groups = _handed_back(total, last, self.node, end)

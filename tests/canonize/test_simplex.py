@@ -116,11 +116,15 @@ FORMS: dict[str, tuple[Callable[[Tensor], Tensor], type[torch.autograd.Function]
     "by topk": (by_topk, Sparsemax),
     "by bisection": (by_bisection, Sparsemax),
     "1.5-entmax": (Entmax15.apply, Entmax15),
-    "1.3-entmax": (bisected(1.3).apply, bisected(1.3)),
 }
+LONG = (bisected(1.3).apply, bisected(1.3))  # some three hundred nodes
 
 
-@pytest.mark.parametrize(("fn", "known"), FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize(
+    ("fn", "known"),
+    [*FORMS.values(), pytest.param(*LONG, marks=pytest.mark.nightly)],
+    ids=[*FORMS, "1.3-entmax"],
+)
 def test_a_sparse_softmax_is_expanded_by_its_own_derivative(
     fn: Callable[[Tensor], Tensor], known: type[torch.autograd.Function]
 ) -> None:

@@ -109,7 +109,7 @@ def test_a_step_with_a_cache_is_explained_as_one_with_its_tensors() -> None:
     torch.testing.assert_close(own, whole.relevance["input_ids"][:, -1:])
 
 
-@pytest.mark.parametrize("kind", ["sliding", "static"])
+@pytest.mark.parametrize("kind", ["sliding", pytest.param("static", marks=pytest.mark.nightly)])
 @pytest.mark.nightly
 def test_other_caches_are_explained_too(kind: str) -> None:
     if kind == "sliding":

@@ -118,6 +118,7 @@ def test_an_interrupt_keeps_what_was_done(
     assert everything_in(tmp_path) == everything_in(table.folder)
 
 
+@pytest.mark.nightly  # a dozen seconds of starting processes
 def test_torchrun_writes_the_same_bytes(table: ConceptTable, tmp_path: Path) -> None:
     script = tmp_path / "slow.py"
     script.write_text(SCRIPT)
