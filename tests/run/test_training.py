@@ -192,11 +192,12 @@ def _process(rank: int, folder: str, find_unused: bool) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("find_unused", [True, pytest.param(False, marks=pytest.mark.nightly)])
+@pytest.mark.nightly  # a quarter of a minute to import PyTorch twice
+@pytest.mark.parametrize("find_unused", [True, False])
 def test_two_processes_train_as_one(tmp_path: Path, find_unused: bool) -> None:
-    # Forked: an import of PyTorch takes longer than the rest.
+    # Not forked: threads of autograd that were there before may never end in a fork.
     given = (str(tmp_path), find_unused)
-    multiprocessing.start_processes(_process, given, nprocs=2, start_method="fork")
+    multiprocessing.start_processes(_process, given, nprocs=2, start_method="spawn")
     model = net(normed=False)
     loss_of(explainer_of(model), *batch()).backward()
     found = torch.load(tmp_path / "gradients", weights_only=True)
