@@ -44,7 +44,7 @@ class Measured:
         try:
             with torch.no_grad():
                 value, other = self._value(end), self._with(end, {shift: self._drawn(shift)})
-        except Exception:  # as in ``_same``
+        except Exception:  # ops of the user's on values that mean nothing: nothing is known
             return False
         return bool((value != other).all())
 

@@ -39,14 +39,18 @@ def backward_note(captured: Captured, module: fx.GraphModule, inputs: Inputs) ->
             args, kwargs = pytree.tree_unflatten(own, captured.signature.spec)
             its = _pulled(tensors_in(captured.model(*args, **kwargs)), own)
             expected = _pulled(run_on(module, graph), graph)
-    except (RuntimeError, NotImplementedError):
-        its = expected = None  # it cannot be differentiated in its own way
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # the backward is the user's, and may raise anything
+        its = expected = None
+    what = "could not be compared with the gradient of its forward pass"
     if its is not None and expected is not None:
         if bool((its - expected).norm() <= _APART * expected.norm()):
             return ""
+        what = "is not the gradient of its forward pass"
     return (
-        "the model has a backward of its own that is not the gradient of its forward pass, and "
-        f"relevance follows the forward pass: {'; '.join(some(list(captured.own_backwards), 3))}"
+        f"the model has a backward of its own that {what}, and relevance follows the forward pass: "
+        f"{'; '.join(some(list(captured.own_backwards), 3))}"
     )
 
 

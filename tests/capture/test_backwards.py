@@ -64,6 +64,18 @@ class Model(nn.Module):
         return self.above(y).softmax(1)
 
 
+class Forward(torch.autograd.Function):
+    """For inference: its backward is an error of its own kind."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2.0
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        raise ValueError("there is no backward")
+
+
 BY = pytest.mark.parametrize("by", ["export", "record"])
 
 
@@ -84,3 +96,11 @@ def test_a_backward_that_is_the_gradient_is_not_noted(by: Literal["export", "rec
     notes = lrpfx.explain(model, x, 1, capture=by).report.notes
     assert not any("backward of its own" in note for note in notes)
     assert torch.autograd.Function.apply.__func__.__name__ == "apply"
+
+
+@BY
+def test_a_backward_that_fails_is_noted_as_not_compared(by: Literal["export", "record"]) -> None:
+    model, x = Model(Forward).eval(), torch.randn(2, 4)
+    explanation = lrpfx.explain(model, x, 1, capture=by)
+    assert explanation.relevance.abs().max() > 0
+    assert any("could not be compared" in note for note in explanation.report.notes)
