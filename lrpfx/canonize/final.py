@@ -10,8 +10,7 @@ from torch import fx
 
 from lrpfx import ops
 from lrpfx.canonize.insert import copied
-from lrpfx.canonize.measure import Measured
-from lrpfx.canonize.scores import alike
+from lrpfx.canonize.measure import Measured, alike
 from lrpfx.ops import FINAL, Composed, Final, is_floating, live_names, output_leaves
 
 aten = torch.ops.aten

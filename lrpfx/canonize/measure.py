@@ -155,3 +155,9 @@ def between(start: fx.Node, end: fx.Node) -> list[fx.Node]:
         if any(n is start or n in found for n in node.all_input_nodes):
             found[node] = None
     return list(found)
+
+
+def alike(a: fx.Node, b: fx.Node) -> bool:
+    """Whether two nodes have the same shape."""
+    first, second = (str(getattr(n.meta["val"], "shape", None)) for n in (a, b))
+    return first == second

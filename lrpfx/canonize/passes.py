@@ -28,16 +28,19 @@ from lrpfx.canonize.functionalize import (
 )
 from lrpfx.canonize.hold import hold_divisors, hold_statistics
 from lrpfx.canonize.insert import insert
-from lrpfx.canonize.joined import join_exponentials, one_exponential_each
 from lrpfx.canonize.measure import INPUTS
 from lrpfx.canonize.memory import writes
-from lrpfx.canonize.normalized import whole_softmaxes
 from lrpfx.canonize.norms import open_statistics
 from lrpfx.canonize.pairs import pair_complex
 from lrpfx.canonize.parts import one_name_each, open_parts
 from lrpfx.canonize.recurrent import RECURRENT, open_recurrent
-from lrpfx.canonize.side_by_side import products_with_parts
-from lrpfx.canonize.simplex import whole_entmax
+from lrpfx.canonize.softmaxes import (
+    join_exponentials,
+    one_exponential_each,
+    products_with_parts,
+    whole_entmax,
+    whole_softmaxes,
+)
 from lrpfx.capture import Program
 from lrpfx.errors import CaptureError, TrainingModeError, counted
 from lrpfx.ops import (

@@ -13,8 +13,8 @@ from lrpfx import ops
 from lrpfx.canonize.hold import is_inverse, live_values
 from lrpfx.canonize.insert import copied, insert
 from lrpfx.canonize.measure import Measured, between
-from lrpfx.canonize.normalized import PROPORTIONAL
-from lrpfx.canonize.scores import SHIFT, find_scores, without_influence
+from lrpfx.canonize.softmaxes.normalized import PROPORTIONAL
+from lrpfx.canonize.softmaxes.scores import SHIFT, find_scores, without_influence
 from lrpfx.ops import HELD, live_names, output_leaves, precision, reachable
 
 aten = torch.ops.aten

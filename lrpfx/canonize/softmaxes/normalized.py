@@ -20,8 +20,8 @@ from lrpfx.canonize.compose import compose
 from lrpfx.canonize.final import way_to_final
 from lrpfx.canonize.hold import DIVISOR, is_inverse, live_values
 from lrpfx.canonize.insert import copied, insert
-from lrpfx.canonize.measure import Measured, between
-from lrpfx.canonize.scores import Scores, alike, find_scores, without_influence
+from lrpfx.canonize.measure import Measured, alike, between
+from lrpfx.canonize.softmaxes.scores import Scores, find_scores, without_influence
 from lrpfx.ops import (
     HELD,
     SHAPED,

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from lrpfx import ops
 from lrpfx.canonize.insert import copied, insert
-from lrpfx.canonize.measure import Measured
+from lrpfx.canonize.measure import Measured, alike
 from lrpfx.ops import HELD, is_floating, live_names, nodes_in
 
 aten = torch.ops.aten
@@ -146,12 +146,6 @@ def find_scores(t: fx.Node, live: Container[fx.Node], is_free: IsFree) -> Scores
             continue
         ways += [[*before, node, n] for n in operands]
     return found
-
-
-def alike(a: fx.Node, b: fx.Node) -> bool:
-    """Whether two nodes have the same shape."""
-    first, second = (str(getattr(n.meta["val"], "shape", None)) for n in (a, b))
-    return first == second
 
 
 def _entrywise(softmax: fx.Node) -> set[fx.Node]:

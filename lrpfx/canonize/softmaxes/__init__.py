@@ -1,0 +1,14 @@
+"""Softmaxes in any words -> softmaxes: found by what all their spellings share, or compute."""
+
+from lrpfx.canonize.softmaxes.joined import join_exponentials, one_exponential_each
+from lrpfx.canonize.softmaxes.normalized import whole_softmaxes
+from lrpfx.canonize.softmaxes.side_by_side import products_with_parts
+from lrpfx.canonize.softmaxes.simplex import whole_entmax
+
+__all__ = [
+    "join_exponentials",
+    "one_exponential_each",
+    "products_with_parts",
+    "whole_entmax",
+    "whole_softmaxes",
+]
