@@ -16,7 +16,7 @@
 # make virelay   files for ViRelAy, read by ViRelAy itself in an environment of its own
 # make clean     remove the environments and everything generated
 #
-# PYTHON names the interpreter (3.10 or newer) that the environment is made with. pip takes its
+# PYTHON names the interpreter (3.11 or newer) that the environment is made with. pip takes its
 # own settings from the environment as usual; the CPU build of torch, for instance, comes with
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
 

@@ -7,12 +7,11 @@ import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.parallel import DistributedDataParallel
-from typing_extensions import Self
 
 from lrpfx.capture import (
     TRACING,
@@ -65,6 +64,7 @@ from lrpfx.run import (
     at_a_time,
     blank_notes,
     by_layer,
+    column_notes,
     condition_seeds,
     each_target,
     in_float16,
@@ -93,8 +93,8 @@ def explain(
     model: nn.Module,
     inputs: _Form,
     target: Target = None,
-    *,
     rules: RulesLike = None,
+    *,
     layers: Sequence[str] = (),
     create_graph: bool = False,
     ledger: bool | None = None,
@@ -576,7 +576,7 @@ class Explainer:
         again: bool = False,
     ) -> Explanation:
         leaves = check_inputs(self._captured.signature, inputs)
-        paths = _paths(layers)
+        paths = _paths(layers, self.model)
         with TRACING:
             conditions = self._read(asked)
         several = is_several(target) or (conditions is not None and conditions.several)
@@ -647,6 +647,7 @@ class Explainer:
         if several:
             what = "targets" if conditions is None else "conditions"
             told = f"{len(parts)} {what} of each sample, {told if conditions else _ONE_HOT}"
+            notes += column_notes(target)
         booked = book.bookings() if book else {}
 
         def book_now(seed: Seed) -> Mapping[str, Booking]:
@@ -733,15 +734,19 @@ def _made_again(cls: type[_Explainer], recipe: Recipe) -> _Explainer:
     return explainer
 
 
-def _paths(layers: Any) -> tuple[str, ...]:
+def _paths(layers: Any, model: nn.Module) -> tuple[str, ...]:
     """The module paths of ``layers``."""
     try:
         paths = (layers,) if isinstance(layers, str) else () if layers is None else tuple(layers)
     except (TypeError, NotImplementedError):  # nothing that can be iterated over
         paths = (layers,)
     if not all(isinstance(path, str) for path in paths):
+        named = {module: path for path, module in model.named_modules()}
+        known = [named[one] for one in paths if isinstance(one, nn.Module) and one in named]
+        shown = ", ".join(type(p).__name__ if isinstance(p, nn.Module) else repr(p) for p in paths)
         raise SelectorError(
-            f"layers={layers!r} are no module paths.", fix='give strings such as "layer4.*".'
+            f"layers=[{shown}] are no module paths.",
+            fix=f"give the paths: layers={known}." if known else 'give strings such as "layer4.*".',
         )
     return paths
 

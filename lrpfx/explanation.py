@@ -7,6 +7,7 @@ import os
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Generic, NamedTuple
 
 import numpy as np
@@ -211,9 +212,11 @@ class Explanation(Generic[_Form]):
             raise _cannot_draw(self._pairs())
         ((name, relevance, image),) = pairs
         if self._several:
+            first = name.removeprefix("inputs")
             raise InputError(
                 f"plot() draws one target, and this explanation has {len(relevance)}.",
-                fix="draw one of them: lrpfx.heatmap.heatmap(explanation.relevance[0], inputs=x).",
+                fix="draw one of them: lrpfx.heatmap.heatmap("
+                f"explanation.relevance{first}[0], inputs=explanation.inputs{first}).",
             )
         return heatmap(
             relevance,
@@ -258,17 +261,11 @@ class Explanation(Generic[_Form]):
             What a notebook or terminal shows; ``to_html(path)`` writes it.
 
         Raises:
-            InputError: Not exactly one input holds token ids that are explained, the explanation
-                is of several targets, or the tokenizer does not know an id.
+            InputError: No input holds token ids that are explained, or several of which the
+                tokenizer names none; the explanation is of several targets, or the tokenizer does
+                not know an id.
         """
-        explained = [(r, x) for _, r, x in self._pairs() if not x.is_floating_point()]
-        if len(explained) != 1 or explained[0][1].ndim != 2:
-            raise InputError(
-                f"show_tokens() shows one input of token ids (N, T), and this explanation has "
-                f"{[tuple(x.shape) for _, x in explained]}.",
-                fix="pair them with lrpfx.text.token_text(ids, relevance, tokenizer).",
-            )
-        relevance, ids = explained[0]
+        relevance, ids = self._tokens(tokenizer)
         if self._several:
             raise InputError(
                 f"show_tokens() shows one target, and this explanation has {len(relevance)}.",
@@ -303,6 +300,24 @@ class Explanation(Generic[_Form]):
         """
         given = self.relevance, self.inputs, self.absorbed, self.target
         return as_shap(*given, feature_names, tokenizer)
+
+    def _tokens(self, tokenizer: TokenizerLike) -> tuple[Tensor, Tensor]:
+        """Relevance and ids of the explained tokens.
+
+        Of several inputs that are looked up, as token types are, the tokenizer names its own.
+        """
+        found = [pair for pair in self._pairs() if not pair[2].is_floating_point()]
+        own, *_ = getattr(tokenizer, "model_input_names", ("input_ids",))
+        named = [pair for pair in found if pair[0] == f"inputs[{own!r}]"]
+        shown = named if len(found) > 1 and named else found
+        if len(shown) != 1 or shown[0][2].ndim != 2:
+            raise InputError(
+                "show_tokens() shows one input of token ids (N, T), and this explanation has "
+                f"{len(found)}.",
+                where=[f"{name}: {tuple(x.shape)}" for name, _, x in found],
+                fix="pair one with lrpfx.text.token_text(ids, relevance, tokenizer).",
+            )
+        return shown[0][1:]
 
     def _pairs(self) -> list[tuple[str, Tensor, Tensor]]:
         return explained_pairs(self.relevance, self.inputs)
@@ -347,6 +362,8 @@ class Explanation(Generic[_Form]):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write tensors and report to one ``.npz`` file that holds no code.
 
+        A path without an ending gets ``.npz``, and ``load`` finds it by either.
+
         The report is stored with its sums, which are computed if they are not yet; if they cannot
         be any more, as parameters have changed, without, and a note says why. ``output`` and
         ``inputs`` are stored as their tensors only, nested structures as lists.
@@ -377,7 +394,7 @@ class Explanation(Generic[_Form]):
         tree["channels"] = store("channels", {p: v.channels for p, v in self.layers.items()})
         report = self.report.settled().to_dict()
         arrays["__tree__"] = np.array(json.dumps({"tree": tree, "report": report}))
-        with open(path, "wb") as file:
+        with open(_with_ending(path), "wb") as file:
             np.savez_compressed(file, **arrays)
 
     @classmethod
@@ -388,7 +405,7 @@ class Explanation(Generic[_Form]):
             InputError: The file cannot be read, or was not written by ``save``.
         """
         try:
-            with open(path, "rb") as file:
+            with open(path if os.path.exists(path) else _with_ending(path), "rb") as file:
                 return _restored(file)
         except Exception as error:  # whatever a missing, damaged or hostile file leads to
             known = zipfile.is_zipfile(path) or isinstance(error, OSError)
@@ -461,6 +478,11 @@ def stacked(parts: Sequence[Explanation]) -> Explanation:
     return replace(
         first, layers=layers, **{n: together([getattr(p, n) for p in parts]) for n in names}
     )
+
+
+def _with_ending(path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    return path.parent / f"{path.name}.npz" if path.name and not path.suffix else path
 
 
 def _restored(file: BinaryIO) -> Explanation:

@@ -254,6 +254,7 @@ def grid(
 
 def explained_pairs(relevance: Any, inputs: Any) -> list[tuple[str, Tensor, Tensor]]:
     """What was explained: name, relevance and input of each, token ids among them."""
+    inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs  # as the relevance is
     keyed, _ = pytree.tree_flatten_with_path(opened(relevance))
     given = {path: x for path, x in pytree.tree_flatten_with_path(opened(inputs))[0]}
     return [

@@ -445,12 +445,15 @@ def test_file_holds_no_code(images: Explanation, tmp_path: Path) -> None:
     assert np.array_equal(arrays["relevance"], images.relevance.numpy())
 
 
-def test_path_is_taken_as_it_is(table: Explanation, tmp_path: Path) -> None:
-    """No ending is added that load would then not look for."""
+def test_an_ending_is_taken_as_it_is_and_found_where_there_is_none(
+    table: Explanation, tmp_path: Path
+) -> None:
     for path in (tmp_path / "no-ending", str(tmp_path / "text.npz"), tmp_path / "other.bin"):
         table.save(path)
         assert_equal(Explanation.load(path).relevance, table.relevance)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["no-ending", "other.bin", "text.npz"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["no-ending.npz", "other.bin", "text.npz"]
+    (tmp_path / "no-ending.npz").rename(tmp_path / "bare")  # as version 0.1.0 wrote it
+    assert_equal(Explanation.load(tmp_path / "bare").relevance, table.relevance)
 
 
 def npz(**arrays: Any) -> bytes:

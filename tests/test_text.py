@@ -1,7 +1,9 @@
 """Tokens on a red and blue scale, safe in HTML and in a terminal."""
 
 import re
+from collections import UserDict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,6 +60,28 @@ def test_an_explanation_shows_its_tokens() -> None:
     shown = e.show_tokens(VOCABULARY)
     values = [[value for _, value in sentence] for sentence in shown.sentences]
     torch.testing.assert_close(torch.tensor(values), e.relevance)
+
+
+class Typed(Bag):
+    """Token types beside the tokens, as BERT has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kind = nn.Embedding(2, 4)
+
+    def forward(self, input_ids: Tensor, token_type_ids: Tensor) -> Tensor:
+        return self.head((self.embed(input_ids) + self.kind(token_type_ids)).mean(1))
+
+
+def test_of_several_inputs_that_are_looked_up_the_tokenizers_own_is_shown() -> None:
+    """Also where they are given as a tokenizer gives them, which is no dict."""
+    given = UserDict(token_type_ids=torch.zeros_like(IDS), input_ids=IDS)
+    e = lrpfx.explain(Typed(), given, 1)
+    values = [[value for _, value in line] for line in e.show_tokens(VOCABULARY).sentences]
+    torch.testing.assert_close(torch.tensor(values), e.relevance["input_ids"])
+    unknown = SimpleNamespace(model_input_names=["words"])
+    with pytest.raises(lrpfx.errors.InputError, match="token_type_ids"):
+        e.show_tokens(unknown)  # type: ignore[arg-type]
 
 
 def test_without_token_ids_there_is_nothing_to_show() -> None:

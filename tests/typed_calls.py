@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, assert_type
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from typing_extensions import assert_type
 
 import lrpfx
 from lrpfx.composites import CompositeName
@@ -21,6 +20,7 @@ def inputs(model: nn.Module, x: Tensor, ids: Tensor, mask: Tensor) -> None:
     e.relevance["input_ids"].sum()
     pair = lrpfx.explain(model, (x, x), rules="epsilon_plus")
     pair.relevance[0].sum()
+    lrpfx.explain(model, x, 3, "epsilon_plus").plot(clip=99)
     again = lrpfx.Explanation.load("explanation.npz")
     again.plot("picture.png").savefig("picture.pdf")
 

@@ -126,7 +126,8 @@ def read_rules(rules: Any) -> Composite:
         raise RuleError(
             f"rules={rules!r} is no composite, name, rule or list of (selector, rule).",
             fix="give a name such as 'epsilon_plus', a composite such as "
-            f"lrpfx.composites.EpsilonPlus(), or [('conv', {shown})].",
+            f"lrpfx.composites.EpsilonPlus(), or [('conv', {shown})]; an Explainer takes the "
+            "target when it is called: explainer(x, target).",
         )
     return Composite(rules)
 

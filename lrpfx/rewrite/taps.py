@@ -41,14 +41,7 @@ def find_taps(
     for pattern in patterns:
         matched = fnmatch.filter(paths, pattern)
         if not matched:
-            near = difflib.get_close_matches(pattern, paths, n=5, cutoff=0.5)
-            raise SelectorError(
-                f"layers: {pattern!r} matches no module that has an op of its own on the way "
-                "from input to output.",
-                fix=f"did you mean {', '.join(map(repr, near))}?"
-                if near
-                else f"module paths here: {', '.join(paths[:12])}",
-            )
+            raise _no_match(pattern, paths)
         refused: list[SelectorError] = []
         for path in matched:
             calls = sorted((c for c in inside if c.path == path), key=lambda c: c.call)
@@ -59,6 +52,21 @@ def find_taps(
         if len(refused) == len(matched):  # of several that match, those that have one serve
             raise refused[0]
     return found
+
+
+def _no_match(pattern: str, paths: Sequence[str]) -> SelectorError:
+    near = difflib.get_close_matches(pattern, paths, n=5, cutoff=0.5)
+    more = f", and {len(paths) - 12} more" if len(paths) > 12 else ""
+    fix = f"module paths here: {', '.join(paths[:12])}{more}; '*' is all of them"
+    if near:
+        fix = f"did you mean {', '.join(map(repr, near))}?"
+    elif not pattern:
+        fix = "of the model itself leave it out: explanation.seed is the relevance at its output."
+    return SelectorError(
+        f"layers: {pattern!r} matches no module that has an op of its own on the way from input to "
+        "output.",
+        fix=fix,
+    )
 
 
 def _stripped(calls: Sequence[ModuleCall], prefix: str) -> list[ModuleCall]:

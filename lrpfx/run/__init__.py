@@ -16,7 +16,15 @@ from lrpfx.run.parallel import through
 from lrpfx.run.recorded import RecordedRun, Runs
 from lrpfx.run.refuse import refuse_if_the_model_does, refuse_relevance, refuse_seed
 from lrpfx.run.samples import is_batched
-from lrpfx.run.targets import Seed, Slope, Target, each_target, is_several, make_seed
+from lrpfx.run.targets import (
+    Seed,
+    Slope,
+    Target,
+    column_notes,
+    each_target,
+    is_several,
+    make_seed,
+)
 
 __all__ = [
     "Alarm",
@@ -41,6 +49,7 @@ __all__ = [
     "at_a_time",
     "blank_notes",
     "by_layer",
+    "column_notes",
     "condition_seeds",
     "each_target",
     "in_float16",

@@ -97,8 +97,8 @@ def each_target(leaves: Sequence[Any], target: Any) -> list[Tensor]:
         rows = [list(torch.as_tensor(row, device=output.device)) for row in target]
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TargetError(
-            f"targets {target!r} cannot be read as classes: {error}.",
-            fix="give a list of as many classes for each sample.",
+            f"targets {_shown(target)} cannot be read as classes: {error}.",
+            fix=f"give a list of as many classes for each sample{_or_rules(target)}.",
         ) from error
     if len(rows) != n or len({len(row) for row in rows}) != 1 or not rows[0]:
         raise TargetError(
@@ -119,6 +119,16 @@ def _is_one_hot(table: Tensor) -> bool:
     if table.is_floating_point() or table.is_complex():
         return False
     return bool(((table == 0) | (table == 1)).all() and (table.sum(1) == 1).all())
+
+
+def column_notes(target: Any) -> list[str]:
+    """The note of one class per sample that is given as a column, which labels often are."""
+    if isinstance(target, str) or len(target[0]) != 1:
+        return []
+    return [
+        f"target has shape ({len(target)}, 1), which asks for 1 target of each sample in a "
+        "dimension before the samples; for labels, without it, give labels.squeeze(1)"
+    ]
 
 
 def make_seed(
@@ -247,7 +257,7 @@ def _from_numpy(target: np.ndarray[Any, Any]) -> Tensor:
         return torch.from_numpy(target)
     except (TypeError, ValueError) as error:  # strings, objects, negative strides
         raise TargetError(
-            f"target {target!r} cannot be read as a tensor: {error}.",
+            f"target {_shown(target)} cannot be read as a tensor: {error}.",
             fix="give an array of integers (one class per sample) or floats (the seed).",
         ) from error
 
@@ -290,16 +300,17 @@ def _classes(output: Tensor, target: Any) -> Tensor:
     """One class per sample, shape (N,)."""
     if output.ndim < 2:
         raise TargetError(
-            f"the output {tuple(output.shape)} has no class dimension for target {target!r}.",
+            f"the output {tuple(output.shape)} has no class dimension for target {_shown(target)}.",
             fix="leave target=None to explain the value itself.",
         )
     n, size = output.shape[:2]
+    if isinstance(target, Tensor) and target.dtype == torch.bool:
+        kept = "out" if target.shape == output.shape else "out[:, k]"
+        raise TargetError(
+            f"target is a mask of shape {tuple(target.shape)}, which names no class.",
+            fix=f"add up what it keeps: lambda out: ({kept} * mask).flatten(1).sum(1).",
+        )
     try:
-        if isinstance(target, Tensor) and target.dtype == torch.bool:
-            raise TargetError(
-                f"target is a mask of shape {tuple(target.shape)}, which names no class.",
-                fix="add up what it keeps: lambda out: (out[:, k] * mask).flatten(1).sum(1).",
-            )
         if isinstance(target, (bool, str)):
             raise TypeError(f"{target!r} is no class")
         classes = torch.as_tensor(target, device=output.device)
@@ -307,8 +318,9 @@ def _classes(output: Tensor, target: Any) -> Tensor:
             raise TypeError(f"classes must be integers, not {classes.dtype}")
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise TargetError(
-            f"target {target!r} cannot be read as classes: {error}.",
-            fix="give an int, one int per sample, an index tuple, a callable, or a seed tensor.",
+            f"target {_shown(target)} cannot be read as classes: {error}.",
+            fix="give an int, one int per sample, an index tuple, a callable, or a seed "
+            f"tensor{_or_rules(target)}.",
         ) from error
     classes = classes.long()
     if output.ndim == 3:
@@ -328,6 +340,22 @@ def _classes(output: Tensor, target: Any) -> Tensor:
             fix="choose a class in that range; negative ones count from the end.",
         )
     return torch.where(classes < 0, classes + size, classes)
+
+
+def _shown(target: Any) -> str:
+    """A target in a line."""
+    text = repr(target)
+    if len(text) < 80 and "\n" not in text:
+        return text
+    if isinstance(target, (Tensor, np.ndarray)):
+        return f"of {target.dtype} {tuple(target.shape)}"
+    return f"of type {type(target).__name__}"
+
+
+def _or_rules(target: Any) -> str:
+    """The repair for rules that were given in the place of the target."""
+    numbers = isinstance(target, (int, float, complex, Tensor, np.ndarray))
+    return "" if numbers else "; rules come after the target, or as rules="
 
 
 def _refuse_sequence(output: Tensor, classes: Tensor) -> None:

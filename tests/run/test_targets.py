@@ -273,7 +273,7 @@ WRONG: list[tuple[str, str, Any, str]] = [
     ("list of floats", "classes", [0.0, 1.0, 2.0], "integers"),
     # True counts as 1 almost everywhere in Python, and is never meant to.
     ("bool", "classes", True, "True"),
-    ("bool tensor", "classes", torch.tensor([True, False, True]), "True"),
+    ("bool tensor", "classes", torch.tensor([True, False, True]), "mask"),
     ("dict", "classes", {"class": 1}, "'class'"),
     ("set", "classes", {1}, r"\{1\}"),
     ("complex", "classes", 1j, "1j"),

@@ -206,3 +206,62 @@ def test_values_of_samples_are_explained_as_before(forward: Callable, shape: Any
     e = lrpfx.explain(model, x, rules=EXACT)
     torch.testing.assert_close(e.seed, e.output)
     assert not [note for note in e.report.notes if "dimension" in note]
+
+
+# -- one class per sample, in other forms ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def classifier() -> lrpfx.Explainer:
+    return lrpfx.Explainer(linear(3, 5), draw(2, 3), EXACT)
+
+
+@pytest.mark.parametrize("target", [torch.tensor([[1], [4]]), [[1], [4]]])
+def test_labels_as_a_column_are_one_target_of_each_sample_with_a_note(
+    classifier: lrpfx.Explainer, target: Any
+) -> None:
+    e = classifier(draw(2, 3), target)
+    assert any("labels.squeeze(1)" in note for note in e.report.notes)
+    assert e.relevance.shape == (1, 2, 3)
+    torch.testing.assert_close(e.relevance[0], classifier(draw(2, 3), [1, 4]).relevance)
+    two = classifier(draw(2, 3), [[1, 2], [4, 0]])
+    assert not any("squeeze" in note for note in two.report.notes)
+
+
+@pytest.mark.parametrize("target", ["epsilon_plus", EXACT, [("linear", lrpfx.Epsilon())]])
+def test_rules_in_the_place_of_the_target_are_told(
+    classifier: lrpfx.Explainer, target: Any
+) -> None:
+    with pytest.raises(errors.TargetError, match="rules=") as caught:
+        classifier(draw(2, 3), target)
+    check_form(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+def test_rules_follow_the_target() -> None:
+    model, x = linear(3, 5), draw(2, 3)
+    e = lrpfx.explain(model, x, 2, "epsilon_all")
+    assert e.report.rules == "epsilon_all"
+    with pytest.raises(errors.RuleError, match="explainer.x, target."):
+        lrpfx.Explainer(model, x, 2)  # type: ignore[arg-type]
+
+
+def test_a_mask_is_told_by_its_shape_and_with_the_callable_that_adds_it_up(
+    classifier: lrpfx.Explainer,
+) -> None:
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    with pytest.raises(errors.TargetError) as caught:
+        classifier(draw(2, 3), mask)
+    check_form(caught.value)
+    target = eval(caught.value.fix.split(": ", 1)[1].rstrip("."), {"mask": mask})
+    torch.testing.assert_close(classifier(draw(2, 3), target).seed, classifier.model(draw(2, 3)))
+
+
+def test_modules_in_the_place_of_layers_are_told_by_their_paths(
+    classifier: lrpfx.Explainer,
+) -> None:
+    with pytest.raises(errors.SelectorError) as caught:
+        classifier(draw(2, 3), layers=[classifier.model[0]])  # type: ignore[index,list-item]
+    assert "layers=['0']" in caught.value.fix and "in_features" not in str(caught.value)
+    with pytest.raises(errors.SelectorError, match="explanation.seed"):
+        classifier(draw(2, 3), layers=["", "0"])
