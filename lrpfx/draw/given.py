@@ -103,9 +103,10 @@ def look_of(
 def written(figure: Figure, path: str | os.PathLike[str] | None, dpi: int | None = None) -> Figure:
     """The figure, which is also written to a file if there is a path."""
     if path is not None:
+        panels = sum(max(len(ax.images), 1) for ax in figure.axes)
         try:
             with rc_context(_FONTS):
-                figure.savefig(path, dpi=dpi or (_DPI if len(figure.axes) <= 50 else _DPI // 2))
+                figure.savefig(path, dpi=dpi or (_DPI if panels <= 50 else _DPI // 2))
         except (OSError, ValueError) as error:  # ValueError: an ending that names no format
             raise InputError(
                 f"the picture cannot be written to {os.fspath(path)!s}: {error}",

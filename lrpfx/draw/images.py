@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -74,18 +75,19 @@ def draw_images(
         for p in range(panels):
             row, column = divmod(p, across)
             x, y = column * (width + space), head + row * (named + size + _BELOW) + named
-            ax = sheet.axes(i, x, y, width, size)
+            box = x, y, width, size
             k = p - beside
+            above = ""
             if several and (i == 0 or rows > 1):
-                name = "input" if k < 0 else names[k]
-                ax.set_title(cut(name, width + space, 8), fontsize=8, pad=3, parse_math=False)
-            under = inputs[i] if inputs is not None and (k < 0 or look.overlay) else None
+                above = cut("input" if k < 0 else names[k], width + space, 8)
+            under = None if inputs is None else inputs[i]
             if k < 0:
-                _show_input(ax, inputs[i] if inputs is not None else first)
+                sheet.images(i, box, input_layers(first if under is None else under), above)
                 continue
             limit = limits[i * len(names) + k]
-            show_map(ax, maps[i][k], limit, look, None if under is None else gray(under))
-            ax.set_xlabel(look.said(limit), fontsize=7, labelpad=2)
+            under = gray(under) if under is not None and look.overlay else None
+            layers = map_layers(maps[i][k], limit, look, under)
+            sheet.images(i, box, layers, above, look.said(limit))
     sheet.legend(look, note, all(map(look.centred, limits)))
     return sheet.figure
 
@@ -94,7 +96,11 @@ def draw_image(ax: Axes, values: Array, image: Array | None, title: str | None, 
     """One map (H, W) into the user's axes; over its image (C, H, W) if ``look`` overlays."""
     (limit,) = look.limits([values])
     under = gray(image) if look.overlay and image is not None else None
-    show_map(ax, values, limit, look, under)
+    layers = map_layers(values, limit, look, under)
+    height, width = layers[0]["X"].shape
+    for layer in layers:  # a map of an inner layer is coarser than its image
+        ax.imshow(**layer, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+    frame(ax)
     ax.set_xlabel(look.said(limit), fontsize=7, labelpad=2)
     if title is not None:
         ax.set_title(title, loc="left", fontsize=9, parse_math=False)
@@ -109,27 +115,26 @@ def _side(titles: Sequence[str]) -> float:
     return min(0.09 * max(map(len, titles)) + 0.2, 2.0)
 
 
-def _show_input(ax: Axes, image: Array) -> None:
+def input_layers(image: Array) -> list[dict[str, Any]]:
     """Image (C, H, W), stretched to the full range: colour for three channels, else gray."""
     if len(image) == 3:
-        ax.imshow(_min_max(image).transpose(1, 2, 0))
-    else:
-        ax.imshow(gray(image), cmap="gray", vmin=0, vmax=1)
-    frame(ax)
+        return [{"X": _min_max(image).transpose(1, 2, 0)}]
+    return [_gray_layer(gray(image))]
 
 
-def show_map(ax: Axes, values: Array, limit: Range, look: Look, under: Array | None) -> None:
+def map_layers(
+    values: Array, limit: Range, look: Look, under: Array | None
+) -> list[dict[str, Any]]:
     """One map (H, W), over a gray image (H', W') of values in 0..1 if there is one."""
-    norm = look.norm(limit)
+    layer = {"X": values, "cmap": look.colors, "norm": look.norm(limit)}
     if under is None:
-        ax.imshow(values, cmap=look.colors, norm=norm)
-    else:
-        height, width = under.shape[-2:]
-        extent = (-0.5, width - 0.5, height - 0.5, -0.5)  # a map of an inner layer is coarser
-        ax.imshow(under, cmap="gray", vmin=0, vmax=1)
-        opacity = look.overlay * look.strength(values, limit)
-        ax.imshow(values, cmap=look.colors, norm=norm, alpha=opacity, extent=extent)
-    frame(ax)
+        return [layer]
+    opacity = look.overlay * look.strength(values, limit)
+    return [_gray_layer(under), layer | {"alpha": opacity}]
+
+
+def _gray_layer(values: Array) -> dict[str, Any]:
+    return {"X": values, "cmap": "gray", "vmin": 0, "vmax": 1}
 
 
 def gray(image: Array) -> Array:

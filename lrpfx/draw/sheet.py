@@ -1,16 +1,20 @@
 """A figure of cells of fixed size, side by side and row by row, with a legend below them.
 
-Positions are computed, in inches: a layout engine takes seconds for dozens of axes.
+Positions are computed, in inches, and all images stand in the same axes: a layout engine takes
+seconds for dozens of axes, and so do the axes.
 """
 
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from lrpfx.draw.colors import FRAME, INK
 from lrpfx.draw.look import Look
@@ -59,6 +63,7 @@ class Sheet:
         self.width = max(self.columns * width + left + 2 * _EDGE, 2.6)
         self.height = top + rows * height + (rows - 1) * gap + foot + 2 * _EDGE
         self.figure = Picture(figsize=(self.width, self.height), facecolor="white")
+        self.figure.suppressComposite = True  # a PDF keeps every image as it is
 
     def axes(self, cell: int, x: float, y: float, width: float, height: float) -> Axes:
         """New axes, their upper left corner at (x, y) from that of the cell."""
@@ -66,6 +71,50 @@ class Sheet:
         box = (left + x, self.height - top - y - height, width, height)
         across, up = self.width, self.height
         return self.figure.add_axes((box[0] / across, box[1] / up, box[2] / across, box[3] / up))
+
+    @cached_property
+    def _canvas(self) -> Axes:
+        """Axes over the whole sheet, in inches from its upper left corner."""
+        canvas = self.figure.add_axes((0, 0, 1, 1), xlim=(0, self.width), ylim=(self.height, 0))
+        canvas.set_axis_off()
+        return canvas
+
+    def images(
+        self,
+        cell: int,
+        box: tuple[float, float, float, float],
+        layers: Sequence[Mapping[str, Any]],
+        above: str = "",
+        below: str = "",
+    ) -> None:
+        """Images one over the other in a frame, as large as the box allows.
+
+        Args:
+            cell: Which.
+            box: x and y of the upper left corner, from that of the cell; width and height.
+            layers: What ``imshow`` takes of each; the frame has the shape of the first.
+            above: Written over it.
+            below: Written under it.
+        """
+        x, y, width, height = box
+        rows, columns = layers[0]["X"].shape[:2]
+        scale = min(width / columns, height / rows)
+        left, top = self._corner(cell)
+        left, top = left + x + (width - scale * columns) / 2, top + y + (height - scale * rows) / 2
+        width, height = scale * columns, scale * rows
+        for layer in layers:
+            place = (left, left + width, top + height, top)
+            self._canvas.imshow(**layer, extent=place, aspect="auto")
+        edge = Rectangle((left, top), width, height, fill=False, color=FRAME, linewidth=0.6)
+        self._canvas.add_patch(edge)
+        for words, size, y, va in (
+            (above, 8, top - 3 / 72, "baseline"),
+            (below, 7, top + height + 2 / 72, "top"),
+        ):
+            if words:
+                style: Any = dict(fontsize=size, ha="center", va=va, parse_math=False)
+                middle = (left + width / 2) / self.width
+                self.figure.text(middle, 1 - y / self.height, words, **style)
 
     def text(self, cell: int, x: float, y: float, words: str, **style: Any) -> None:
         """Text with its anchor at (x, y) from the cell's upper left corner."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lrpfx.draw.colors import INK
-from lrpfx.draw.images import gray, show_map
+from lrpfx.draw.images import gray, map_layers
 from lrpfx.draw.look import Array, Look
 from lrpfx.draw.sheet import Picture, Sheet, cut
 
@@ -54,10 +54,9 @@ def draw_volumes(
         sheet.text(i, 0, 0.19, said, va="baseline", fontsize=9, color=INK)
         for p, k in enumerate(slices):
             row, column = divmod(p, across)
-            at = column * (width + _SPACE), 0.27 + row * (size + 0.2)
-            ax = sheet.axes(i, *at, width, size)
+            box = column * (width + _SPACE), 0.27 + row * (size + 0.2), width, size
             under = None if image is None else image[k * len(image) // values.shape[1]]
-            show_map(ax, values[i, k], limit, over, under)
-            ax.set_xlabel(f"slice {k}", fontsize=7, labelpad=2)
+            layers = map_layers(values[i, k], limit, over, under)
+            sheet.images(i, box, layers, below=f"slice {k}")
     sheet.legend(look, note, all(map(look.centred, limits)))
     return sheet.figure

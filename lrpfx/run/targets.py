@@ -123,7 +123,7 @@ def _is_one_hot(table: Tensor) -> bool:
 
 def column_notes(target: Any) -> list[str]:
     """The note of one class per sample that is given as a column, which labels often are."""
-    if isinstance(target, str) or len(target[0]) != 1:
+    if not is_several(target) or isinstance(target, str) or len(target[0]) != 1:
         return []
     return [
         f"target has shape ({len(target)}, 1), which asks for 1 target of each sample in a "
