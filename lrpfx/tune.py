@@ -233,7 +233,7 @@ def tune(
 def _default() -> list[tuple[str, RulesLike]]:
     """Candidates for any model."""
     names = (
-        "auto epsilon_all epsilon_plus epsilon_plus_flat epsilon_alpha2_beta1 "
+        "auto epsilon_all epsilon_gamma epsilon_plus epsilon_plus_flat epsilon_alpha2_beta1 "
         "epsilon_alpha2_beta1_flat excitation_backprop attnlrp cplrp"
     ).split()
     gammas: list[tuple[str, RulesLike]] = [

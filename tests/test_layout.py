@@ -9,7 +9,7 @@ import lrpfx
 
 PACKAGE = Path(lrpfx.__file__).parent
 #: Folders that users import from.
-USERS = {"adapters", "attributors", "concepts", "evaluate", "spray"}
+USERS = {"adapters", "attributors", "composites", "concepts", "evaluate", "spray"}
 
 
 def test_from_outside_a_folder_is_imported_by_its_front_only() -> None:

@@ -37,7 +37,7 @@ PLANTED = [("conv", Gamma(0.5)), ("linear", Epsilon(0.1))]
 
 
 def test_planted_rules_are_found_in_a_list(net: nn.Module, x: Tensor, one_trace: None) -> None:
-    candidates = ["epsilon_plus", "epsilon_all", PLANTED, "auto", "epsilon_plus_flat"]
+    candidates = ["epsilon_gamma", "epsilon_all", PLANTED, "auto", "epsilon_plus_flat"]
     with assert_untouched(net, x):
         composite, trials = lrpfx.tune(net, x, 1, candidates, _near(PLANTED, net, x))
     torch.testing.assert_close(
@@ -45,7 +45,7 @@ def test_planted_rules_are_found_in_a_list(net: nn.Module, x: Tensor, one_trace:
         lrpfx.explain(net, x, 1, rules=PLANTED).relevance,
     )
     assert [trial.mean for trial in trials] == sorted((t.mean for t in trials), reverse=True)
-    # The default comes to epsilon_plus here.
+    # The default comes to epsilon_gamma here.
     assert {trial.same for trial in trials} == {(), ("auto",)} and len(trials) == 4
     assert "Gamma(gamma=0.5) on 'conv'" in str(trials) and "closeness" in str(trials)
 

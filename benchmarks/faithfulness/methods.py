@@ -52,6 +52,7 @@ def _lrpfx(task: Task) -> Iterator[tuple[str, Call]]:
         rules |= {
             name: name
             for name in (
+                "epsilon_gamma",
                 "epsilon_plus",
                 "epsilon_plus_flat",
                 "epsilon_alpha2_beta1",
@@ -59,7 +60,6 @@ def _lrpfx(task: Task) -> Iterator[tuple[str, Call]]:
             )
         }
         rules["epsilon_gamma_box"] = EpsilonGammaBox(low, high)
-        rules["Gamma(0.25) on convolutions"] = Composite([("conv", lrpfx.Gamma(0.25))])
         rules["Gamma(0.25) on all"] = Composite([(("conv", "linear"), lrpfx.Gamma(0.25))])
     else:
         rules["Gamma(0.25) on linear"] = Composite([("linear", lrpfx.Gamma(0.25))])

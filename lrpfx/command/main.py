@@ -23,7 +23,7 @@ exit codes:
   1  an error, which says what happened, where, and what to do; or `coverage` found ops without rule
   2  arguments that cannot be read
 """
-_RULES = """a rule set by name. Which for what: epsilon_plus or epsilon_plus_flat for convolutional
+_RULES = """a rule set by name. Which for what: epsilon_gamma or epsilon_plus_flat for convolutional
 networks, attnlrp for transformers, epsilon_all for dense networks; by default as the model's layers
 tell. All: """
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import lrpfx
-from lrpfx import Flat, Gamma, composites
+from lrpfx import Flat, ZPlus, composites
 from tests.oracle.networks import conv_net, draw, image, mlp, trained
 
 
@@ -29,9 +29,9 @@ class Blocks(nn.Module):
 
 
 DEFAULT = {
-    "stem.0": "ZPlus",
+    "stem.0": "Gamma",
     "stem.1": "Pass",
-    "body.0": "ZPlus",
+    "body.0": "Gamma",
     "body.1": "Pass",
     "": "Gradient",
     "head": "Epsilon",
@@ -57,16 +57,16 @@ RULES: list[tuple[str, Any, dict[str, str]]] = [
     ("glob", [("*.0", Flat())], {"stem.0": "Flat", "body.0": "Flat"}),
     # Broad selectors reach what the rule fits, and only that.
     ("container", [("body", Flat())], {"body.0": "Flat"}),
-    ("container's glob", [("body*", Gamma())], {"body.0": "Gamma"}),
-    ("class of containers", [(nn.Sequential, Gamma())], {"stem.0": "Gamma", "body.0": "Gamma"}),
-    ("all", [("*", Gamma())], {"stem.0": "Gamma", "body.0": "Gamma", "head": "Gamma"}),
+    ("container's glob", [("body*", ZPlus())], {"body.0": "ZPlus"}),
+    ("class of containers", [(nn.Sequential, ZPlus())], {"stem.0": "ZPlus", "body.0": "ZPlus"}),
+    ("all", [("*", ZPlus())], {"stem.0": "ZPlus", "body.0": "ZPlus", "head": "ZPlus"}),
     ("all ReLUs", [("*", lrpfx.ReLUGuidedBackprop())], {
         "stem.1": "ReLUGuidedBackprop", "body.1": "ReLUGuidedBackprop",
     }),
-    ("family", [("affine", Gamma())], {"stem.0": "Gamma", "body.0": "Gamma", "head": "Gamma"}),
+    ("family", [("affine", ZPlus())], {"stem.0": "ZPlus", "body.0": "ZPlus", "head": "ZPlus"}),
     # The first entry wins.
-    ("order", [("body", Flat()), ("conv", Gamma())], {"stem.0": "Gamma", "body.0": "Flat"}),
-    ("other order", [("conv", Gamma()), ("body", Flat())], {"stem.0": "Gamma", "body.0": "Gamma"}),
+    ("order", [("body", Flat()), ("conv", ZPlus())], {"stem.0": "ZPlus", "body.0": "Flat"}),
+    ("other order", [("conv", ZPlus()), ("body", Flat())], {"stem.0": "ZPlus", "body.0": "ZPlus"}),
     ("tuple", (("conv", Flat()),), {"stem.0": "Flat", "body.0": "Flat"}),
 ]  # fmt: skip
 
@@ -83,7 +83,7 @@ def test_rules_reach(rules: Any, changed: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("model", "inputs", "said"),
     [
-        pytest.param(conv_net(), image(), ["epsilon_plus", "convolution"], id="conv"),
+        pytest.param(conv_net(), image(), ["epsilon_gamma", "convolution"], id="conv"),
         pytest.param(mlp(), draw(2, 3), ["epsilon_all", "no convolution"], id="mlp"),
     ],
 )
@@ -97,7 +97,7 @@ def test_report_says_what_none_picked(model: nn.Module, inputs: Tensor, said: li
 
 
 def test_an_entry_that_decides_nothing_is_noted() -> None:
-    rules = [("conv", Gamma()), ("linear", Gamma()), (nn.Conv2d, lrpfx.Epsilon())]
+    rules = [("conv", ZPlus()), ("linear", ZPlus()), (nn.Conv2d, lrpfx.Epsilon())]
     notes = lrpfx.Explainer(BLOCKS, image(), rules).report.notes
     assert [n for n in notes if "decides nothing" in n] == [
         "(Conv2d, Epsilon) decides nothing: entries before it match first"
@@ -106,5 +106,5 @@ def test_an_entry_that_decides_nothing_is_noted() -> None:
 
 def test_selecting_the_model_itself() -> None:
     """A model that is one layer is an instance of its class like any other layer."""
-    report = lrpfx.Explainer(nn.Linear(3, 2), draw(2, 3), [(nn.Linear, Gamma())]).report
-    assert [row.rule for row in report.rows] == ["Gamma"]
+    report = lrpfx.Explainer(nn.Linear(3, 2), draw(2, 3), [(nn.Linear, ZPlus())]).report
+    assert [row.rule for row in report.rows] == ["ZPlus"]

@@ -81,7 +81,7 @@ def images() -> Tensor:
 @pytest.mark.parametrize(
     ("name", "composite"),
     [
-        ("cnn", "epsilon_plus"),
+        ("cnn", "epsilon_gamma"),
         ("vit", "attnlrp"),
         ("pointwise", "attnlrp"),
         ("mlp", "epsilon_all"),
@@ -103,9 +103,9 @@ def rules_of(report: lrpfx.Report, *kinds: str) -> list[tuple[str, str]]:
 def test_the_report_says_which_part_of_the_default_it_was() -> None:
     vit, both = (lrpfx.Explainer(model(name), images()).report for name in ("vit", "both"))
     assert vit.rules == "auto (default: attention as attnlrp)"
-    assert both.rules == "auto (default: convolutions as epsilon_plus; attention as attnlrp)"
+    assert both.rules == "auto (default: convolutions as epsilon_gamma; attention as attnlrp)"
     assert rules_of(vit, "conv") == [("Epsilon(epsilon=0)", "auto: predicate patch_embeddings")]
-    assert rules_of(both, "conv") == [("ZPlus", "auto: kind conv")] * 2
+    assert rules_of(both, "conv") == [("Gamma", "auto: kind conv")] * 2
     assert (
         rules_of(both, "matmul")
         == [("Bilinear(stabilizer=0)", "auto: matmul beside attention")] * 2
@@ -118,7 +118,7 @@ def test_the_report_says_which_part_of_the_default_it_was() -> None:
 def test_attention_beside_convolutions_leaves_them_their_rule() -> None:
     m, x = model("both"), images()
     got = lrpfx.explain(m, x, 1)
-    by_hand = [("conv", lrpfx.ZPlus()), lrpfx.composites.AttnLRP()]
+    by_hand = [("conv", lrpfx.Gamma()), lrpfx.composites.AttnLRP()]
     expected = lrpfx.explain(m, x, 1, rules=by_hand)
     assert torch.equal(got.relevance, expected.relevance)
 
@@ -132,6 +132,6 @@ def test_each_branch_of_a_network_has_its_own_rules() -> None:
 
     together = lrpfx.explain(both, (x, x.flip(3)), target).relevance
     for got, m, image, rules in zip(
-        together, (cnn, vit), (x, x.flip(3)), ("epsilon_plus", "attnlrp"), strict=True
+        together, (cnn, vit), (x, x.flip(3)), ("epsilon_gamma", "attnlrp"), strict=True
     ):
         assert torch.equal(got, lrpfx.explain(m, image, 1, rules=rules).relevance)

@@ -162,7 +162,7 @@ def test_first_difference_is_the_one_nearest_to_the_output(plus: Report, epsilon
 
 def test_one_changed_rule_is_one_difference(plus: Report) -> None:
     """Only the rule differs: for a first layer no relevance beside its own depends on it."""
-    other = explained([("stem", lrpfx.Gamma(0.5))]).report
+    other = explained([("stem", lrpfx.Gamma(0.5)), "epsilon_plus"]).report
     found = plus.compare(other)
     assert [pair.row.module for pair in found.differing] == ["stem"]
     assert (found.first_rule.a.rule, found.first_rule.b.rule) == ("ZPlus", "Gamma(gamma=0.5)")
