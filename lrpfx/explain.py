@@ -61,6 +61,7 @@ from lrpfx.run import (
     Runs,
     Seed,
     Target,
+    Watched,
     at_a_time,
     blank_notes,
     by_layer,
@@ -278,7 +279,7 @@ class Explainer:
         self._places = Places(self._module.graph, self._live, self._captured.prefix)
         self._gather = Gather(self._captured, self._module, self._starts)
         self._assumptions = Assumptions(self._module, self._plan.assignments)
-        self._alarm = Alarm(self._plan)
+        self._alarm = Alarm(self._module, self._plan, self._live)
         self._state = State(model, fixed, self._captured.read)
         self._graphs = Graphs(
             self._captured,
@@ -298,6 +299,7 @@ class Explainer:
             graphs.current,
             graphs.for_books,
             _again(self._gather, self._report),
+            self._alarm.look,
         )
         self._compiled: Compiled | None = None
         leaves = flatten_inputs(inputs)[0]
@@ -590,13 +592,18 @@ class Explainer:
             module, calls = self._graphs.for_calls(paths, conditions, fast=fast)
         kept = [_kept(v, create_graph) for v in leaves]
         book = Ledger() if ledger else None
+        compiled = fast and not several and conditions is None and self._compiled is not None
+        gauge = None
+        if book is None and single and conditions is None and not compiled:
+            gauge = self._alarm.gauge(module)
+        instrumented = module if gauge is None else gauge.run
 
         def plain(leaves: Sequence[Any]) -> Run:
-            return Run(*module(*leaves, book))
+            return Run(*instrumented(*leaves, book))
 
         with torch.set_grad_enabled(create_graph):
             try:
-                if self._compiled is not None and fast and not several and conditions is None:
+                if compiled and self._compiled is not None:
                     run: Run | CompiledRun = self._compiled.run(paths, kept, plain)
                 else:
                     run = plain(kept)
@@ -653,7 +660,8 @@ class Explainer:
         def book_now(seed: Seed) -> Mapping[str, Booking]:
             return {} if conditions is not None else self._booked(kept, seed)
 
-        notes = [*notes, *self._alarm.notes(parts, seeds, booked, book_now)]
+        watched = Watched(kept, seeds, booked, gauge, book_now)
+        notes = [*notes, *self._alarm.notes(parts, watched)]
         bookings: Bookings = booked
         if later:
             bookings = self._books.later(parts[0], kept, seeds[0], self._graphs.current())
@@ -687,7 +695,8 @@ class Explainer:
         book = Ledger()
         with torch.no_grad():
             run = Run(*self._graphs.for_books(fast=False, node=None)(*leaves, book))
-            list(run.pull([seed]))
+            scaled = in_float16(self._plan, leaves)
+            list(pull_scaled(run, [seed], book=book) if scaled else run.pull([seed]))
         return book.bookings()
 
     def _sizes(self, leaves: Sequence[Any]) -> frozenset[tuple[str, int]]:

@@ -216,7 +216,7 @@ class FastStreams(Streams):
                 if n not in self.live:
                     return value
                 return self.graph.call_function(aten.detach.default, (value,))
-            into = "relevance" if exact and not self._takes(n) else ""
+            into = "relevance" if exact and not self.takes(n) else ""
             return self._exchange(n, self.entering(n, node), shares[slot] / common, into)
 
         # As the slots are counted: in the order of the schema.
@@ -240,7 +240,7 @@ class FastStreams(Streams):
         step = Exchange(f"{node.name}_edge", 1, reads_output=True, into=into)
         return self.beside(step, self.clean[node], [phantom])
 
-    def _takes(self, node: fx.Node) -> bool:
+    def takes(self, node: fx.Node) -> bool:
         """Whether the edge at a node's output carries multipliers."""
         while node.target is operator.getitem and node not in self.starts:
             node = node.all_input_nodes[0]  # as the node that it picks from

@@ -13,6 +13,10 @@ from lrpfx.plan import Assignment
 from lrpfx.rewrite.masks import UNCHANGED, Conditions, Edits
 from lrpfx.rewrite.twins import Step, Twin, begin
 
+#: The key in ``node.meta``, of a phantom: the name of the node that it stands for, and whether
+#: the multiplier arrives at it in the place of relevance.
+ARRIVES = "arrives"
+
 
 class Streams:
     """Copies the clean nodes into a graph and puts every live node's twin beside it.
@@ -58,6 +62,12 @@ class Streams:
                 self.add(node)
         gated = [n for reader, n in self.edits.gates if reader is None]
         self.seeded = {n: self.entering(n, None) for n in gated}
+        for node, phantom in self.phantoms.items():
+            phantom.meta[ARRIVES] = node.name, self.takes(node)
+
+    def takes(self, node: fx.Node) -> bool:
+        """Whether the edge at a node's output carries multipliers."""
+        return False
 
     def inputs_of(self, node: fx.Node) -> Sequence[fx.Node]:
         """The nodes that a node is computed from."""

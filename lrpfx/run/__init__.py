@@ -1,6 +1,6 @@
 """A rewritten graph, inputs and a target -> relevance, and from it an explanation."""
 
-from lrpfx.run.alarm import Alarm
+from lrpfx.run.alarm import Alarm, Watched
 from lrpfx.run.assumptions import Assumptions
 from lrpfx.run.backward import Largest, Pulled, Run, at_a_time
 from lrpfx.run.blank import blank_notes
@@ -45,6 +45,7 @@ __all__ = [
     "Seed",
     "Slope",
     "Target",
+    "Watched",
     "absorbed_of",
     "at_a_time",
     "blank_notes",

@@ -1,14 +1,18 @@
 """Relevance that has grown beyond measure -> a note that names the place, and one warning.
 
 This is the net under everything that recognition misses. Rules conserve relevance, more or less;
-where a thousand times of it comes out something was divided by next to nothing.
+where a thousand times of it comes out something was divided by next to nothing. An output that is
+itself next to nothing beside its summands is no such case: its relevance is measured by these.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, fx, nn
 
 from lrpfx.capture import leaves_in
 from lrpfx.errors import ExplosionWarning, some, warn
@@ -16,6 +20,8 @@ from lrpfx.explanation import Explanation
 from lrpfx.plan import Plan
 from lrpfx.rewrite import Booking
 from lrpfx.rules import size_of
+from lrpfx.run.gauge import Gauge
+from lrpfx.run.summands import Summands
 from lrpfx.run.targets import Seed
 
 #: How many times the absolute relevance that came to it a node, or all together, may hand on.
@@ -26,75 +32,121 @@ _LEAST = 1e-6
 Booked = Mapping[str, Booking]
 
 
+@dataclass(frozen=True)
+class Watched:
+    """What is known of how relevance came about.
+
+    Args:
+        leaves: Flat inputs.
+        seeds: What relevance began with.
+        booked: What each node made of it; empty if no ledger is kept.
+        gauge: What ran the graph, if its edges were measured.
+        book: Makes the ledger of one seed.
+    """
+
+    leaves: Sequence[Any]
+    seeds: Sequence[Seed]
+    booked: Booked
+    gauge: Gauge | None
+    book: Callable[[Seed], Booked]
+
+
 class Alarm:
     """Watches the explanations of one Explainer.
 
+    Maps are watched in every call, nodes wherever a ledger is made. In the first call of each form
+    that keeps none the edges are measured, and a ledger is made if one is steep; so it is for the
+    first map that has grown.
+
     Args:
+        module: The canonical graph.
         plan: A rule for each live node.
+        live: These nodes.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
+    def __init__(self, module: fx.GraphModule, plan: Plan, live: set[fx.Node]) -> None:
+        self._graph, self._plan, self._live = module.graph, plan, live
+        self._summands = Summands(module, live)
+        self._gauged: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._warned = False
         self._where = ""  # the places of the first that has grown
 
-    def notes(
-        self,
-        parts: Sequence[Explanation],
-        seeds: Sequence[Seed],
-        booked: Booked,
-        book: Callable[[Seed], Booked],
-    ) -> tuple[str, ...]:
+    def gauge(self, module: fx.GraphModule) -> Gauge | None:
+        """What runs a rewritten graph that keeps no ledger, until it once has; then None."""
+        return None if self._plan.by_gradient or module in self._gauged else Gauge(module)
+
+    def notes(self, parts: Sequence[Explanation], watched: Watched) -> tuple[str, ...]:
         """A note if relevance has grown; none where it is a gradient, which has no measure.
 
         Args:
             parts: What is explained, one for each seed.
-            seeds: What relevance began with.
-            booked: What each node made of it; empty if no ledger is kept.
-            book: Makes the ledger of one seed. It is called for the first map that has grown.
+            watched: How it came about.
         """
         if self._plan.by_gradient:
             return ()
-        begun = [_size(seed.seeds) for seed in seeds]
-        came = [_size(leaves_in(part.relevance)) for part in parts]
-        times = [c / b if b else 0.0 for c, b in zip(came, begun, strict=True)]
+        seeds, booked = watched.seeds, watched.booked
+        times = [0.0] * len(parts)
+        for k, (part, seed) in enumerate(zip(parts, seeds, strict=True)):
+            begun, came = _size(seed.seeds), _size(leaves_in(part.relevance))
+            if came > MOST * begun > 0 and came > MOST * self._summands.size(watched.leaves, seed):
+                times[k] = came / begun
         worst = max(range(len(times)), key=times.__getitem__)
-        grown = times[worst] > MOST
-        if grown and not booked and not self._where:
-            booked = book(seeds[worst])
-        where = self._places(booked, begun[worst]) if booked else self._where if grown else ""
+        grown = times[worst] > 0
+        steep = False
+        if watched.gauge is not None:
+            self._gauged.add(watched.gauge.module)
+            steep = watched.gauge.steepest(self._graph, self._live) > MOST
+        if not booked and (steep or (grown and not self._where)):
+            booked = watched.book(seeds[worst])
+        where = self.places(booked, watched.leaves, seeds[worst]) or self._where * grown
         if not grown and not where:
             return ()
         self._where = self._where or where
-        maps = f", in {sum(t > MOST for t in times)} of {len(times)} maps" * (len(times) > 1)
+        maps = f", in {sum(t > 0 for t in times)} of {len(times)} maps" * (len(times) > 1)
         note = (
             f"relevance grew to {times[worst]:.3g} times what it began with, by absolute sums{maps}"
             if grown
             else "relevance grew on its way"
         )
         note += f": {where}" * bool(where)
+        self._warn(note)
+        return (note,)
+
+    def look(self, booked: Booked, leaves: Sequence[Any], seed: Seed) -> None:
+        """Warn of what a ledger shows that was made after the explanation."""
+        if not self._plan.by_gradient and (where := self.places(booked, leaves, seed)):
+            self._warn(f"relevance grew on its way: {where}")
+
+    def _warn(self, note: str) -> None:
         if not self._warned:
             self._warned = True
             warn(f"{note}. Such maps are mostly noise; look at the rule there.", ExplosionWarning)
-        return (note,)
 
-    def _places(self, booked: Booked, begun: float) -> str:
-        """The nodes that handed on too much, or the first at which too much had gathered."""
-        steep = {
-            name: b.size_out / b.size_in if b.size_in else float("inf")
-            for name, b in booked.items()
-            if b.size_out > MOST * b.size_in and b.size_out > _LEAST * begun
-        }
+    def places(self, booked: Booked, leaves: Sequence[Any], seed: Seed) -> str:
+        """The nodes that handed on too much, or the first at which too much had gathered.
+
+        Args:
+            booked: What each node made of relevance.
+            leaves: Flat inputs.
+            seed: What it began with.
+        """
+        begun = _size(seed.seeds)
+        if all(b.size_out <= MOST * min(b.size_in, begun) for b in booked.values()):
+            return ""
+        begun = max(begun, self._summands.size(leaves, seed))
+        steep = {}
+        for name, b in booked.items():
+            got = max(b.size_in, begun) if name in self._summands.names else b.size_in
+            if b.size_out > MOST * got and b.size_out > _LEAST * begun:
+                steep[name] = b.size_out / b.size_in if b.size_in else float("inf")
         if steep:
             first = sorted(steep, key=lambda name: -steep[name])
             said = [f"{self._place(n)} handed on {steep[n]:.3g} times what it got" for n in first]
             return "; ".join(some(said, 3))
         past = next((n for n, b in booked.items() if b.size_out > MOST * begun), None)
-        return (
-            ""
-            if past is None
-            else f"little by little, and past {MOST:g} times at {self._place(past)}"
-        )
+        if past is None:
+            return ""
+        return f"little by little, and past {MOST:g} times at {self._place(past)}"
 
     def _place(self, name: str) -> str:
         assignment = self._plan.assignments[name]

@@ -123,6 +123,7 @@ class Books:
         current: Returns parameters and buffers as they are now.
         instrumented: Makes graphs for these, fast or plain, maybe with a node tapped.
         explanation: Makes one from inputs, clean outputs, seed, and relevance per start.
+        look: What looks at the books, with the flat inputs and the seed.
     """
 
     def __init__(
@@ -132,9 +133,10 @@ class Books:
         current: Callable[[], Mapping[str, Tensor]],
         instrumented: Callable[[bool, fx.Node | None], fx.GraphModule],
         explanation: Callable[[Made, Run, Pulled], Explanation],
+        look: Callable[[Mapping[str, Booking], Sequence[Any], Seed], None],
     ) -> None:
         self._module, self._plan, self._current = module, plan, current
-        self._instrumented, self._explanation = instrumented, explanation
+        self._instrumented, self._explanation, self._look = instrumented, explanation, look
 
     def later(
         self, found: Explanation, leaves: Sequence[Any], seed: Seed, state: Mapping[str, Tensor]
@@ -157,7 +159,9 @@ class Books:
             if not all(map(is_finite, relevance)):
                 refuse_relevance(self._plan, book.bookings())
             self._compare(made, again)
-        return book.bookings()
+            bookings = book.bookings()
+            self._look(bookings, made.leaves, made.seed)
+        return bookings
 
     def _run(
         self,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import lrpfx
 from lrpfx.errors import ExplosionWarning
+from lrpfx.rules import Flow
 from tests.conftest import Apply
 
 MODES: list[dict[str, Any]] = [
@@ -25,8 +26,11 @@ def names(mode: dict[str, Any]) -> str:
 
 
 def nearly_cancelling() -> tuple[nn.Module, Tensor]:
-    """Summands 1 and 1 - 2^-12: what is shared by their sum grows to (2 - 2^-12) 2^12 times."""
-    model = Apply(lambda m, x: torch.cat([x[:, :1] - x[:, 1:], x.sum(1, keepdim=True)], 1))
+    """Summands 1 and 1 - 2^-12: what is shared by their sum grows to (2 - 2^-12) 2^12 times.
+
+    It does not begin as small as the sum is, as exp(0) = 1.
+    """
+    model = Apply(lambda m, x: torch.cat([(x[:, :1] - x[:, 1:]).exp(), x.sum(1, keepdim=True)], 1))
     return model, torch.tensor([[1.0, 1 - 2.0**-12]] * 2, dtype=torch.float64)
 
 
@@ -64,18 +68,65 @@ def tripling(layers: int) -> tuple[nn.Module, Tensor, Tensor]:
 
 @pytest.mark.parametrize("mode", MODES, ids=names)
 def test_what_grows_little_by_little_is_named_where_it_is_past_the_bound(mode: Any) -> None:
-    model, x, seed = tripling(7)
-    with pytest.warns(ExplosionWarning, match="2.19e[+]03 times.*little by little.* at 0: linear"):
+    model, x, seed = tripling(8)
+    with pytest.warns(ExplosionWarning, match="6.56e[+]03 times.*little by little.* at 0: linear"):
         e = lrpfx.explain(model, x, seed, **mode)
-    torch.testing.assert_close(e.relevance, 3.0**7 * seed, rtol=1e-3, atol=0)
+    torch.testing.assert_close(e.relevance, 3.0**8 * seed, rtol=1e-3, atol=0)
 
 
-def test_a_node_between_is_named_where_a_ledger_is_kept() -> None:
-    """What has grown there is absorbed before it comes to the map."""
-    model = Apply(lambda m, x: (1e-4 * x + 1) - 1)
-    x = torch.ones(2, 1, dtype=torch.float64)
-    with pytest.warns(ExplosionWarning, match="on its way: .*sub.* handed on 1e[+]04 times"):
-        lrpfx.explain(model, x, 0, rules=lrpfx.composites.EpsilonAll(epsilon=0.0), ledger=True)
+class Thousandfold(lrpfx.Pass):
+    """Wrong: hands on 2,000 times what it gets."""
+
+    def propagate(self, call: Any, x: Any, z: Tensor, R: Any) -> Flow:
+        return Flow((2000 * R,))
+
+
+@pytest.mark.parametrize("mode", MODES, ids=names)
+def test_a_node_between_is_named_where_what_has_grown_is_kept_back_below(mode: Any) -> None:
+    """Of the sum, 1e-5 is the input's: the map is no larger than the seed."""
+    model = Apply(lambda m, x: (1e-5 * x + 1).tanh().sum(1, keepdim=True))
+    x, rules = torch.ones(2, 3, dtype=torch.float64), [("tanh", Thousandfold()), "epsilon_all"]
+    explainer = lrpfx.Explainer(model, x, rules)
+    with pytest.warns(ExplosionWarning, match="on its way: .*tanh.* handed on 2e[+]03 times"):
+        e = explainer(x, 0, **mode)
+    assert e.relevance.abs().sum() < 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        explainer(x, 0, **mode)
+
+
+def test_a_node_is_named_when_the_report_is_read_of_a_later_call() -> None:
+    model = Apply(lambda m, x: ((1e-5 * x + 1).tanh() * x.detach()[:, :1]).sum(1, keepdim=True))
+    x, rules = torch.ones(2, 3, dtype=torch.float64), [("tanh", Thousandfold()), "epsilon_all"]
+    explainer = lrpfx.Explainer(model, x, rules)
+    explainer(0 * x, lambda out: out[:, 0])  # nothing to see
+    later = explainer(x, 0)
+    with pytest.warns(ExplosionWarning, match="on its way: .*tanh.* handed on 2e[+]03 times"):
+        assert later.report.rows
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("rules", [None, "epsilon_plus"], ids=str)
+def test_an_output_that_is_small_beside_its_summands_is_no_explosion(rules: Any) -> None:
+    """Behind a move and a shift, too: the bias is minus the rest, but for a millionth."""
+    layers = nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)
+    model = Apply(lambda m, x: m.net(x)[:, None].mean(1) + 1, net=nn.Sequential(*layers)).double()
+    x = torch.rand(1, 4, dtype=torch.float64)
+    with torch.no_grad():
+        layers[2].bias -= model(x)[0] - 1e-6
+    explainer = lrpfx.Explainer(model, x, rules)
+    for mode in MODES:
+        e = explainer(x, 1, **mode)
+        torch.testing.assert_close(e.output, torch.full_like(e.output, 1e-6), rtol=1e-6, atol=0)
+        assert e.relevance.abs().sum() > 1000 * e.output[0, 1]
+
+
+def test_a_wrong_rule_at_the_output_is_no_small_output() -> None:
+    model = Apply(lambda m, x: m.head(x).tanh(), head=nn.Linear(3, 2)).double()
+    x = torch.rand(2, 3, dtype=torch.float64)
+    for mode in {}, {"ledger": True}:
+        with pytest.warns(ExplosionWarning, match="tanh.* handed on 2e[+]03 times"):
+            lrpfx.explain(model, x, 1, rules=[("tanh", Thousandfold())], **mode)
 
 
 @pytest.mark.filterwarnings("error")
