@@ -185,7 +185,7 @@ def signed() -> Pair:
 
 
 def laid(rule: zennit.core.Hook, layers: tuple[str, ...]) -> zennit.core.Composite:
-    """``rule`` on the named layers, over what lrpfx lays its own rules over: epsilon_plus."""
+    """``rule`` on the named layers, over epsilon_plus."""
     plus = zennit.composites.EpsilonPlus()
     return zennit.composites.NameLayerMapComposite([(layers, rule)], plus.layer_map)
 
@@ -242,7 +242,7 @@ RULES: list[tuple[tuple[str, ...], Rule, zennit.core.Hook]] = [
 def test_rule_on_signed_inputs(
     signed: Pair, layers: tuple[str, ...], rule: Rule, peer: zennit.core.Hook
 ) -> None:
-    relevance = signed.by_lrpfx([(layer, rule) for layer in layers])
+    relevance = signed.by_lrpfx([*((layer, rule) for layer in layers), "epsilon_plus"])
     assert error(relevance, signed.by_zennit(laid(peer, layers))) < TOLERANCE
 
 
@@ -255,7 +255,7 @@ def test_alpha_beta_that_zennit_rejects(signed: Pair, layer: str) -> None:
         signed.by_zennit(laid(zennit.rules.AlphaBeta(*alpha_beta), (layer,)))
         for alpha_beta in ((1, 0), (2, 1))
     )
-    relevance = signed.by_lrpfx([(layer, lrpfx.AlphaBeta(1.4, 0.4))])
+    relevance = signed.by_lrpfx([(layer, lrpfx.AlphaBeta(1.4, 0.4)), "epsilon_plus"])
     assert error(relevance, 0.6 * one + 0.4 * two) < TOLERANCE
 
 
