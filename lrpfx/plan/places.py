@@ -235,4 +235,4 @@ def _is_by_channel(node: fx.Node, known: Known) -> bool:
         if n is not x and isinstance(n.meta["val"], Tensor)
     ]
     alike = str(x.meta["val"].shape) == str(node.meta["val"].shape)
-    return alike and all(sum(size != 1 for size in shape) <= 1 for shape in shapes)
+    return alike and all(sum(bool(size != 1) for size in shape) <= 1 for shape in shapes)
