@@ -527,7 +527,8 @@ CASES = cases()
 def reached(case: Case) -> set[tuple[object, frozenset[str]]]:
     """What of the op table a model makes use of: overloads, each with its live arguments."""
     # A copy: other tests measure the same model in float64.
-    explainer = lrpfx.Explainer(copy.deepcopy(case.make()).float().eval(), case.inputs(2))
+    model = copy.deepcopy(case.make()).float().eval()
+    explainer = lrpfx.Explainer(model, case.inputs(2), capture="record")
     found = set()
     for node in explainer._module.graph.nodes:
         live = frozenset(live_names(node, explainer._live))
@@ -588,7 +589,7 @@ class Values(fx.Interpreter):
 
 def least_where_proven(model: nn.Module, x: Tensor) -> dict[str, float]:
     """Of each op whose output is said to be >= 0, the least that it comes to."""
-    explainer = lrpfx.Explainer(model.eval(), x)
+    explainer = lrpfx.Explainer(model.eval(), x, capture="record")
     values, least = Values(explainer._module), {}
     with torch.no_grad():
         values.run(x)
