@@ -335,7 +335,7 @@ def _export(
     try:
         program, read = _export_once(model, list(leaves), spec, set(), dynamic)
         return program, why, read
-    except Exception as error:
+    except Exception as error:  # the tracer, and the model in it, may raise anything
         raise _capture_error(model, error) from error
 
 

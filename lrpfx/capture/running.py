@@ -23,7 +23,7 @@ def run_model(model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec) ->
     try:
         with torch.no_grad():
             return model(*args, **kwargs)
-    except Exception as error:
+    except Exception as error:  # the model is the user's, and may raise anything
         mixing = [
             ("batch_norm uses the statistics of the batch", name or "(the model)", "")
             for name, module in model.named_modules()

@@ -83,7 +83,7 @@ def _library(module: str, package: str) -> Any:
                 schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
                 torch.library.define(f"torchvision::{op}", schema)
             return importlib.import_module(module)
-    except Exception as error:
+    except Exception as error:  # a package of another build may raise anything
         raise InputError(
             f"{package} cannot be imported: {type(error).__name__}: {error}",
             fix=f"pip install {package}, from the index that torch came from.",
@@ -128,7 +128,7 @@ def _own(place: str, name: str) -> nn.Module:
     if not isinstance(found, nn.Module):
         try:
             found = found()
-        except Exception as error:
+        except Exception as error:  # the function is the user's, and may raise anything
             raise InputError(
                 f"{place}:{name}() fails: {type(error).__name__}: {error}",
                 fix="name a function without arguments that returns the module.",
@@ -191,7 +191,7 @@ class Pixels:
 
         try:
             image = Image.open(path).convert("L" if self.channels == 1 else "RGB")
-        except Exception as error:
+        except Exception as error:  # whatever a missing or damaged file leads to
             raise InputError(
                 f"{path} cannot be read as an image: {error}",
                 fix=f"give an image ({', '.join(_ENDINGS)}), or a folder of images.",

@@ -76,7 +76,7 @@ def _worker(work: Work, store: Store, parts: Sequence[int], sender: Any, parent:
     try:
         for part in parts:
             work.run(part, store, tell)
-    except Exception as error:
+    except Exception as error:  # whatever it is, the process that waits has to know
         sender.send(_problem(error))
     except KeyboardInterrupt:
         pass
@@ -137,7 +137,7 @@ class _Actor:
         problem: _Problem = "", (), ""
         try:
             self._work.run(part, self._store, counts.append)
-        except Exception as error:
+        except Exception as error:  # likewise
             problem = _problem(error)
         what, where, fix = problem
         # As Arrow has no type for empty lists of nothing, there is always one word.

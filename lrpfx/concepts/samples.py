@@ -121,7 +121,7 @@ class Samples:
     def _at(self, number: int) -> Any:
         try:
             return self.dataset[number]
-        except Exception as error:
+        except Exception as error:  # the data set is the user's, and may raise anything
             raise _unreadable(number, error) from error
 
     def _from(self, first: int) -> Iterator[Any]:
@@ -150,7 +150,7 @@ class Samples:
                 f"the data set ended before sample {number}.",
                 fix=f"there are {len(self)} ids: give as many as there are items.",
             ) from error
-        except Exception as error:
+        except Exception as error:  # likewise
             raise _unreadable(number, error) from error
         self._next = i + 1
         return item
@@ -159,7 +159,7 @@ class Samples:
         pairs = [_parted(item) for _, item in rows]
         try:
             inputs = default_collate([inputs for inputs, _ in pairs])
-        except Exception as error:
+        except Exception as error:  # whatever inputs that differ lead to
             raise InputError(
                 f"samples {rows[0][0]} to {rows[-1][0]} cannot be put into one batch: {error}",
                 fix="make their inputs tensors of the same shape, or scan with batch_size=1.",

@@ -318,7 +318,7 @@ def sound(path: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except Exception as error:
+    except Exception as error:  # whatever a missing or damaged file leads to
         raise InputError(
             f"{path} is damaged: {type(error).__name__}: {error}",
             fix="delete it, and scan again: only this part is done anew. If the scan was "

@@ -181,7 +181,7 @@ class Subject:
                     output, lookups = self._call(self.leaves, None)
             else:
                 output, lookups = self._call(self.leaves, None)
-        except Exception:
+        except Exception:  # the model is the user's, and may raise anything
             run_given(self.model, self.leaves, self.spec)  # an error that says more, if it fails
             raise
         given = [*(t for t in self.leaves if is_explained(t)), *(f.vectors for f in lookups)]
