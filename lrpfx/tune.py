@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from lrpfx.capture import Wrt
 from lrpfx.composites import Composite, Entry, describe
@@ -22,6 +23,9 @@ from lrpfx.probe import Fill
 from lrpfx.progress import shown
 from lrpfx.report import Column, Table, Tabular
 from lrpfx.rules import Epsilon, Gamma, Rule
+
+#: Samples of a data set that are read together.
+_BATCH = 32
 
 #: The value of an explanation: one number per sample, or one; more is better.
 Objective = Callable[[Explanation], Any]
@@ -132,7 +136,7 @@ def tune(
     Args:
         model: A module in evaluation mode, or an Explainer, which stands for its model.
         data: Inputs as ``lrpfx.explain`` takes them; or an iterable of such batches that is no
-            list or tuple, such as a ``DataLoader``.
+            list or tuple, such as a ``DataLoader``; or a data set, which is read in batches of 32.
         target: As ``lrpfx.explain`` takes it, not several. With an iterable of (inputs, labels)
             also "label".
         rules: The candidates. A list of composites, names and lists of entries; a dict from names
@@ -323,9 +327,13 @@ def _batches(data: Any, target: Any) -> list[tuple[Any, Any]]:
     """Inputs and target of each batch."""
     if isinstance(data, (Tensor, Mapping, tuple, list)):
         return [(data, target)]
+    if isinstance(data, Dataset):
+        # A loader draws from PyTorch's generator otherwise.
+        data = DataLoader(data, batch_size=_BATCH, generator=torch.Generator())
     if not isinstance(data, Iterable):
         raise InputError(
-            f"data is {type(data).__name__}.", fix="give inputs, or an iterable of batches."
+            f"data is {type(data).__name__}.",
+            fix="give inputs, a data set, or an iterable of batches.",
         )
     return list(_each(data, target))
 

@@ -73,11 +73,16 @@ def test_the_best_by_perturbation_is_that_of_a_linear_model() -> None:
         assert found.trials[0].values.shape == (30,)
 
 
-def test_data_may_come_in_batches_with_labels(net: nn.Module, x: Tensor, one_trace: None) -> None:
+@pytest.mark.parametrize("whole", [False, True], ids=["loader", "data set"])
+def test_data_may_come_in_batches_with_labels(
+    whole: bool, net: nn.Module, x: Tensor, one_trace: None
+) -> None:
     labels = torch.arange(8) % 3
-    loader = DataLoader(TensorDataset(x, labels), batch_size=4)
+    pairs = TensorDataset(x, labels)
     names = ["epsilon_plus", "epsilon_all"]
-    by_batch = lrpfx.tune(net, loader, "label", names, steps=6)
+    loaded = pairs if whole else DataLoader(pairs, batch_size=4, generator=torch.Generator())
+    with assert_untouched(net, x):
+        by_batch = lrpfx.tune(net, loaded, "label", names, steps=6)
     at_once = lrpfx.tune(net, x, labels, names, steps=6)
     for one, other in zip(by_batch.trials, at_once.trials, strict=True):
         assert one.name == other.name

@@ -390,7 +390,7 @@ def _from_callable(
         try:
             # Copies: a target may write into the output, which is still read after it.
             value = target(rebuild([t.clone() if isinstance(t, Tensor) else t for t in inner]))
-        except Exception as error:
+        except Exception as error:  # it is the user's, and may raise anything
             raise TargetError(
                 f"target {name} fails on the model's output: {type(error).__name__}: {error}",
                 fix="it is called with what the model returns.",
