@@ -10,13 +10,14 @@ aten = torch.ops.aten
 
 _MATRIX = [aten.linalg_inv, aten.linalg_inv_ex, aten.inverse, aten.linalg_pinv, aten.pinverse]
 _MATRIX += [aten.linalg_det, aten.det, aten.logdet, aten.linalg_slogdet, aten.slogdet]
-_MATRIX += [aten.linalg_cholesky, aten.linalg_cholesky_ex, aten.cholesky, aten.cholesky_inverse]
+_MATRIX += [aten.linalg_cholesky, aten.linalg_cholesky_ex, aten.cholesky_inverse]
 _MATRIX += [aten.linalg_eig, aten.linalg_eigh, aten.linalg_eigvals, aten.linalg_eigvalsh]
-_MATRIX += [aten.linalg_svd, aten.linalg_svdvals, aten.svd, aten.linalg_qr, aten.qr]
+_MATRIX += [aten.linalg_svd, aten.linalg_svdvals, aten.svd, aten.linalg_qr]
 _MATRIX += [aten.linalg_lu, aten.linalg_lu_factor, aten.linalg_lu_factor_ex, aten.lu_unpack]
 _MATRIX += [aten.matrix_exp, aten.linalg_matrix_exp, aten.linalg_lstsq, aten.nuclear_norm]
 _MATRIX += [aten.linalg_solve, aten.linalg_solve_ex, aten.linalg_solve_triangular]
 _MATRIX += [aten.cholesky_solve, aten.triangular_solve, aten.linalg_householder_product]
+_MATRIX += [getattr(aten, name) for name in ("cholesky", "qr") if hasattr(aten, name)]  # < 2.14
 _ANGLES = [aten.atan2, aten.angle]
 _MEMORY = [aten.as_strided, aten.as_strided_scatter, aten.set, aten.resize]
 _LOSSES = [aten.cross_entropy_loss, aten.nll_loss, aten.nll_loss_nd, aten.nll_loss2d]
