@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import functools
 from typing import Any
 
 import torch
@@ -10,16 +10,15 @@ from torch import fx
 
 from lrpfx.canonize.insert import insert
 from lrpfx.canonize.memory import Memory, writes
-from lrpfx.capture import Program, first_line, tracing
+from lrpfx.canonize.recurrent import RECURRENT, open_recurrent
+from lrpfx.capture import AUTOCAST, Program, first_line, tracing
 from lrpfx.errors import CaptureError
 from lrpfx.ops import nodes_in, source_line
 
 aten = torch.ops.aten
 
 
-def functionalize(
-    program: Program, module: fx.GraphModule, cast: Collection[Any]
-) -> fx.GraphModule:
+def functionalize(program: Program, module: fx.GraphModule) -> fx.GraphModule:
     """``y = relu_(x)`` -> ``y = relu(x)``; writes into views -> scatters.
 
     Tensors that share memory are views of one another, each by an op. What is written into one is
@@ -29,12 +28,9 @@ def functionalize(
     Args:
         program: The graph as it was captured.
         module: The same, ``unlifted``.
-        cast: Ops of which autocast casts the steps; where it does, PyTorch takes them apart.
     """
     bodies = [m for m in module.modules() if isinstance(m, fx.GraphModule)]
     regions = any(_is_region(node, "autocast") for body in bodies for node in body.graph.nodes)
-    targets = {node.target for body in bodies for node in body.graph.nodes}
-    apart = targets.intersection(cast) if regions else set()
     inner = [body for body in bodies if body is not module]
     regions = regions or any(writes(node) for body in inner for node in body.graph.nodes)
     if not regions:
@@ -46,10 +42,10 @@ def functionalize(
             memory.renew()
             return module
     _detach_regions(program.graph_module)
+    _open_layers(program.graph_module)
     with tracing():
-        known = torch.export.default_decompositions()
         try:
-            program = program.run_decompositions({op: known[op] for op in apart})
+            program = program.run_decompositions({})
         except Exception as error:  # whatever the tracer raises
             raise CaptureError(
                 "in-place ops or regions of autocast could not be taken apart: "
@@ -86,6 +82,41 @@ def _detach_regions(module: fx.GraphModule) -> None:
                     output.args, lambda n: insert(n, aten.detach.default, (n,))
                 )
             body.recompile()
+
+
+def _open_layers(module: fx.GraphModule) -> None:
+    """Open recurrent layers in regions of autocast, of which it casts a whole layer or its steps.
+
+    Which that is hangs on kernels, so that a layer is run on zeros and asked.
+    """
+    for outer in [m for m in module.modules() if isinstance(m, fx.GraphModule)]:
+        for region in [n for n in outer.graph.nodes if _is_region(n, "autocast")]:
+            device, dtype, enabled, _, body = region.args[:5]
+            inner = outer.get_submodule(body.target)
+            assert isinstance(inner, fx.GraphModule)
+            for node in [n for n in inner.graph.nodes if enabled and n.target in RECURRENT]:
+                zeros = fx.node.map_arg((node.args, node.kwargs), _zeros)
+                with torch.autocast(device, dtype), torch.no_grad():
+                    found = node.target(*zeros[0], **zeros[1])
+                if (found[0] if isinstance(found, tuple) else found).dtype == dtype:
+                    with inner.graph.inserting_before(node):
+                        node.args = fx.node.map_arg(node.args, functools.partial(_cast, dtype))
+                else:
+                    node.meta[AUTOCAST] = dtype
+            if enabled:
+                open_recurrent(inner).recompile()
+
+
+def _zeros(node: fx.Node) -> Any:
+    """As many as a node has, two where that is not known."""
+    val = node.meta["val"]
+    sizes = [size if isinstance(size, int) else 2 for size in val.shape]
+    return torch.zeros(sizes, dtype=val.dtype, device=val.device)
+
+
+def _cast(dtype: torch.dtype, node: fx.Node) -> fx.Node:
+    same = node.meta["val"].dtype == dtype or not node.meta["val"].is_floating_point()
+    return node if same else insert(node, aten.to.dtype, (node, dtype))
 
 
 def unlifted(program: Program) -> fx.GraphModule:

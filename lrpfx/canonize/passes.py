@@ -33,7 +33,7 @@ from lrpfx.canonize.memory import writes
 from lrpfx.canonize.norms import open_statistics
 from lrpfx.canonize.pairs import pair_complex
 from lrpfx.canonize.parts import one_name_each, open_parts
-from lrpfx.canonize.recurrent import RECURRENT, open_recurrent
+from lrpfx.canonize.recurrent import open_recurrent
 from lrpfx.canonize.softmaxes import (
     join_exponentials,
     one_exponential_each,
@@ -73,7 +73,7 @@ def canonize(
         CaptureError: In-place ops that even PyTorch's own functionalisation leaves.
     """
     # While recurrent layers still tell of their dropout.
-    module = functionalize(program, _refuse_training(unlifted(program), by_batch), RECURRENT)
+    module = functionalize(program, _refuse_training(unlifted(program), by_batch))
     verify(module.graph)
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     for i, node in enumerate(inputs):

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from lrpfx.canonize.insert import insert
+from lrpfx.capture import AUTOCAST
 from lrpfx.errors import CaptureError
 from lrpfx.ops import bound_arguments, source_line
 
@@ -39,6 +40,13 @@ class _Writer:
     def __call__(self, target: Any, *args: Any) -> fx.Node:
         return insert(self.like, target, args)
 
+    def linear(self, *args: fx.Node | None) -> fx.Node:
+        """``W x + b``; as autocast has it, if the layer was run under it."""
+        dtype = self.like.meta.get(AUTOCAST)
+        if dtype is not None:
+            args = tuple(None if n is None else self(aten.to.dtype, n, dtype) for n in args)
+        return self(aten.linear.default, *args)
+
     def parts(self, x: fx.Node, number: int) -> list[fx.Node]:
         """Equal parts along the last dimension."""
         value = x.meta["val"]
@@ -49,7 +57,7 @@ class _Writer:
 def _lstm(write: _Writer, a: fx.Node, states: _States, weights: _Weights) -> _States:
     """``i, f, g, o = U h + a; c = f c + i g; h = o tanh(c)``, of what the input gives: ``a``."""
     h, c = states
-    gates = write(aten.add.Tensor, write(aten.linear.default, h, weights.w_hh, weights.b_hh), a)
+    gates = write(aten.add.Tensor, write.linear(h, weights.w_hh, weights.b_hh), a)
     parts = write.parts(gates, 4)
     i, f = (write(aten.sigmoid.default, part) for part in parts[:2])
     g, o = write(aten.tanh.default, parts[2]), write(aten.sigmoid.default, parts[3])
@@ -57,7 +65,7 @@ def _lstm(write: _Writer, a: fx.Node, states: _States, weights: _Weights) -> _St
     c = write(aten.add.Tensor, kept, new)
     h = write(aten.mul.Tensor, o, write(aten.tanh.default, c))
     if weights.w_hr is not None:
-        h = write(aten.linear.default, h, weights.w_hr)
+        h = write.linear(h, weights.w_hr)
     return h, c
 
 
@@ -65,7 +73,7 @@ def _gru(write: _Writer, a: fx.Node, states: _States, weights: _Weights) -> _Sta
     """``r, z = sigmoid(U h + a); n = tanh(a_n + r U_n h); h = (h - n) z + n``."""
     (h,) = states
     own = write.parts(a, 3)
-    past = write.parts(write(aten.linear.default, h, weights.w_hh, weights.b_hh), 3)
+    past = write.parts(write.linear(h, weights.w_hh, weights.b_hh), 3)
     r, z = (
         write(aten.sigmoid.default, write(aten.add.Tensor, there, here))
         for there, here in zip(past[:2], own[:2], strict=True)
@@ -79,7 +87,7 @@ def _gru(write: _Writer, a: fx.Node, states: _States, weights: _Weights) -> _Sta
 def _elman(function: Any) -> Callable[..., _States]:
     def step(write: _Writer, a: fx.Node, states: _States, weights: _Weights) -> _States:
         """``h = f(U h + a)``."""
-        past = write(aten.linear.default, states[0], weights.w_hh, weights.b_hh)
+        past = write.linear(states[0], weights.w_hh, weights.b_hh)
         return (write(function, write(aten.add.Tensor, past, a)),)
 
     return step
@@ -123,7 +131,7 @@ def _cell(node: fx.Node) -> fx.Node | _States:
     states = tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
     b_ih, b_hh = bound.get("b_ih"), bound.get("b_hh")
     weights = _Weights(bound["w_ih"], bound["w_hh"], b_ih, b_hh, None)
-    a = write(aten.linear.default, bound["input"], weights.w_ih, weights.b_ih)
+    a = write.linear(bound["input"], weights.w_ih, weights.b_ih)
     new = _STEPS[node.target](write, a, states, weights)
     return new if len(new) > 1 else new[0]
 
@@ -172,7 +180,7 @@ def _steps(
             fix="leave the dimension of time out of dynamic=, and make an Explainer per length.",
         )
     step = _STEPS[write.like.target]
-    a = write(aten.linear.default, x, weights.w_ih, weights.b_ih)
+    a = write.linear(x, weights.w_ih, weights.b_ih)
     steps = write(aten.unbind.int, a)
     at = [write(operator.getitem, steps, t) for t in range(number)]
     if reverse:

@@ -41,7 +41,8 @@ def check_faithful(
     # The graph writes nothing that is the model's, but may draw random numbers that nobody uses.
     with preserved(nn.Identity()), torch.no_grad():
         got = run_graph(module, leaves)
-    worst = worst_difference(expected, got)
+    dtype = _coarsest(module.graph)
+    worst = worst_difference(expected, got, dtype)
     if not worst <= 1.0:
         changed = [rounded(leaf) for leaf in copies(leaves)]
         with as_captured(captured):
@@ -75,7 +76,7 @@ def agrees(captured: Captured, module: fx.GraphModule, inputs: Inputs) -> bool:
             got = run_graph(module, leaves)
         except (RuntimeError, IndexError, ValueError):  # it is the graph of another run
             return False
-    return worst_difference(expected, got) <= 1.0
+    return worst_difference(expected, got, _coarsest(module.graph)) <= 1.0
 
 
 def run_graph(module: fx.GraphModule, leaves: Sequence[Any]) -> list[Tensor]:
@@ -103,11 +104,20 @@ def as_captured(captured: Captured) -> Iterator[None]:
         yield
 
 
-def worst_difference(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
-    """The largest difference of two lists of tensors, in units of their dtypes' tolerance."""
+def worst_difference(
+    expected: Sequence[Tensor], got: Sequence[Tensor], dtype: torch.dtype = torch.float64
+) -> float:
+    """The largest difference of two lists of tensors, in units of their dtypes' tolerance.
+
+    Args:
+        expected: Some.
+        got: Others.
+        dtype: The coarsest that they were computed in, if that is coarser than their own.
+    """
     if len(expected) != len(got):
         return float("inf")
-    return max((_difference(e, g) for e, g in zip(expected, got, strict=True)), default=0.0)
+    pairs = zip(expected, got, strict=True)
+    return max((_difference(e, g, _tolerance(dtype)) for e, g in pairs), default=0.0)
 
 
 def rounded(leaf: Any) -> Any:
@@ -121,14 +131,25 @@ def _dtypes(tensors: Sequence[Tensor]) -> str:
     return ", ".join(dict.fromkeys(str(t.dtype).removeprefix("torch.") for t in tensors))
 
 
-def _difference(expected: Tensor, got: Tensor) -> float:
+def _coarsest(graph: fx.Graph) -> torch.dtype:
+    """The coarsest dtype that the graph computes in, as autocast and casts by hand have it."""
+    values = (node.meta.get("val") for node in graph.nodes)
+    dtypes = {v.dtype for v in values if isinstance(v, Tensor) and v.is_floating_point()}
+    return max(dtypes, key=_tolerance, default=torch.float64)
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    # Folding batch norm reorders sums, which costs a few digits; a wrong graph costs all of them.
+    return {torch.float64: 1e-9, torch.float32: 1e-3}.get(dtype, 5e-2)
+
+
+def _difference(expected: Tensor, got: Tensor, least: float) -> float:
     """Largest difference in units of the dtype's tolerance; NaN and infinity must coincide."""
     if expected.shape != got.shape or expected.dtype != got.dtype:
         return float("inf")
     if not expected.is_floating_point():
         return 0.0 if torch.equal(expected, got) else float("inf")
-    # Folding batch norm reorders sums, which costs a few digits; a wrong graph costs all of them.
-    tolerance = {torch.float64: 1e-9, torch.float32: 1e-3}.get(expected.dtype, 5e-2)
+    tolerance = max(least, _tolerance(expected.dtype))
     expected, got = expected.double(), got.double()
     if not torch.equal(expected.isfinite(), got.isfinite()):
         return float("inf")

@@ -28,6 +28,8 @@ from lrpfx.errors import CaptureError
 from lrpfx.ops import NAMED
 
 aten = torch.ops.aten
+#: The key in ``node.meta``, of an op whose result autocast leaves as it is: what it casts to.
+AUTOCAST = "autocast"
 _TORCH_CODE = str(Path(torch.__file__).parent) + os.sep
 _OWN_CODE = str(Path(__file__).parents[1]) + os.sep
 
@@ -266,16 +268,20 @@ class Recorder(ProxyTorchDispatchMode):
     def _cast(self, func: Any, flat: Sequence[Any], spec: Any, node: fx.Node, out: Any) -> None:
         """Write down the casts of autocast, which take place inside of an op.
 
-        It casts all arguments or none; where the op gives another type without it, it has.
+        It casts all arguments or none; where the op gives another type without it, it has. Else an
+        op of several steps may still have cast what one of them reads.
         """
         floating = {i: t for i, t in enumerate(flat) if _is_floating(t)}
-        if not any(torch.is_autocast_enabled(t.device.type) for t in floating.values()):
+        devices = {t.device.type for t in floating.values()}
+        casts = [torch.get_autocast_dtype(d) for d in devices if torch.is_autocast_enabled(d)]
+        if not casts:
             return
         given = [t.to("meta") if isinstance(t, Tensor) else t for t in flat]
         args, kwargs = pytree.tree_unflatten(given, spec)
         types = _types(out)
         try:
             if not types or _types(func(*args, **kwargs)) == types:
+                node.meta[AUTOCAST] = casts[0]
                 return
         except Exception:  # of types that do not go together
             pass

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -184,7 +185,8 @@ class Books:
         """Warn if the maps differ by more than round-off, and say from which node on."""
         pairs = list(made.unwritten(again))
         outputs = [(then, now) for name, then, now in pairs if name.startswith("output")]
-        if outputs and not worst_difference(*map(list, zip(*outputs, strict=True))) <= 1:
+        then, now = (list(map(operator.itemgetter(i), outputs)) for i in (0, 1))
+        if not worst_difference(then, now) <= 1:
             raise _outdated("what the model returns", ["by writes that PyTorch does not count"])
         worst, bound = _apart([pair[1:] for pair in pairs]), self._bound(made)
         if worst <= bound:

@@ -75,7 +75,7 @@ def test_every_pass_keeps_what_the_graph_computes() -> None:
     model, x = randomized(Everything()), torch.randn(3, 2, 6, 6, dtype=torch.float64)
     expected = model(x)
     program = capture(model, x).program
-    module = functionalize.functionalize(program, functionalize.unlifted(program), ())
+    module = functionalize.functionalize(program, functionalize.unlifted(program))
     for step in (None, *passes.PASSES):
         module = module if step is None else step(module)
         verify(module.graph)

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 import lrpfx
 from lrpfx import composites
 from lrpfx.canonize import recurrent
+from lrpfx.capture import By
 
+aten = torch.ops.aten
 EXACT = composites.EpsilonAll(epsilon=1e-9)
 WIDTHS = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
 
@@ -308,3 +310,39 @@ def test_a_softmax_at_the_output_is_left_out(last: nn.Module) -> None:
     (gradient,) = torch.autograd.grad(last(logits)[:, 1].sum(), logits)
     seed = gradient * logits.detach()
     torch.testing.assert_close(e.relevance, lrpfx.explain(net, x, seed).relevance)
+
+
+# autocast ------------------------------------------------------------------------------------
+
+
+class Layers(nn.Module):
+    """A GRU, an LSTM and a recurrent network one behind the other, maybe in autocast."""
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.gru = nn.GRU(4, 6, batch_first=True, bidirectional=True)
+        self.lstm = nn.LSTM(12, 5, batch_first=True)
+        self.rnn, self.head = nn.RNN(5, 6, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", self.dtype, self.dtype is not None):
+            for layer in self.gru, self.lstm, self.rnn:
+                x = layer(x)[0]
+            return self.head(x[:, -1]).float()
+
+
+@pytest.mark.parametrize("capture", ["export", "record"])
+def test_layers_under_autocast_are_those_of_float32_but_for_rounding(capture: By) -> None:
+    """The kernels round elsewhere than their steps do; both are about as far from the truth."""
+    model, x = Layers(torch.bfloat16).eval(), torch.randn(2, 5, 4)
+    twin = Layers(None).eval().double()
+    twin.load_state_dict(model.state_dict())
+    right = lrpfx.explain(twin, x.double(), 1)
+    explainer = lrpfx.Explainer(model, x, capture=capture)
+    linear = [n for n in explainer._module.graph.nodes if n.target is aten.linear.default]
+    assert {n.meta["val"].dtype for n in linear} == {torch.bfloat16}  # as the model computes it
+    for ledger in (True, False):
+        e = explainer(x, 1, ledger=ledger)
+        assert (e.output.double() - right.output).abs().max() < 0.02 * right.output.abs().max()
+        assert (e.relevance - right.relevance).norm() < 0.05 * right.relevance.norm()
