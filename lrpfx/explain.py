@@ -107,9 +107,8 @@ def explain(
     The model is captured anew for each call; for several explanations make an ``Explainer``.
 
     Args:
-        model: Any module that torch.export can trace, in evaluation mode. It is not modified. A
-            ``transformers`` pipeline stands for its model; inputs may then be texts or images, and
-            the target a label.
+        model: Any module, in evaluation mode. It is not modified. A ``transformers`` pipeline
+            stands for its model; inputs may then be texts or images, and the target a label.
         inputs: A tensor (N, ...), a tuple of positional or a dict of keyword arguments. Floating
             tensors are explained, and so are integer tensors that index an embedding: at its
             output, summed over features. Everything else is passed through as a constant.
@@ -151,9 +150,9 @@ def explain(
         wrt: The inputs to explain, by name (the parameter of forward(), a key, dotted below that as
             in "batch.pixels") or by position; the others are constants. None for all that can be
             explained.
-        capture: How the model becomes a graph: "export" by torch.export; "record" by writing down
-            what one run does, which is quick and follows branches on values; "auto" records what
-            cannot be exported.
+        capture: How the model becomes a graph: "record" by writing down what one run does, which
+            is quick and follows branches on values; "export" by torch.export, one graph for all
+            inputs; "auto" records, and exports what cannot be recorded.
 
     Returns:
         The explanation; ``relevance`` is structured like ``inputs``.
@@ -167,7 +166,7 @@ def explain(
         SelectorError: A selector, composite or layer that names nothing.
     """
     with lines_forgotten():
-        explainer = Explainer(model, inputs, rules, wrt=wrt, capture=capture)
+        explainer = _OfOneCall(model, inputs, rules, wrt=wrt, capture=capture)
         return explainer._answer(explainer, inputs, target, layers, create_graph, ledger, _Asked())
 
 
@@ -199,7 +198,7 @@ class Explainer:
     Calls from several threads do not disturb each other.
 
     Args:
-        model: Any module that torch.export can trace, in evaluation mode. It is not modified.
+        model: Any module, in evaluation mode. It is not modified.
         inputs: Example inputs of the shapes to come (the batch size may differ): a tensor, a tuple
             of positional or a dict of keyword arguments.
         rules: A composite, its name, or a list of (selector, rule); None picks by what the graph
@@ -215,9 +214,10 @@ class Explainer:
         wrt: The inputs to explain, by name (the parameter of forward(), a key, dotted below that as
             in "batch.pixels") or by position; the others are constants. None for all that can be
             explained.
-        capture: See ``explain``. A recorded graph serves the inputs of its form (structure, shapes,
-            dtypes, what is no tensor), if its run read no values and it computes what the model
-            computes; else the call records another.
+        capture: See ``explain``; "auto" exports, and records what cannot be exported. A recorded
+            graph serves the inputs of its form (structure, shapes, dtypes, what is no tensor), if
+            its run read no values and it computes what the model computes; else the call records
+            another.
         bn: What batch norm takes. "running": running statistics, of a model in evaluation mode.
             "batch": the model is taken in the mode that it is in at each call. In training mode
             these are the statistics of the batch: constants for relevance, though not for its
@@ -227,6 +227,9 @@ class Explainer:
     Raises:
         LrpError: As ``explain``, for everything that concerns model and rules.
     """
+
+    #: Whether it is made for one call.
+    _once = False
 
     def __init__(
         self,
@@ -255,7 +258,8 @@ class Explainer:
         if freeze and isinstance(model, nn.Module):
             fixed = versions(state_of(model))
         with TRACING:  # meanwhile another thread's trace may hold fake tensors in the model
-            prepared = prepare_by(capture, model, inputs, rules, dynamic, wrt, bn)
+            given = model, inputs, rules, dynamic, wrt, bn
+            prepared = prepare_by(capture, *given, once=self._once)
             self._set_up(prepared, model, inputs, fixed)
         example = example_of(inputs, self._captured.signature)
         options = {"dynamic": tuple(dynamic), "freeze": freeze, "wrt": wrt, "capture": capture}
@@ -721,6 +725,12 @@ class Explainer:
                 fix="make an Explainer for inputs of this size.",
             ) from error
         self._met.add(sizes)
+
+
+class _OfOneCall(Explainer):
+    """What ``explain`` makes: its graph is for these inputs only."""
+
+    _once = True
 
 
 def _again(gather: Gather, report: Report) -> Callable[[Made, Run, Pulled], Explanation]:

@@ -13,6 +13,7 @@ from lrpfx.capture import (
     By,
     Captured,
     Inputs,
+    Way,
     Wrt,
     backward_note,
     capture,
@@ -73,7 +74,7 @@ def prepare(
     rules: RulesLike,
     dynamic: Sequence[int] = (),
     wrt: Wrt = None,
-    by: Literal["export", "record"] = "export",
+    by: Way = "export",
     bn: BatchNorm = "running",
 ) -> Prepared:
     """Capture a model, and decide what each node of its graph does with relevance.
@@ -114,7 +115,7 @@ def _prepare(
     rules: RulesLike,
     dynamic: Sequence[int],
     wrt: Wrt,
-    by: Literal["export", "record"],
+    by: Way,
     by_batch: bool,
 ) -> Prepared:
     captured, program, expected = capture(model, inputs, dynamic, by)
@@ -162,8 +163,19 @@ def prepare_by(
     dynamic: Sequence[int] = (),
     wrt: Wrt = None,
     bn: BatchNorm = "running",
+    once: bool = False,
 ) -> Prepared:
-    """As ``prepare``; "auto" is to record what cannot be exported.
+    """As ``prepare``; "auto" is the way that suits, or the other where that is refused.
+
+    Args:
+        by: See ``lrpfx.explain``.
+        model: See ``lrpfx.explain``.
+        inputs: Example inputs.
+        rules: See ``lrpfx.explain``.
+        dynamic: See ``lrpfx.Explainer``.
+        wrt: See ``lrpfx.explain``.
+        bn: See ``lrpfx.Explainer``.
+        once: Whether the graph is for these inputs only, so that a record of their run suits.
 
     Raises:
         LrpError: As ``prepare``.
@@ -173,25 +185,34 @@ def prepare_by(
             f"bn={bn!r} is no way to take batch norm.",
             fix='give "running" for running statistics, or "batch" for a model as it trains.',
         )
-    if by not in ("auto", "export", "record"):
+    if by not in ("auto", *_INSTEAD):
         raise InputError(
             f"capture={by!r} is no way to capture a model.",
-            fix='give "export", "record", or "auto" to record what cannot be exported.',
+            fix='give "export", "record", or "auto" for the one that suits, and else the other.',
         )
     if by != "auto":
         return prepare(model, inputs, rules, dynamic, wrt, by, bn)
+    first: Way = "record" if once else "export"
+    other, instead = _INSTEAD[first]
     try:
-        return prepare(model, inputs, rules, dynamic, wrt, "export", bn)
+        return prepare(model, inputs, rules, dynamic, wrt, first, bn)
     except TrainingModeError:
         raise
     except CaptureError as refused:
         try:
-            return prepare(model, inputs, rules, dynamic, wrt, "record", bn)
+            return prepare(model, inputs, rules, dynamic, wrt, other, bn)
         except CaptureError as again:
             if again.what == refused.what:
                 raise refused from None
-            where = [*refused.where, f"recording a run instead: {again.what}", *again.where]
+            where = [*refused.where, f"{instead}: {again.what}", *again.where]
             raise CaptureError(refused.what, where=where, fix=again.fix) from again
+
+
+#: The other way of capture, and what is said where it is tried.
+_INSTEAD: dict[Way, tuple[Way, str]] = {
+    "export": ("record", "recording a run instead"),
+    "record": ("export", "by torch.export instead"),
+}
 
 
 def records(graph: fx.Graph) -> list[Record]:

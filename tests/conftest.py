@@ -94,6 +94,8 @@ def traced_once(known: Traces | None = None) -> Iterator[None]:
     traces: Traces = {} if known is None else known
 
     def once(model: nn.Module, inputs: Any, dynamic: Any, by: Any) -> Trace:
+        if by == "record":  # which is canonized in its place, and quickly recorded again
+            return capture(model, inputs, dynamic, by)
         leaves, spec = pytree.tree_flatten(inputs)
         form = (
             (leaf.dtype, *leaf.shape) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves

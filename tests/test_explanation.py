@@ -135,7 +135,7 @@ def test_report_of_the_conv_net(images: Explanation) -> None:
     rows = {row.module: row for row in images.report.rows if row.module}
     assert [*rows] == ["conv", "act", "classifier"]
     assert rows["conv"].folded == ("norm",) and "conv+norm" in repr(images.report)
-    assert rows["conv"].shape == ("N", 2, 4, 4) and rows["classifier"].shape == ("N", 3)
+    assert rows["conv"].shape == (2, 2, 4, 4) and rows["classifier"].shape == (2, 3)
     assert "networks.py" in rows["conv"].source and "self.conv(x)" in rows["conv"].source
     # relu, as module and as function; flatten
     assert [row.op for row in images.report.rows] == "conv2d relu relu flatten linear".split()

@@ -60,8 +60,8 @@ print(f"accuracy: {(found == answers).float().mean():.3f}")
 # ## Explain the next token
 #
 # The output is (N, T, V): a target names a position and a token, `(-1, token)`. For a
-# batch with an answer each, a function picks them. `use_cache=False` because `torch.export` cannot
-# handle caches of keys and values.
+# batch with an answer each, a function picks them. `use_cache=False` leaves out the keys
+# and values that are kept for a next token: nothing is to be explained in them.
 
 # %%
 import lrpfx

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,9 +11,10 @@ from torch import fx
 from torch._decomp import get_decompositions
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
-from torch._subclasses import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from lrpfx.canonize.insert import fake_mode
 from lrpfx.canonize.writer import Writer
 from lrpfx.ops import nodes_in, varying
 
@@ -81,15 +83,23 @@ def _traced(node: fx.Node, inputs: Sequence[fx.Node]) -> fx.GraphModule | None:
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     values = [n.meta["val"] for n in inputs]
-    mode = next(v.fake_mode for v in values if isinstance(v, FakeTensor))
     assert isinstance(node.target, OpOverload)
     known: dict[Any, Any] = get_decompositions([node.target])
-    before, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
-    try:
-        with torch.no_grad(), enable_python_dispatcher():
-            parts = make_fx(torch.func.functionalize(run), decomposition_table=known)(*values)
-    finally:
-        mode.allow_non_fake_inputs = before
+    with _numbers_allowed(fake_mode(inputs)), torch.no_grad(), enable_python_dispatcher():
+        parts = make_fx(torch.func.functionalize(run), decomposition_table=known)(*values)
     parts.graph.eliminate_dead_code()
     constants = [getattr(parts, str(n.target)) for n in parts.graph.nodes if n.op == "get_attr"]
     return parts if all(c.ndim == 0 for c in constants) else None
+
+
+@contextmanager
+def _numbers_allowed(mode: FakeTensorMode | None) -> Iterator[None]:
+    """Meanwhile fake tensors go together with tensors of one number."""
+    before = mode is not None and mode.allow_non_fake_inputs
+    if mode is not None:
+        mode.allow_non_fake_inputs = True
+    try:
+        yield
+    finally:
+        if mode is not None:
+            mode.allow_non_fake_inputs = before

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from lrpfx.ops import nodes_in
@@ -21,12 +22,27 @@ def insert(
     keep = ("nn_module_stack", "stack_trace", "torch_fn")
     new.meta = {key: like.meta[key] for key in keep if key in like.meta}
     values = fx.node.map_arg((new.args, new.kwargs), lambda n: n.meta["val"])
-    given = pytree.tree_leaves([n.meta["val"] for n in nodes_in((new.args, new.kwargs))])
-    mode = next((v.fake_mode for v in given if hasattr(v, "fake_mode")), None)
-    assert mode is not None and isinstance(values, tuple)
-    with mode, enable_python_dispatcher(), torch.no_grad():
-        new.meta["val"] = target(*values[0], **values[1])
+    assert isinstance(values, tuple)
+    mode = fake_mode(nodes_in((new.args, new.kwargs)))
+    with torch.no_grad():
+        if mode is None:
+            value = target(*values[0], **values[1])
+            new.meta["val"] = pytree.tree_map_only(Tensor, _empty, value)
+        else:
+            with mode, enable_python_dispatcher():
+                new.meta["val"] = target(*values[0], **values[1])
     return new
+
+
+def fake_mode(nodes: Iterable[fx.Node]) -> FakeTensorMode | None:
+    """The mode of the fake tensors that nodes have for values; None if those are on "meta"."""
+    values = pytree.tree_leaves([n.meta["val"] for n in nodes])
+    return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
+
+
+def _empty(value: Tensor) -> Tensor:
+    """Without numbers, which ops give that are told a device."""
+    return value.to("meta")
 
 
 def copied(node: fx.Node, other: Mapping[fx.Node, fx.Node], like: fx.Node) -> fx.Node:

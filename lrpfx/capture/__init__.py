@@ -11,7 +11,7 @@ from lrpfx.capture.faithful import (
     rounded,
     worst_difference,
 )
-from lrpfx.capture.front import By, capture
+from lrpfx.capture.front import By, Way, capture
 from lrpfx.capture.inputs import (
     Inputs,
     Signature,
@@ -48,6 +48,7 @@ __all__ = [
     "TensorForm",
     "TRACING",
     "Versions",
+    "Way",
     "Wrt",
     "agrees",
     "argument_names",

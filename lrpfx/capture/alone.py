@@ -25,7 +25,8 @@ def mixing_note(
 ) -> str:
     """What is noted of a model whose outputs depend on the other samples, "" of others.
 
-    The first sample is run alone, or, if it is the only one, beside another that is made of it.
+    The first sample is run alone, or, if it is the only one of a graph for any number, beside
+    another that is made of it.
 
     Args:
         captured: The model.
@@ -36,8 +37,8 @@ def mixing_note(
     leaves = flatten_inputs(inputs)[0]
     batched = [_is_batched(captured, i, leaf) for i, leaf in enumerate(leaves)]
     n = next((len(leaf) for leaf, is_it in zip(leaves, batched, strict=True) if is_it), 0)
-    if not n:
-        return ""
+    if not n or (n == 1 and captured.decisions is not None):
+        return ""  # the graph of a run of one sample is used for no other number
     other = [
         _other(leaf, n) if is_it else leaf for leaf, is_it in zip(leaves, batched, strict=True)
     ]

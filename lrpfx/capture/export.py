@@ -139,7 +139,7 @@ def export(model: nn.Module, inputs: Inputs, dynamic: Sequence[int] = ()) -> Tra
     """
     leaves, spec = check_examples(model, inputs)
     _check_dynamic(dynamic, leaves, inputs)
-    batch = _batch_of(leaves)
+    batch = batch_of(leaves)
     # Each on its own: a cache that the run fills would be a constant of the trace.
     with preserved(model), own_backwards() as backwards:
         output = run_twice(model, leaves, spec)
@@ -181,7 +181,7 @@ def check_examples(model: nn.Module, inputs: Inputs) -> tuple[list[Any], pytree.
             if of_numpy
             else "give at least one floating tensor, or token ids that feed an embedding.",
         )
-    if _batch_of(leaves) == 0:
+    if batch_of(leaves) == 0:
         raise InputError("the inputs hold no samples.", fix="give a batch of at least one.")
     return copies(leaves), spec
 
@@ -210,7 +210,7 @@ def _check_dynamic(dynamic: Any, leaves: Sequence[Any], inputs: Inputs) -> None:
         )
 
 
-def _batch_of(leaves: Sequence[Any]) -> int | None:
+def batch_of(leaves: Sequence[Any]) -> int | None:
     """How many samples the inputs hold; None if they have no dimensions."""
     sized = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 0]
     sized.sort(key=lambda leaf: not is_explained(leaf))  # floating inputs tell before token ids

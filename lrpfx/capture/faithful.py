@@ -98,7 +98,7 @@ def run_on(module: fx.GraphModule, leaves: Sequence[Any]) -> list[Tensor]:
 @contextmanager
 def as_captured(captured: Captured) -> Iterator[None]:
     """The model in the mode that it was captured in, and left as it was."""
-    with preserved(captured.model), torch.no_grad():
+    with preserved(captured.model, plainly=True), torch.no_grad():
         for module, training in captured.training:
             module.training = training
         yield

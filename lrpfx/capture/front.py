@@ -11,7 +11,9 @@ from lrpfx.capture.export import Trace, export
 from lrpfx.capture.inputs import Inputs
 from lrpfx.capture.record import record
 
-#: One graph for all inputs, the graph of one run, or the one where the other is refused.
+#: One graph for all inputs, or the graph of one run.
+Way = Literal["export", "record"]
+#: One of them, or the one that suits, and the other where that is refused.
 By = Literal["auto", "export", "record"]
 
 
@@ -19,7 +21,7 @@ def capture(
     model: nn.Module,
     inputs: Inputs,
     dynamic: Sequence[int] = (),
-    by: Literal["export", "record"] = "export",
+    by: Way = "export",
 ) -> Trace:
     """Capture ``model`` as a graph that computes what ``model(inputs)`` computes.
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @contextmanager
-def preserved(model: nn.Module) -> Iterator[Callable[[], None]]:
+def preserved(model: nn.Module, plainly: bool = False) -> Iterator[Callable[[], None]]:
     """Leave the model and the random states as they were, also when an error passes.
 
     Yields what brings back the model, and not the random states, before the end.
@@ -23,11 +25,17 @@ def preserved(model: nn.Module) -> Iterator[Callable[[], None]]:
     update buffers and even rescale weights. Everything that the modules' attributes reach is
     remembered by value: tensors, containers, and the attributes of other objects. Only what has
     changed is written back, so that other threads may use the model meanwhile.
+
+    Args:
+        model: The model.
+        plainly: Whether it only runs, and is not traced by PyTorch. Large parameters are then not
+            copied before an op writes into them, which hardly a model does.
     """
     undo: list[Callable[[], None]] = []
     seen: set[int] = set()
+    writes = _Writes()
     for module in model.modules():
-        _remember(module, undo, seen)
+        _remember(module, undo, seen, writes if plainly else None)
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
@@ -36,7 +44,8 @@ def preserved(model: nn.Module) -> Iterator[Callable[[], None]]:
             restore()
 
     try:
-        yield bring_back
+        with writes if plainly else nullcontext():
+            yield bring_back
     finally:
         bring_back()
         torch.set_rng_state(states[0])
@@ -67,39 +76,79 @@ def reachable_only(model: nn.Module) -> Iterator[None]:
             modules.update(items)
 
 
-def _remember(value: Any, undo: list[Callable[[], None]], seen: set[int]) -> None:
+class _Writes(TorchDispatchMode):
+    """Copies tensors before an op writes into their memory."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._awaited: dict[int, list[Callable[[], None]]] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # for that it would be imported
+
+    def awaits(self, tensor: Tensor, then: Callable[[], None]) -> None:
+        """Call ``then`` before something is written there."""
+        self._awaited.setdefault(tensor.untyped_storage()._cdata, []).append(then)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        schema = getattr(func, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            for value in pytree.tree_leaves((args, kwargs)):
+                if isinstance(value, Tensor) and value.layout == torch.strided:
+                    for then in self._awaited.pop(value.untyped_storage()._cdata, ()):
+                        then()
+        return func(*args, **kwargs or {})
+
+
+def _remember(
+    value: Any, undo: list[Callable[[], None]], seen: set[int], writes: _Writes | None = None
+) -> None:
     """Append to ``undo`` what brings ``value``, and all that it reaches, back to this moment."""
     if id(value) in seen or isinstance(value, (type, str, bytes, int, float, complex, type(None))):
         return
     seen.add(id(value))
     if isinstance(value, Tensor):
-        undo.append(_tensor_undo(value))
+        large = isinstance(value, nn.Parameter) and value.nbytes > _LARGE
+        undo.append(_tensor_undo(value, writes if large else None))
     elif isinstance(value, MutableMapping):
         undo.append(_mapping_undo(value))
         for item in list(value.values()):
-            _remember(item, undo, seen)
+            _remember(item, undo, seen, writes)
     elif isinstance(value, (list, deque, set)):
         undo.append(_sequence_undo(value))
         for item in list(value):
-            _remember(item, undo, seen)
+            _remember(item, undo, seen, writes)
     elif isinstance(value, (tuple, frozenset)):
         for item in value:
-            _remember(item, undo, seen)
+            _remember(item, undo, seen, writes)
     elif isinstance(attributes := getattr(value, "__dict__", None), dict) and not callable(value):
-        _remember(attributes, undo, seen)
+        _remember(attributes, undo, seen, writes)
     elif isinstance(value, nn.Module):
-        _remember(value.__dict__, undo, seen)
+        _remember(value.__dict__, undo, seen, writes)
 
 
-def _tensor_undo(tensor: Tensor) -> Callable[[], None]:
-    memory, copy = tensor.data, tensor.detach().clone()
+#: Bytes of a parameter that is not copied as long as nothing is written into it.
+_LARGE = 1 << 18
+
+
+def _tensor_undo(tensor: Tensor, writes: _Writes | None) -> Callable[[], None]:
+    memory = tensor.data
+    copies = [] if writes is not None else [tensor.detach().clone()]
+    if writes is not None:
+        writes.awaits(tensor, lambda: copies.append(memory.clone()))
 
     def restore() -> None:
         if tensor.data_ptr() != memory.data_ptr():  # forward() has set .data
             tensor.data = memory
-        if not torch.equal(tensor, copy) and not _equal_with_nan(tensor, copy):
-            with torch.no_grad():
-                tensor.copy_(copy)
+        for copy in copies:
+            if not torch.equal(tensor, copy) and not _equal_with_nan(tensor, copy):
+                with torch.no_grad():
+                    tensor.copy_(copy)
 
     return restore
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
@@ -18,6 +19,7 @@ from lrpfx.capture.calls import own_backwards
 from lrpfx.capture.export import (
     Captured,
     Trace,
+    batch_of,
     check_examples,
     tracing,
 )
@@ -82,7 +84,7 @@ def record(model: nn.Module, inputs: Inputs) -> Trace:
     """
     leaves, spec = check_examples(model, inputs)
     _refuse_objects(leaves, "the inputs hold", "give its tensors, and make it in a wrapper module.")
-    with preserved(model) as bring_back:
+    with preserved(model, plainly=True) as bring_back:
         _draw()  # what the model draws at random by Python is then not what the record has
         with own_backwards() as backwards:
             output = run_given(model, leaves, spec)
@@ -97,7 +99,7 @@ def record(model: nn.Module, inputs: Inputs) -> Trace:
             tuple(form_of(leaf, {}) for leaf in leaves),
             input_paths(inputs),
             tuple(split_inputs(inputs)[1]),
-            None,
+            batch_of(leaves),
         ),
         training=tuple((module, module.training) for module in model.modules()),
         output=output if traced else None,
@@ -153,16 +155,17 @@ def _record(
         ) from error
     out_spec = pytree.tree_structure(output)
     graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(arguments, spec, out_spec)))
-    module = fx.GraphModule(recorder.attributes, graph)
+    module = _LazyGraphModule(recorder.attributes, graph)  # its code is not run
     module.train(model.training)
     return Recording(module, *pytree.tree_unflatten(copies(leaves), spec)), reads
 
 
 def _positional(model: nn.Module, count: int) -> list[str]:
-    """What forward() calls its first arguments."""
+    """What forward() calls its first arguments; those of ``*args`` are args_0, args_1, ..."""
     parameters = inspect.signature(model.forward).parameters.values()
     named = [p.name for p in parameters if p.kind <= p.POSITIONAL_OR_KEYWORD]
-    return [*named, *(f"arg_{i}" for i in range(len(named), count))][:count]
+    rest = next((p.name for p in parameters if p.kind is p.VAR_POSITIONAL), "arg")
+    return [*named, *(f"{rest}_{i}" for i in range(count - len(named)))][:count]
 
 
 def _leaf_names(arguments: Sequence[str], values: Sequence[Any]) -> list[str]:

@@ -75,7 +75,10 @@ class Recorder(ProxyTorchDispatchMode):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__(None, "real", pre_dispatch=True)  # type: ignore[arg-type]
+        # Not by the parent, which imports a compiler to ask for its settings.
+        TorchDispatchMode.__init__(self, torch._C.DispatchKey.PreDispatch)
+        self._mode_key = torch._C._TorchDispatchModeKey.PROXY
+        self.pre_dispatch, self.enter_stack = True, []
         self.graph = fx.Graph()
         self.attributes: dict[str, Tensor] = {}
         self._reads: list[tuple[fx.Node, str, str, bool]] = []
@@ -83,7 +86,7 @@ class Recorder(ProxyTorchDispatchMode):
         self.running: fx.Node | None = None
         #: Whether what is called now belongs to the recorder, and not to the model.
         self.busy = False
-        #: Whether the model lets gradients pass, as it said last.
+        #: Whether the model lets gradients pass, as it said last; see ``passes``.
         self.graded = True
         self._state = state_of(model)
         self._names: dict[int, str] = {}
@@ -94,6 +97,16 @@ class Recorder(ProxyTorchDispatchMode):
         self._stack: list[tuple[str, tuple[str, str]]] = [("", ("", _type_name(model)))]
         self._memories: dict[int, tuple[StorageWeakRef, int]] = {}
         self._at: dict[_Form, fx.Node] = {}
+        self._devices: set[torch.device] = set()
+
+    @property
+    def passes(self) -> bool:
+        """Whether gradients pass here: not under no_grad, nor in inference mode."""
+        return self.graded and not torch.is_inference_mode_enabled()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # for that it would be imported
 
     # -- what is written down ---------------------------------------------------------------------
 
@@ -117,7 +130,7 @@ class Recorder(ProxyTorchDispatchMode):
         """Call an op and write it down."""
         flat, spec = pytree.tree_flatten((args, kwargs))
         given = [self.node(t) if isinstance(t, Tensor) else t for t in flat]
-        if not self.graded and func._schema.is_mutable:  # what is written there has no gradient
+        if not self.passes and func._schema.is_mutable:  # what is written there has no gradient
             given[1:] = [self._passes_not(n) for n in given[1:]]
         given_args, given_kwargs = pytree.tree_unflatten(given, spec)
         self.running = node = self._write(func, given_args, given_kwargs)
@@ -146,7 +159,7 @@ class Recorder(ProxyTorchDispatchMode):
         """Remember which tensors the node computed."""
         if isinstance(out, Tensor):
             self._knows(out, node)
-            if not self.graded:
+            if not self.passes:
                 self._cut[node] = None
         elif isinstance(out, (tuple, list)):
             parts = [self._write(operator.getitem, (node, i)) for i in range(len(out))]
@@ -162,6 +175,7 @@ class Recorder(ProxyTorchDispatchMode):
         memory = tensor.untyped_storage()
         # Held weakly, its address is not given to another.
         self._memories.setdefault(memory._cdata, (StorageWeakRef(memory), memory.nbytes()))
+        self._devices.add(tensor.device)
         return _Form(
             memory._cdata,
             int(tensor.storage_offset()),
@@ -172,9 +186,10 @@ class Recorder(ProxyTorchDispatchMode):
         )
 
     def finish(self, output: Any) -> fx.Graph:
-        """The graph, which returns ``output``; its nodes have fake tensors for their values.
+        """The graph, which returns ``output``; its nodes have tensors without numbers for values.
 
-        Fake tensors share memory where those of the run did.
+        They share memory where those of the run did. Fake tensors, which know devices, are made
+        only where there are several: these import a compiler, which takes a second.
         """
         self.busy = True
         leaves = [self.node(t) if isinstance(t, Tensor) else t for t in pytree.tree_leaves(output)]
@@ -182,21 +197,22 @@ class Recorder(ProxyTorchDispatchMode):
         for node in reversed(self.graph.nodes):
             if node.op in ("call_function", "get_attr") and not node.users and not _acts(node):
                 self.graph.erase_node(node)
-        mode, memories = FakeTensorMode(), {}
+        mode = FakeTensorMode() if len(self._devices) > 1 else None
+        memories = {}
         for address, (_, size) in self._memories.items():
             whole = torch.empty(size, dtype=torch.uint8, device="meta")
             memories[address] = whole.untyped_storage()
 
-        def fake(form: Any) -> Any:
+        def empty(form: Any) -> Any:
             if not isinstance(form, _Form):
-                return tuple(map(fake, form)) if isinstance(form, tuple) else form
+                return tuple(map(empty, form)) if isinstance(form, tuple) else form
             meta = torch.empty(0, dtype=form.dtype, device="meta")
             meta.set_(memories[form.memory], form.offset, form.size, form.stride)
-            return FakeTensor(mode, meta, form.device)
+            return meta if mode is None else FakeTensor(mode, meta, form.device)
 
         for node in self.graph.nodes:
             if "val" in node.meta:
-                node.meta["val"] = fake(node.meta["val"])
+                node.meta["val"] = empty(node.meta["val"])
         return self.graph
 
     def take(self, name: str, leaf: Any) -> None:
@@ -211,7 +227,7 @@ class Recorder(ProxyTorchDispatchMode):
         found: fx.Node | None = self._nodes.get(tensor)
         if found is None:
             found = self._found(tensor)
-        if found not in self._cut or not self.graded:
+        if found not in self._cut or not self.passes:
             return found
         if (outside := self._cut[found]) is None:  # it leaves a region of no_grad
             outside = self._cut[found] = self._detached(found, found.meta["val"])
@@ -248,7 +264,8 @@ class Recorder(ProxyTorchDispatchMode):
         else:
             if name is None:
                 name = self._fresh_name()
-                tensor_then = tensor.detach().clone()
+                with torch.inference_mode(False):
+                    tensor_then = tensor.detach().clone()
             else:
                 tensor_then = tensor
             self.attributes[name] = tensor_then
@@ -388,6 +405,10 @@ class _Leaves(TorchDispatchMode):
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._recorder = recorder
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations
 
 import lrpfx
 from lrpfx import errors
+from lrpfx.capture.preserve import _LARGE
 from tests.conftest import Apply, assert_untouched, lived_in
 from tests.oracle.networks import (
     IDS,
@@ -164,6 +165,37 @@ def test_such_models_are_explained(name: str) -> None:
             lrpfx.explain(model, x, capture="export")
     explanation = lrpfx.explain(model, x)
     expected = copy.deepcopy(model)(x.clone())
+    assert_same(explanation.output, expected)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_recording_leaves_the_model_alone(name: str) -> None:
+    model, x = MODELS[name](), draw(2, 3)
+    with assert_untouched(model, x), contextlib.suppress(errors.LrpError):
+        lrpfx.explain(model, x, capture="record")
+
+
+WRITES: dict[str, Callable[[Any], Any]] = {
+    "under no_grad": lambda w: w.detach().mul_(0.5),
+    "through .data": lambda w: w.data.add_(1),
+    "into a view": lambda w: w.data[0].zero_(),
+    "as out=": lambda w: torch.mul(w.data, 2, out=w.data),
+    "one of several": lambda w: torch._foreach_add_([w.data], 1.0),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_large_parameters_that_forward_writes_into_are_brought_back(write: Any) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        write(m.table.weight)
+        return m.fc(x) + m.table.weight[0, :2].detach()
+
+    model = Apply(forward, fc=nn.Linear(3, 2), table=nn.Linear(512, 300))
+    assert model.table.weight.nbytes > _LARGE
+    x = draw(2, 3)
+    expected = copy.deepcopy(model)(x)
+    with assert_untouched(model, x):
+        explanation = lrpfx.explain(model, x, 1, capture="record")
     assert_same(explanation.output, expected)
 
 

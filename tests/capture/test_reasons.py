@@ -249,7 +249,7 @@ def fixed_by_a_number(m: Any, x: Tensor) -> Tensor:
 )
 def test_a_fixed_batch_names_the_line_that_fixes_it(forward: Any, line: str) -> None:
     model = Apply(forward, fc=linear(3, 2), mask=torch.ones(2, 3))
-    note = lrpfx.explain(model, x(), 1).report.notes[0]
+    note = lrpfx.Explainer(model, x()).report.notes[0]
     assert note.startswith(f"captured for a batch of 2 only: the size is fixed at {__file__}:")
     assert line in note and "an Explainer for each size" in note and "TORCH_LOGS" not in note
 

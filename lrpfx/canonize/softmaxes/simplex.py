@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from lrpfx.canonize.insert import insert
+from lrpfx.canonize.measure import INPUTS
 from lrpfx.ops import entmax, precision, varying
 
 aten = torch.ops.aten
@@ -103,8 +104,10 @@ def _measure(
     run = _body(module, entry, end, region)
     if run is None or None in sizes:
         return None
-    generator = torch.Generator(like.device).manual_seed(0)
-    drawn = torch.randn(*sizes, generator=generator, dtype=like.dtype, device=like.device)
+    given = next(t for t in module.meta[INPUTS] if isinstance(t, Tensor))
+    device = given.device if like.is_meta else like.device
+    generator = torch.Generator(device).manual_seed(0)
+    drawn = torch.randn(*sizes, generator=generator, dtype=like.dtype, device=device)
     tolerance = 1e-8 if like.dtype == torch.float64 else 1e-4
     with torch.no_grad():
         try:
