@@ -190,7 +190,7 @@ def setup_seconds(work: Work, rules: str, repeats: int = 3) -> Iterator[float]:
 
 def bare_call(explainer: lrpfx.Explainer, work: Work) -> Call:
     """What an explanation without a ledger runs, and nothing around it."""
-    graph, _ = explainer._graphs.for_calls((), fast=True)
+    graph, _ = explainer._engine.graphs.for_calls((), fast=True)
     leaves = pytree.tree_leaves(split_inputs(work.inputs))
 
     def call() -> torch.Tensor:

@@ -251,7 +251,7 @@ def _in_doubles(
     laid_out = _mapped(_other_layout, sample)
     errors["layout"] = _relative_error(explained(laid_out, ledger=False), fast)
     if seconds < SMALL:
-        rounded = any(_is_float32(n.meta.get("val")) for n in explainer._module.graph.nodes)
+        rounded = any(_is_float32(n.meta.get("val")) for n in explainer._engine.module.graph.nodes)
         name = "derivative, rounded" if rounded else "derivative"
         errors[name] = _derivative(model, explainer, sample, lambda out: target(out, 1))
         explainer.compile(backend="eager")
@@ -360,7 +360,7 @@ def relevance_of(explanation: lrpfx.Explanation) -> list[Tensor]:
 
 def _holds_statistics(explainer: lrpfx.Explainer) -> bool:
     """Whether a norm written by hand is a constant for relevance, though not for gradients."""
-    return any(lrpfx.ops.graph.HELD in n.meta for n in explainer._module.graph.nodes)
+    return any(lrpfx.ops.graph.HELD in n.meta for n in explainer._engine.module.graph.nodes)
 
 
 def _relative_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,69 +15,27 @@ from lrpfx.capture import (
     TRACING,
     By,
     Inputs,
-    State,
-    Versions,
     Wrt,
-    check_faithful,
-    check_inputs,
-    flatten_inputs,
-    is_finite,
     lines_forgotten,
     state_of,
     trim,
-    varying_sizes,
     versions,
 )
-from lrpfx.conditions import Condition, Conditions, Places, read_conditions
-from lrpfx.errors import CaptureError, CompileError, InputError, SelectorError
-from lrpfx.explanation import Explanation, Layers
+from lrpfx.conditions import Condition, Places
+from lrpfx.engine import Asked, Engine
+from lrpfx.errors import CompileError, InputError
+from lrpfx.explanation import Explanation
 from lrpfx.pipeline import pipeline_of
 from lrpfx.plan import RulesLike
-from lrpfx.prepare import BatchNorm, Prepared, prepare_by
+from lrpfx.prepare import BatchNorm, prepare_by
 from lrpfx.report import Report
-from lrpfx.rewrite import (
-    Booking,
-    Ledger,
-    running_of,
-)
 from lrpfx.rules import Gradient, ReLURule
 from lrpfx.run import (
-    Alarm,
-    Assumptions,
-    Bookings,
-    Books,
-    Compiled,
-    CompiledRun,
-    Gather,
-    Graphs,
     Init,
-    Largest,
-    Made,
-    Pulled,
     RecordedRun,
-    Run,
     Runs,
-    Seed,
     Target,
-    Watched,
-    at_a_time,
-    blank_notes,
-    by_layer,
-    column_notes,
-    condition_seeds,
-    each_target,
-    in_float16,
-    is_batched,
     is_being_trained,
-    is_several,
-    make_seed,
-    mode_notes,
-    pull_scaled,
-    refuse_if_the_model_does,
-    refuse_relevance,
-    refuse_seed,
-    reported,
-    target_per_condition,
     through,
     without_graph,
 )
@@ -167,23 +123,11 @@ def explain(
     """
     with lines_forgotten():
         explainer = _OfOneCall(model, inputs, rules, wrt=wrt, capture=capture)
-        return explainer._answer(explainer, inputs, target, layers, create_graph, ledger, _Asked())
+        return explainer._answer(explainer, inputs, Asked(target, layers, create_graph, ledger))
 
 
 #: So many are kept of the modes of a model that is taken by its batches.
 _MODES = 4
-_ONE_HOT = "one-hot times output"
-_NOT_FAST = "computed in the plain form: the fast one is not finite here"
-
-
-class _Asked(NamedTuple):
-    """What is asked for beside an explanation; see ``Explainer.__call__``."""
-
-    conditions: Sequence[Condition] | None = None
-    pairing: str = "each"
-    through: str = "only"
-    start: str | None = None
-    init: Init = "activation"
 
 
 class Explainer:
@@ -260,56 +204,15 @@ class Explainer:
         with TRACING:  # meanwhile another thread's trace may hold fake tensors in the model
             given = model, inputs, rules, dynamic, wrt, bn
             prepared = prepare_by(capture, *given, once=self._once)
-            self._set_up(prepared, model, inputs, fixed)
-        example = example_of(inputs, self._captured.signature)
+            self._engine = Engine(prepared, inputs, fixed, bn == "batch")
+        example = example_of(inputs, self._engine.captured.signature)
         options = {"dynamic": tuple(dynamic), "freeze": freeze, "wrt": wrt, "capture": capture}
         self._made_of = Recipe(model, example, rules, options | {"bn": bn})
-        self._by_batch = bn == "batch"
         self._modes = [(module, module.training) for module in model.modules()]
         self._parameters = versions(dict(self.model.named_parameters()))
         self._in_other_modes: dict[tuple[bool, ...], Explainer] = {}
         self._runs: Runs[Explainer] | None = None
         trim()
-
-    def _set_up(
-        self,
-        prepared: Prepared,
-        model: nn.Module,
-        inputs: Inputs,
-        fixed: Versions | None,
-    ) -> None:
-        self._captured, self._module, self._starts, self._live, self._plan, self._report = prepared
-        self._running = running_of(model, self._module.graph, self._captured.prefix)
-        self._places = Places(self._module.graph, self._live, self._captured.prefix)
-        self._gather = Gather(self._captured, self._module, self._starts)
-        self._assumptions = Assumptions(self._module, self._plan.assignments)
-        self._alarm = Alarm(self._module, self._plan, self._live)
-        self._state = State(model, fixed, self._captured.read)
-        self._graphs = Graphs(
-            self._captured,
-            self._module,
-            self._starts,
-            self._live,
-            self._plan,
-            self._places,
-            self._state,
-            self._running,
-            self._assumptions,
-        )
-        graphs = self._graphs
-        self._books = Books(
-            self._module,
-            self._plan,
-            graphs.current,
-            graphs.for_books,
-            _again(self._gather, self._report),
-            self._alarm.look,
-        )
-        self._compiled: Compiled | None = None
-        leaves = flatten_inputs(inputs)[0]
-        self._met = {self._sizes(leaves)}
-        self._batched: dict[int, bool] = {}
-        self._largest = Largest(self._live, leaves)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Model, rules, and example inputs; the copy captures the model anew."""
@@ -319,7 +222,7 @@ class Explainer:
         """What this Explainer is made of, as it is now."""
         paths = {module: path for path, module in self.model.named_modules()}
         training = {paths[m]: was for m, was in self._modes if m in paths}
-        compiled = None if self._compiled is None else self._compiled.options
+        compiled = None if self._engine.compiled is None else self._engine.compiled.options
         return replace(self._made_of, training=training, compiled=compiled)
 
     def save(self, path: str | os.PathLike[str], *, weights: bool = False) -> None:
@@ -366,27 +269,27 @@ class Explainer:
     @property
     def model(self) -> nn.Module:
         """The model that is explained."""
-        return self._captured.model
+        return self._engine.captured.model
 
     @property
     def keywords(self) -> tuple[str, ...]:
         """Names of the inputs that the model takes by name."""
-        return self._captured.signature.keywords
+        return self._engine.captured.signature.keywords
 
     @property
     def places(self) -> Places:
         """Where conditions can be laid: finds places by name."""
-        return self._places
+        return self._engine.places
 
     @property
     def graph_module(self) -> fx.GraphModule:
         """The rewritten graph: forward is the model's, backward puts relevance into ``x.grad``."""
-        return self._graphs.for_users()
+        return self._engine.graphs.for_users()
 
     @property
     def report(self) -> Report:
         """Which rule each node got and why; what an explanation adds is in its own report."""
-        return self._report
+        return self._engine.report
 
     @property
     def rules(self) -> RulesLike:
@@ -402,12 +305,12 @@ class Explainer:
     @property
     def modifies_gradient(self) -> bool:
         """Whether relevance is a gradient, modified at ReLUs if anywhere."""
-        rules = (assignment.rule for assignment in self._plan.assignments.values())
+        rules = (assignment.rule for assignment in self._engine.plan.assignments.values())
         return all(isinstance(rule, (Gradient, ReLURule)) for rule in rules)
 
     def __repr__(self) -> str:
-        model = type(self._captured.model).__name__
-        return f"Explainer({model}, {len(self._report.rows)} nodes, rules: {self._plan.rules})"
+        nodes, rules = len(self.report.rows), self._engine.plan.rules
+        return f"Explainer({type(self.model).__name__}, {nodes} nodes, rules: {rules})"
 
     def compile(self, **options: Any) -> Explainer:
         """Explain by compiled graphs from now on, where neither ledger nor derivatives are wanted.
@@ -431,15 +334,13 @@ class Explainer:
             CompileError: On the call that compiles: PyTorch cannot compile the graphs, or they
                 give another relevance.
         """
-        if self._by_batch:
+        if self._engine.by_batch:
             raise CompileError(
                 'an Explainer of bn="batch" cannot be compiled: what it is for, training, is not '
                 "served by compiled graphs.",
                 fix='compile one of bn="running", made in evaluation mode.',
             )
-        frozen = self._state.fixed is not None
-        self._compiled = Compiled(self._graphs.for_compiler, frozen, options)
-        self._graphs.compiled = self._compiled
+        self._engine.compile(options)
         return self
 
     def __call__(
@@ -485,41 +386,36 @@ class Explainer:
 
         Source: Achtibat et al. 2023 (CRP), https://doi.org/10.1038/s42256-023-00711-8, eq. 4 and 5.
         """
-        asked = _Asked(conditions, pairing, through, start, init)
-        return self._answer(None, inputs, target, layers, create_graph, ledger, asked)
+        conditional = conditions, pairing, through, start, init
+        asked = Asked(target, layers, create_graph, ledger, *conditional)
+        return self._answer(None, inputs, asked)
 
-    def _answer(
-        self,
-        serving: Explainer | None,
-        inputs: Any,
-        target: Any,
-        layers: Sequence[str],
-        create_graph: bool,
-        ledger: bool | None,
-        asked: _Asked,
-    ) -> Explanation[Any]:
+    def _answer(self, serving: Explainer | None, inputs: Any, asked: Asked) -> Explanation[Any]:
         """The explanation, by the Explainer that serves these inputs."""
         if self._pipeline is not None:
-            inputs, target = self._pipeline.inputs(inputs), self._pipeline.target(target)
+            inputs = self._pipeline.inputs(inputs)
+            asked = asked._replace(target=self._pipeline.target(asked.target))
 
         def explain() -> Explanation[Any]:
             by = self._serving(inputs) if serving is None else serving
-            return by._run(inputs, target, layers, create_graph, ledger, asked)
+            return by._run(inputs, asked)
 
-        if self._parallel is None or not create_graph:
+        if self._parallel is None or not asked.create_graph:
             return explain()
         return through(self._parallel, explain)
 
     def _serving(self, inputs: Inputs) -> Explainer:
         """The Explainer whose graph holds for the inputs and, by batch, for the model's mode."""
-        if self._by_batch and any(m.training != was for m, was in self._modes):
+        if self._engine.by_batch and any(m.training != was for m, was in self._modes):
             return self._in_this_mode()._serving(inputs)
-        if self._captured.decisions is None:
+        if self._engine.captured.decisions is None:
             return self
         with TRACING:
-            self._graphs.refresh()
+            self._engine.graphs.refresh()
             if self._runs is None:
-                self._runs = Runs(RecordedRun(self._captured, self._module, self), self._anew)
+                self._runs = Runs(
+                    RecordedRun(self._engine.captured, self._engine.module, self), self._anew
+                )
             return self._runs.serving(inputs)
 
     def _in_this_mode(self) -> Explainer:
@@ -537,23 +433,18 @@ class Explainer:
         made_of = self._made_of
         options = {**made_of.options, "dynamic": (), "capture": "record"}
         new = Explainer(made_of.model, inputs, made_of.rules, **options)
-        if self._compiled is not None and not new._captured.decisions:
-            new.compile(**self._compiled.options)
-        return RecordedRun(new._captured, new._module, new)
+        if self._engine.compiled is not None and not new._engine.captured.decisions:
+            new.compile(**self._engine.compiled.options)
+        return new._as_run()
 
-    def _run(
-        self,
-        inputs: Inputs,
-        target: Target,
-        layers: Sequence[str],
-        create_graph: bool,
-        ledger: bool | None,
-        asked: _Asked,
-    ) -> Explanation:
-        a_loss_may_follow = torch.is_grad_enabled() and not create_graph
+    def _as_run(self) -> RecordedRun[Explainer]:
+        return RecordedRun(self._engine.captured, self._engine.module, self)
+
+    def _run(self, inputs: Inputs, asked: Asked) -> Explanation:
+        a_loss_may_follow = torch.is_grad_enabled() and not asked.create_graph
         # Autograd is off for good in what inference mode creates, so the work happens outside.
         with torch.inference_mode(False), torch.set_grad_enabled(torch.is_grad_enabled()):
-            explanation = self._explain(inputs, target, layers, create_graph, ledger, asked)
+            explanation = self._engine.explain(inputs, asked)
         if a_loss_may_follow and self._is_being_trained():
             return replace(
                 explanation,
@@ -565,183 +456,20 @@ class Explainer:
 
     def _is_being_trained(self) -> bool:
         """In training mode, and turned to it since; or with parameters that have moved since."""
-        if is_being_trained(self._captured):
+        if is_being_trained(self._engine.captured):
             return True
         if not any(module.training for module, _ in self._modes):
             return False
-        return self._by_batch or versions(dict(self.model.named_parameters())) != self._parameters
-
-    def _explain(
-        self,
-        inputs: Inputs,
-        target: Target,
-        layers: Sequence[str],
-        create_graph: bool,
-        ledger: bool | None,
-        asked: _Asked,
-        again: bool = False,
-    ) -> Explanation:
-        leaves = check_inputs(self._captured.signature, inputs)
-        paths = _paths(layers, self.model)
-        with TRACING:
-            conditions = self._read(asked)
-        several = is_several(target) or (conditions is not None and conditions.several)
-        single = not is_several(target) and (conditions is None or conditions.passes == 1)
-        later = ledger is None and single and not create_graph and conditions is None
-        ledger = (ledger is None or ledger) and single and not later
-        fast = not ledger and not create_graph
-        with TRACING:
-            self._graphs.refresh()
-            self._check_sizes(inputs, leaves)
-            module, calls = self._graphs.for_calls(paths, conditions, fast=fast)
-        kept = [_kept(v, create_graph) for v in leaves]
-        book = Ledger() if ledger else None
-        compiled = fast and not several and conditions is None and self._compiled is not None
-        gauge = None
-        if book is None and single and conditions is None and not compiled:
-            gauge = self._alarm.gauge(module)
-        instrumented = module if gauge is None else gauge.run
-
-        def plain(leaves: Sequence[Any]) -> Run:
-            return Run(*instrumented(*leaves, book))
-
-        with torch.set_grad_enabled(create_graph):
-            try:
-                if compiled and self._compiled is not None:
-                    run: Run | CompiledRun = self._compiled.run(paths, kept, plain)
-                else:
-                    run = plain(kept)
-            except (IndexError, ValueError, RuntimeError):  # token ids out of range, for instance
-                refuse_if_the_model_does(self._captured, leaves)
-                raise
-            if isinstance(run, Run) and not again:
-                for running, statistics in zip(self._running, run.statistics, strict=True):
-                    running.follow(statistics, self._state.current())
-            report = self._report.noting(self._assumptions.check(kept))
-            targets = each_target(run.explained, target) if is_several(target) else [target]
-            if conditions is not None:
-                n = next((len(t) for t in leaves if isinstance(t, Tensor) and t.ndim), 1)
-                targets = [t for one in targets for t in target_per_condition(one, conditions, n)]
-            batched = functools.partial(self._is_batched, leaves)
-            finish = self._gather.finish
-            seeds = [make_seed(run.explained, one, finish, batched) for one in targets]
-            if conditions is not None:
-                assert isinstance(run, Run)
-                names = [name for name, each in calls.items() for _ in range(each.number)]
-                seeds = condition_seeds(conditions, run, names, seeds, asked.init)
-                targets = [*targets] * (len(seeds) if len(targets) == 1 else 1)
-            for seed in seeds:
-                if not all(is_finite(s) for s in seed.seeds if s is not None):
-                    refuse_seed(self._captured.model, self._module, seed, run.explained, kept)
-            together = 1 if create_graph else at_a_time(self._largest.bytes_for(leaves))
-            pull = functools.partial(run.pull, seeds)
-            if in_float16(self._plan, kept):
-                pull = functools.partial(pull_scaled, run, seeds, book=book)
-            found = pull(together=together, create_graph=create_graph)
-            parts, blank = [], dict[str, None]()
-            for one, seed, pulled in zip(targets, seeds, found, strict=True):
-                if not all(is_finite(r) for r in pulled.starts if r is not None):
-                    if book is None and conditions is None:  # the plain form can name the place
-                        exact = self._explain(inputs, one, layers, create_graph, True, asked, True)
-                        if not several:  # or is finite: it keeps apart what the fast form joins
-                            return replace(exact, report=exact.report.noting([_NOT_FAST]))
-                    refuse_relevance(self._plan, book.bookings() if book is not None else {})
-                at = by_layer(calls, run.activations, pulled)
-                part = self._gather.explanation(
-                    inputs, leaves, run.clean, seed, pulled.starts, at, report
-                )
-                parts.append(part)
-                blank |= dict.fromkeys(blank_notes(seed, pulled.starts))
-        told = seeds[0].description
-        notes = [] if self._by_batch else mode_notes(self._captured)
-        notes += conditions.notes() if conditions is not None else []
-        if several:
-            what = "targets" if conditions is None else "conditions"
-            told = f"{len(parts)} {what} of each sample, {told if conditions else _ONE_HOT}"
-            notes += column_notes(target)
-        booked = book.bookings() if book else {}
-
-        def book_now(seed: Seed) -> Mapping[str, Booking]:
-            return {} if conditions is not None else self._booked(kept, seed)
-
-        watched = Watched(kept, seeds, booked, gauge, book_now)
-        notes = [*notes, *self._alarm.notes(parts, watched)]
-        bookings: Bookings = booked
-        if later:
-            bookings = self._books.later(parts[0], kept, seeds[0], self._graphs.current())
-        seed = replace(seeds[0], description=told, notes=(*notes, *seeds[0].notes, *blank))
-        return reported(parts if several else parts[0], bookings, seed)
-
-    # -- set-up -----------------------------------------------------------------------------------
-
-    def _read(self, asked: _Asked) -> Conditions | None:
-        """The conditions of a call as they are laid on the graph, None if there are none."""
-        if asked.conditions is None and asked.start is None:
-            return None
-        return read_conditions(
-            asked.conditions,
-            pairing=asked.pairing,
-            through=asked.through,
-            start=asked.start,
-            places=self._places,
-            starts=self._starts,
+        return (
+            self._engine.by_batch
+            or versions(dict(self.model.named_parameters())) != self._parameters
         )
-
-    def _is_batched(self, leaves: Sequence[Any], index: int) -> bool:
-        """Whether the first dimension of an output is that of the samples."""
-        if index not in self._batched:
-            of = self._captured, self._module.graph, self._live
-            self._batched[index] = is_batched(*of, index, leaves)
-        return self._batched[index]
-
-    def _booked(self, leaves: Sequence[Any], seed: Seed) -> Mapping[str, Booking]:
-        """The ledger of the plain form."""
-        book = Ledger()
-        with torch.no_grad():
-            run = Run(*self._graphs.for_books(fast=False, node=None)(*leaves, book))
-            scaled = in_float16(self._plan, leaves)
-            list(pull_scaled(run, [seed], book=book) if scaled else run.pull([seed]))
-        return book.bookings()
-
-    def _sizes(self, leaves: Sequence[Any]) -> frozenset[tuple[str, int]]:
-        """The sizes that may vary, as these inputs have them."""
-        sizes = varying_sizes(self._captured.signature, leaves).items()
-        return frozenset((letter, max(values)) for letter, values in sizes)
-
-    def _check_sizes(self, inputs: Inputs, leaves: Sequence[Any]) -> None:
-        """Compare the graph with the model at sizes not met before: a guard may have been lost."""
-        if (sizes := self._sizes(leaves)) in self._met:
-            return
-        try:
-            with contextlib.ExitStack() as plainly:
-                for device in {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)}:
-                    plainly.enter_context(torch.autocast(device, enabled=False))
-                check_faithful(self._captured, self._module, inputs)
-        except (CaptureError, RuntimeError, IndexError, ValueError) as error:
-            shown = ", ".join(f"{letter}={size}" for letter, size in sorted(sizes))
-            raise InputError(
-                f"the captured graph does not hold for {shown}.",
-                where=[str(error).splitlines()[0]],
-                fix="make an Explainer for inputs of this size.",
-            ) from error
-        self._met.add(sizes)
 
 
 class _OfOneCall(Explainer):
     """What ``explain`` makes: its graph is for these inputs only."""
 
     _once = True
-
-
-def _again(gather: Gather, report: Report) -> Callable[[Made, Run, Pulled], Explanation]:
-    """Makes an explanation once more, of no layers; it does not keep the Explainer."""
-
-    def explanation(made: Made, run: Run, pulled: Pulled) -> Explanation:
-        inputs, seed = made.found.inputs, made.seed
-        given = inputs, made.leaves, run.clean, seed, pulled.starts, Layers()
-        return gather.explanation(*given, report)
-
-    return explanation
 
 
 def _made_again(cls: type[_Explainer], recipe: Recipe) -> _Explainer:
@@ -751,28 +479,3 @@ def _made_again(cls: type[_Explainer], recipe: Recipe) -> _Explainer:
     if recipe.compiled is not None:
         explainer.compile(**recipe.compiled)
     return explainer
-
-
-def _paths(layers: Any, model: nn.Module) -> tuple[str, ...]:
-    """The module paths of ``layers``."""
-    try:
-        paths = (layers,) if isinstance(layers, str) else () if layers is None else tuple(layers)
-    except (TypeError, NotImplementedError):  # nothing that can be iterated over
-        paths = (layers,)
-    if not all(isinstance(path, str) for path in paths):
-        named = {module: path for path, module in model.named_modules()}
-        known = [named[one] for one in paths if isinstance(one, nn.Module) and one in named]
-        shown = ", ".join(type(p).__name__ if isinstance(p, nn.Module) else repr(p) for p in paths)
-        raise SelectorError(
-            f"layers=[{shown}] are no module paths.",
-            fix=f"give the paths: layers={known}." if known else 'give strings such as "layer4.*".',
-        )
-    return paths
-
-
-def _kept(leaf: Any, create_graph: bool) -> Any:
-    """The input as the graph gets it: part of the caller's autograd graph only if asked for."""
-    if not isinstance(leaf, Tensor):
-        return leaf
-    leaf = leaf.clone() if leaf.is_inference() else leaf
-    return leaf if create_graph else leaf.detach()

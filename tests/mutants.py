@@ -368,9 +368,9 @@ MUTANTS = [
     # -- what is left behind, and what must be said
     Mutant(
         "a hook stays on the model",
-        "explain.py",
-        "self._state = State(",
-        "model.register_forward_hook(lambda *_: None)\n        self._state = State(",
+        "engine.py",
+        "self.state = State(",
+        "self.captured.model.register_forward_hook(lambda *_: None)\n        self.state = State(",
         "tests/capture/test_preserve.py",
         "alone",
     ),

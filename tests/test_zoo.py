@@ -530,8 +530,8 @@ def reached(case: Case) -> set[tuple[object, frozenset[str]]]:
     model = copy.deepcopy(case.make()).float().eval()
     explainer = lrpfx.Explainer(model, case.inputs(2), capture="record")
     found = set()
-    for node in explainer._module.graph.nodes:
-        live = frozenset(live_names(node, explainer._live))
+    for node in explainer._engine.module.graph.nodes:
+        live = frozenset(live_names(node, explainer._engine.live))
         op = ops.find(node.target, live)
         if op is not None and (record(node) or op.family == "constant"):
             found.add((getattr(node.target, "target", node.target), live))
@@ -590,7 +590,7 @@ class Values(fx.Interpreter):
 def least_where_proven(model: nn.Module, x: Tensor) -> dict[str, float]:
     """Of each op whose output is said to be >= 0, the least that it comes to."""
     explainer = lrpfx.Explainer(model.eval(), x, capture="record")
-    values, least = Values(explainer._module), {}
+    values, least = Values(explainer._engine.module), {}
     with torch.no_grad():
         values.run(x)
     for node, value in values.found.items():

@@ -22,7 +22,7 @@ def about(explainer: Explainer, target: str | None, class_names: Sequence[str] |
         target: See ``lrpfx.export``.
         class_names: Of the outputs.
     """
-    plan = explainer._plan
+    plan = explainer._engine.plan
     facts = {
         "versions": {
             "lrpfx": importlib.import_module("lrpfx").__version__,

@@ -74,7 +74,7 @@ def make_cases(explainer: Explainer, inputs: Inputs, by_input: bool) -> list[Cas
     Raises:
         TargetError: There are no classes for a target per sample.
     """
-    signature = explainer._captured.signature
+    signature = explainer._engine.captured.signature
     leaves = check_inputs(signature, inputs)
     letters = letters_of(signature)
     sizes = {
@@ -98,12 +98,12 @@ def _classes(explainer: Explainer, leaves: Sequence[Any]) -> int:
     """How many classes the explained output has."""
     outputs = tensors_in(_explained(explainer, leaves, None).output)
     index = next(i for i, t in enumerate(outputs) if t.is_floating_point())
-    check_output(outputs[index], explainer._is_batched(leaves, index))
+    check_output(outputs[index], explainer._engine.is_batched(leaves, index))
     return outputs[index].shape[1]
 
 
 def _case(explainer: Explainer, leaves: Sequence[Any], classes: int | None) -> Case:
-    args, kwargs = pytree.tree_unflatten(list(leaves), explainer._captured.signature.spec)
+    args, kwargs = pytree.tree_unflatten(list(leaves), explainer._engine.captured.signature.spec)
     target: Tensor | None = None
     if classes is not None:
         first = next(t for t in leaves if isinstance(t, Tensor) and t.ndim)
@@ -125,7 +125,7 @@ def _case(explainer: Explainer, leaves: Sequence[Any], classes: int | None) -> C
 def _explained(
     explainer: Explainer, leaves: Sequence[Any], target: Tensor | None
 ) -> Explanation[Any]:
-    args, kwargs = pytree.tree_unflatten(list(leaves), explainer._captured.signature.spec)
+    args, kwargs = pytree.tree_unflatten(list(leaves), explainer._engine.captured.signature.spec)
     return explainer(kwargs or args, target, ledger=False)
 
 

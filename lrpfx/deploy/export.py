@@ -93,12 +93,12 @@ def export(
 
 def _refuse(explainer: Explainer) -> None:
     """Raise ExportError for what a program of inputs and parameters cannot be."""
-    if explainer._by_batch:
+    if explainer._engine.by_batch:
         raise ExportError(
             'an Explainer of bn="batch" cannot be exported: each call changes running statistics.',
             fix="export one made in evaluation mode.",
         )
-    if decided := [read for read in explainer._captured.decisions or () if read.of_inputs]:
+    if decided := [read for read in explainer._engine.captured.decisions or () if read.of_inputs]:
         raise ExportError(
             "the model was recorded, and its run was decided by values; a file would hold what it "
             "did for these inputs only.",

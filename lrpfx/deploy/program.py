@@ -79,7 +79,7 @@ def make_program(explainer: Explainer, inputs: Inputs, by_input: bool) -> Progra
         inputs: Example inputs.
         by_input: Whether the target is an input; else the strongest output is explained.
     """
-    signature, model = explainer._captured.signature, explainer.model
+    signature, model = explainer._engine.captured.signature, explainer.model
     leaves = check_inputs(signature, inputs)
     letters = letters_of(signature)
     leaves = [_doubled(leaf, each) for leaf, each in zip(leaves, letters, strict=True)]
@@ -212,11 +212,13 @@ def _written_down(
     watch: Watch,
 ) -> tuple[fx.GraphModule, Any]:
     """All ops of an explanation as a graph of the flat inputs, and what it returned."""
-    gather, module = explainer._gather, explainer._graphs.for_export()
+    gather, module = explainer._engine.gather, explainer._engine.graphs.for_export()
     state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     made: list[Any] = []
-    records = {r.name: r for n in explainer._module.graph.nodes if (r := record(n)) is not None}
+    records = {
+        r.name: r for n in explainer._engine.module.graph.nodes if (r := record(n)) is not None
+    }
     watched = Watched(module, records, watch)
 
     def explain(*tensors: Tensor) -> list[Any]:

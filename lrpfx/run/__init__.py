@@ -8,7 +8,8 @@ from lrpfx.run.books import Books, Made
 from lrpfx.run.compiled import Compiled, CompiledRun
 from lrpfx.run.conditioned import Init, condition_seeds, target_per_condition
 from lrpfx.run.explicit import tidy
-from lrpfx.run.gather import Bookings, Gather, absorbed_of, by_layer, reported
+from lrpfx.run.gather import Bookings, Calls, Gather, absorbed_of, by_layer, reported
+from lrpfx.run.gauge import Gauge
 from lrpfx.run.graphs import Graphs
 from lrpfx.run.halves import in_float16, pull_scaled
 from lrpfx.run.mode import is_being_trained, mode_notes, without_graph
@@ -31,9 +32,11 @@ __all__ = [
     "Assumptions",
     "Bookings",
     "Books",
+    "Calls",
     "Compiled",
     "CompiledRun",
     "Gather",
+    "Gauge",
     "Graphs",
     "Init",
     "Largest",

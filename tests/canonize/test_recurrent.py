@@ -340,7 +340,7 @@ def test_layers_under_autocast_are_those_of_float32_but_for_rounding(capture: By
     twin.load_state_dict(model.state_dict())
     right = lrpfx.explain(twin, x.double(), 1)
     explainer = lrpfx.Explainer(model, x, capture=capture)
-    linear = [n for n in explainer._module.graph.nodes if n.target is aten.linear.default]
+    linear = [n for n in explainer._engine.module.graph.nodes if n.target is aten.linear.default]
     assert {n.meta["val"].dtype for n in linear} == {torch.bfloat16}  # as the model computes it
     for ledger in (True, False):
         e = explainer(x, 1, ledger=ledger)

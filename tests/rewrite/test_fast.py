@@ -200,7 +200,7 @@ def test_attention_is_fused_only_where_its_parts_cancel() -> None:
     model, x = Block(sdpa()), torch.randn(2, 5, 8, dtype=torch.float64)
     for rules, whole in [("attnlrp", True), ("cplrp", True), ("epsilon_all", False)]:
         explainer = lrpfx.Explainer(model, x, rules)
-        module = explainer._graphs.for_calls((), fast=True)[0]
+        module = explainer._engine.graphs.for_calls((), fast=True)[0]
         assert ("aten.scaled_dot_product_attention" in module.code) is whole
         assert "aten.scaled_dot_product_attention" not in explainer.graph_module.code
 
@@ -209,7 +209,7 @@ def test_attention_is_fused_only_where_its_parts_cancel() -> None:
 def test_autograd_is_on_only_for_ops_that_are_their_own_rule(enabled: bool) -> None:
     model, x = Block(sdpa()), torch.randn(2, 5, 8, dtype=torch.float64)
     model.requires_grad_(True)
-    module, _ = lrpfx.Explainer(model, x, "attnlrp")._graphs.for_calls((), fast=True)
+    module, _ = lrpfx.Explainer(model, x, "attnlrp")._engine.graphs.for_calls((), fast=True)
     with torch.set_grad_enabled(enabled):
         clean, explained, _, starts, *_ = module(x, None)
         assert torch.is_grad_enabled() is enabled
@@ -245,7 +245,7 @@ def test_no_attention_weights_are_kept() -> None:
     explainer = lrpfx.Explainer(model, x, "attnlrp")
     square: dict[bool, bool] = {}
     for fast in (False, True):
-        module, shapes = explainer._graphs.for_calls((), fast=fast)[0], []
+        module, shapes = explainer._engine.graphs.for_calls((), fast=fast)[0], []
 
         def keep(t: Tensor, shapes: list[torch.Size] = shapes) -> Tensor:
             shapes.append(t.shape)
@@ -412,7 +412,7 @@ def test_a_sum_is_written_over_the_summand_that_nothing_else_reads() -> None:
         x = zoo.images(2, 3, 32, 32)
         explainer = explainer_of(convolutional("residual"), x, rules, freeze=True)
         for layers, number in [((), 0), (("layer1.0.conv2",), 1)]:
-            code = explainer._graphs.for_calls(layers, fast=True)[0].code
+            code = explainer._engine.graphs.for_calls(layers, fast=True)[0].code
             assert code.count("add_to(") == 4 - number
             assert code.count("aten.add.Tensor(") == number
 
@@ -434,7 +434,7 @@ def test_a_convolution_of_single_pixels_is_transposed_as_a_product(dims: int, st
 def test_a_relu_is_written_over_what_nothing_else_reads() -> None:
     x = zoo.images(2, 3, 32, 32)
     explainer = explainer_of(convolutional("residual"), x, "epsilon_plus")
-    code = explainer._graphs.for_calls((), fast=True)[0].code
+    code = explainer._engine.graphs.for_calls((), fast=True)[0].code
     assert code.count("aten.relu_.default") == 9 and "aten.relu.default" not in code
     assert "aten.relu_." not in explainer.graph_module.code
 
@@ -520,8 +520,8 @@ def test_a_frozen_explainer_gives_the_same_again_and_again(rules: Any) -> None:
     for _ in range(2):
         got = frozen(x, 1, ledger=False).relevance
         assert laws.relative([got], [expected.detach()]) < TOLERANCE
-    assert "batch_norm" not in frozen._graphs.for_calls((), fast=True)[0].code
-    assert "rsqrt" not in frozen._graphs.for_calls((), fast=True)[0].code
+    assert "batch_norm" not in frozen._engine.graphs.for_calls((), fast=True)[0].code
+    assert "rsqrt" not in frozen._engine.graphs.for_calls((), fast=True)[0].code
 
 
 def test_a_frozen_explainer_sees_that_parameters_have_changed() -> None:

@@ -82,7 +82,7 @@ def test_a_convolution_takes_few_tensors_at_once(rules: str, units: int) -> None
 
 def kept(explainer: lrpfx.Explainer, x: Tensor) -> list[torch.Size]:
     """Shapes of what the forward pass keeps for the backward pass, each storage once."""
-    module, found = explainer._graphs.for_calls((), fast=True)[0], dict[int, torch.Size]()
+    module, found = explainer._engine.graphs.for_calls((), fast=True)[0], dict[int, torch.Size]()
     parameters = {_address(p) for p in module.parameters()}
 
     def keep(t: Tensor) -> Tensor:
@@ -194,8 +194,10 @@ def test_halves_keep_both_summands() -> None:
 def test_graphs_are_made_when_they_are_asked_for() -> None:
     model, x = plain(), draw(1, 1, 8, 8)
     explainer = lrpfx.Explainer(model, x)
-    assert explainer._graphs.public is None and not explainer._graphs.instrumented
+    assert explainer._engine.graphs.public is None and not explainer._engine.graphs.instrumented
     explainer(x, 0, ledger=False)
-    assert explainer._graphs.public is None and len(explainer._graphs.instrumented) == 1
+    assert (
+        explainer._engine.graphs.public is None and len(explainer._engine.graphs.instrumented) == 1
+    )
     model[0].weight = nn.Parameter(2 * model[0].weight.detach())
     torch.testing.assert_close(explainer.graph_module(x), model(x))

@@ -400,7 +400,7 @@ def test_autocast_around_the_capture_is_not_kept() -> None:
 def test_autocast_keeps_no_weights_without_a_gradient() -> None:
     """Under autocast PyTorch remembers the weights that it has cast, here without autograd."""
     x, explainer = inputs_of("residual"), exact("residual", "epsilon_plus")
-    model = explainer._captured.model
+    model = explainer._engine.captured.model
     with torch.autocast("cpu", dtype=BF16):
         explainer(x, 1)
         (gradient,) = torch.autograd.grad(model(x).sum(), model.stem[0].weight)

@@ -105,7 +105,7 @@ class Fused(Rule):
 
 def fused(explainer: lrpfx.Explainer, fuse: Fuse) -> list[Any]:
     """The rules of an explainer, each with the fuse."""
-    plan = explainer._plan.assignments
+    plan = explainer._engine.plan.assignments
     return [
         (lambda record, name=name: record.name == name, Fused(assignment.rule, fuse))
         for name, assignment in plan.items()
