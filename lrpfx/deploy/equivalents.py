@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,48 @@ Ints = Sequence[int]
 
 
 # -- convolutions
+
+
+class _Convolution(NamedTuple):
+    """What a convolution is beside its tensors, a number for each dimension."""
+
+    stride: Ints
+    padding: Ints
+    dilation: Ints
+    transposed: bool
+    groups: int
+
+    def of_input(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+        """The convolution the other way, with exactly what the last stride leaves over."""
+        sizes, left = input.shape[2:], [0] * len(self.stride)
+        if not self.transposed:
+            given = sizes, grad.shape[2:], weight.shape[2:], *self[:3]
+            left = [
+                size - ((out - 1) * st - 2 * p + d * (k - 1) + 1)
+                for size, out, k, st, p, d in zip(*given, strict=True)
+            ]
+        way = *self[:3], not self.transposed, left, self.groups
+        c: Tensor = aten.convolution(grad, weight, None, *way)
+        if self.transposed:
+            for dim, size in enumerate(sizes, start=2):  # output padding may reach past the input
+                c = c.narrow(dim, 0, size)
+        return c
+
+    def of_weight(self, grad: Tensor, input: Tensor, weight: Tensor) -> Tensor:
+        """A product at each place of the kernel."""
+        # Transposed, the output is what the kernel is moved over.
+        moved, fixed = (grad, input) if self.transposed else (input, grad)
+        sizes = fixed.shape[2:]
+        moved = F.pad(moved, [p for p in reversed(self.padding) for _ in range(2)])
+        fixed = fixed.unflatten(1, (self.groups, -1)).flatten(3)
+        found = []
+        for place in itertools.product(*map(range, weight.shape[2:])):
+            window, steps = moved, zip(place, self.dilation, self.stride, sizes, strict=True)
+            for dim, (at, d, st, size) in enumerate(steps, start=2):
+                window = aten.slice(window, dim, at * d, at * d + (size - 1) * st + 1, st)
+            window = window.unflatten(1, (self.groups, -1)).flatten(3)
+            found.append(torch.einsum("ngol,ngil->goi", fixed, window).flatten(0, 1))
+        return torch.stack(found, -1).reshape(weight.shape)
 
 
 def convolution_backward(
@@ -36,68 +78,15 @@ def convolution_backward(
     groups: int,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Of an input: the convolution the other way; of a weight: a product at each of its places."""
-    stride, padding, dilation = (_several(v, weight.ndim - 2) for v in (stride, padding, dilation))
-    given = grad_output, input, weight, stride, padding, dilation, transposed, groups
+    """What arrives at input, weight and bias."""
+    steps, pads, holes = (_several(v, weight.ndim - 2) for v in (stride, padding, dilation))
+    convolution = _Convolution(steps, pads, holes, transposed, groups)
     of_input, of_weight, of_bias = output_mask
     return (
-        _of_input(*given) if of_input else None,
-        _of_weight(*given) if of_weight else None,
+        convolution.of_input(grad_output, input, weight) if of_input else None,
+        convolution.of_weight(grad_output, input, weight) if of_weight else None,
         grad_output.sum([0, *range(2, grad_output.ndim)]) if of_bias else None,
     )
-
-
-def _of_input(
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
-    transposed: bool,
-    groups: int,
-) -> Tensor:
-    sizes, left = input.shape[2:], [0] * len(stride)
-    if not transposed:  # exactly what the last stride leaves over
-        left = [
-            size - ((out - 1) * st - 2 * p + d * (k - 1) + 1)
-            for size, out, st, p, d, k in zip(
-                sizes, grad.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True
-            )
-        ]
-    way = stride, padding, dilation, not transposed, left, groups
-    c: Tensor = aten.convolution(grad, weight, None, *way)
-    if transposed:
-        for dim, size in enumerate(sizes, start=2):  # an output padding may reach past the input
-            c = c.narrow(dim, 0, size)
-    return c
-
-
-def _of_weight(
-    grad: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    stride: Ints,
-    padding: Ints,
-    dilation: Ints,
-    transposed: bool,
-    groups: int,
-) -> Tensor:
-    # Transposed, the output is what the kernel is moved over.
-    moved, fixed = (grad, input) if transposed else (input, grad)
-    sizes = fixed.shape[2:]
-    moved = F.pad(moved, [p for p in reversed(padding) for _ in range(2)])
-    fixed = fixed.unflatten(1, (groups, -1)).flatten(3)
-    found = []
-    for place in itertools.product(*map(range, weight.shape[2:])):
-        window = moved
-        for dim, (at, d, st, size) in enumerate(
-            zip(place, dilation, stride, sizes, strict=True), start=2
-        ):
-            window = aten.slice(window, dim, at * d, at * d + (size - 1) * st + 1, st)
-        window = window.unflatten(1, (groups, -1)).flatten(3)
-        found.append(torch.einsum("ngol,ngil->goi", fixed, window).flatten(0, 1))
-    return torch.stack(found, -1).reshape(weight.shape)
 
 
 def _several(value: Ints, n: int) -> list[int]:
@@ -198,7 +187,7 @@ def _resize_backward(n: int, op: Any, corners: bool) -> Callable[..., Tensor]:
         for size, out, scale in zip(input_size[-n:], output_size, scales, strict=True):
             units = _units(size, grad_output)[None]
             given = rest[:1] if corners else ()
-            if op in _PLANAR:
+            if op.name().removeprefix("aten::") in _PLANAR:
                 # Twice beside itself: PyTorch takes one column alone for channels.
                 pairs = torch.stack([units, units], -1)
                 matrix = op(pairs, [out, 2], *given, scale, None)[0, ..., 0]
@@ -211,11 +200,7 @@ def _resize_backward(n: int, op: Any, corners: bool) -> Callable[..., Tensor]:
 
 
 #: Interpolations that there are in two dimensions only.
-_PLANAR = {
-    aten.upsample_bicubic2d.default,
-    aten._upsample_bilinear2d_aa.default,
-    aten._upsample_bicubic2d_aa.default,
-}
+_PLANAR = "upsample_bicubic2d", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"
 
 
 def _replicated_backward(n: int) -> Callable[..., Tensor]:
@@ -286,35 +271,22 @@ def copysign(self: Tensor, other: Tensor) -> Tensor:
     return torch.where(other < 0, -size, size)
 
 
-_RESIZED: dict[Any, tuple[int, Any, bool]] = {
-    aten.upsample_nearest1d_backward.default: (1, aten.upsample_nearest1d.default, False),
-    aten.upsample_nearest2d_backward.default: (2, aten.upsample_nearest1d.default, False),
-    aten.upsample_nearest3d_backward.default: (3, aten.upsample_nearest1d.default, False),
-    aten._upsample_nearest_exact1d_backward.default: (
-        1,
-        aten._upsample_nearest_exact1d.default,
-        False,
-    ),
-    aten._upsample_nearest_exact2d_backward.default: (
-        2,
-        aten._upsample_nearest_exact1d.default,
-        False,
-    ),
-    aten._upsample_nearest_exact3d_backward.default: (
-        3,
-        aten._upsample_nearest_exact1d.default,
-        False,
-    ),
-    aten.upsample_linear1d_backward.default: (1, aten.upsample_linear1d.default, True),
-    aten.upsample_bilinear2d_backward.default: (2, aten.upsample_linear1d.default, True),
-    aten.upsample_trilinear3d_backward.default: (3, aten.upsample_linear1d.default, True),
-    aten.upsample_bicubic2d_backward.default: (2, aten.upsample_bicubic2d.default, True),
-    aten._upsample_bilinear2d_aa_backward.default: (
-        2,
-        aten._upsample_bilinear2d_aa.default,
-        True,
-    ),
-    aten._upsample_bicubic2d_aa_backward.default: (2, aten._upsample_bicubic2d_aa.default, True),
+def hardshrink_backward(grad_out: Tensor, self: Tensor, lambd: float) -> Tensor:
+    """Passes where the input was not taken for zero."""
+    return torch.where(self.abs() <= lambd, torch.zeros_like(grad_out), grad_out)
+
+
+#: Of interpolations: how many dimensions, what stands for one, and whether corners may be aligned.
+_RESIZED: dict[str, tuple[int, Any, bool]] = {
+    **{f"upsample_nearest{n}d": (n, aten.upsample_nearest1d.default, False) for n in (1, 2, 3)},
+    **{
+        f"_upsample_nearest_exact{n}d": (n, aten._upsample_nearest_exact1d.default, False)
+        for n in (1, 2, 3)
+    },
+    "upsample_linear1d": (1, aten.upsample_linear1d.default, True),
+    "upsample_bilinear2d": (2, aten.upsample_linear1d.default, True),
+    "upsample_trilinear3d": (3, aten.upsample_linear1d.default, True),
+    **{name: (2, getattr(aten, name).default, True) for name in _PLANAR},
 }
 
 #: By op, what is written down in its place; what PyTorch itself knows of others is in ``TABLE``.
@@ -336,7 +308,11 @@ EQUIVALENTS: dict[Any, Callable[..., Any]] = {
     aten.adaptive_max_pool2d.default: _adaptive_max_pool(2),
     aten.adaptive_max_pool3d.default: _adaptive_max_pool(3),
     aten.copysign.Tensor: copysign,
-    **{op: _resize_backward(*how) for op, how in _RESIZED.items()},
+    aten.hardshrink_backward.default: hardshrink_backward,
+    **{
+        getattr(aten, f"{name}_backward").default: _resize_backward(*how)
+        for name, how in _RESIZED.items()
+    },
 }
 
 #: For the tracer.

@@ -135,6 +135,13 @@ def signs() -> Iterator[Case]:
     yield aten.copysign.Tensor, (draw(50), other)
 
 
+def shrunk() -> Iterator[Case]:
+    for bound in (0, 0.5):
+        x = draw(50)
+        x[::3] = bound
+        yield aten.hardshrink_backward.default, (draw(50), x, bound)
+
+
 KINDS: list[Callable[[], Iterator[Case]]] = [
     convolutions,
     transposed_convolutions,
@@ -145,6 +152,7 @@ KINDS: list[Callable[[], Iterator[Case]]] = [
     replicated,
     adaptive_maxima,
     signs,
+    shrunk,
 ]
 
 
