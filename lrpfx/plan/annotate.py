@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,6 +44,8 @@ from lrpfx.ops import (
 from lrpfx.plan.factors import factors_of, find_gates, find_scores
 from lrpfx.plan.places import find_places
 
+_COMPLEX = " of complex numbers"
+
 
 @dataclass(frozen=True)
 class Unknown:
@@ -73,7 +75,7 @@ class Unknown:
     def call(self) -> str:
         """The overload, and its live arguments if there are several."""
         which = f" with live {' and '.join(self.live)}" if len(self.live) > 1 else ""
-        return f"{self.target}{which}" + (" of complex numbers" if self.complex else "")
+        return f"{self.target}{which}" + (_COMPLEX if self.complex else "")
 
     def __str__(self) -> str:
         """Op, path, shape and source, as the error lists it."""
@@ -116,7 +118,7 @@ def annotate(
             f"{len(unknown)} operation(s) that depend on the explained input have no relevance "
             "rule.",
             where=[str(u) for u in unknown],
-            fix=REAL if all(u.complex for u in unknown) else REGISTER,
+            fix=repair([u.call for u in unknown]),
         )
     if reshaped := [r for n in graph.nodes if (r := record(n)) and _changes_shape(n, r, carrying)]:
         raise UnsupportedOpError(
@@ -135,13 +137,17 @@ def _changes_shape(node: fx.Node, known: Record, carrying: set[fx.Node]) -> bool
     return str(x.meta["val"].shape) != str(node.meta["val"].shape)
 
 
-#: What to do about complex numbers.
-REAL = "write real and imaginary parts as real tensors; relevance is defined for these only."
-#: What to do about an op that the table does not know.
-REGISTER = (
-    "lrpfx.register_op(torch.ops.aten..., kind, family) tells lrpfx what such an op is; or explain "
-    "a wrapper module that leaves it out."
-)
+def repair(calls: Sequence[str]) -> str:
+    """What to do about ops without a rule, given as by ``Unknown.call``."""
+    real = [call.split()[0] for call in calls if not call.endswith(_COMPLEX)]
+    if not real:
+        return "write real and imaginary parts as real tensors: relevance is defined for these."
+    op, kind = real[0], real[0].split(".")[1]
+    return (
+        f'lrpfx.register_op(torch.ops.{op}, "{kind}", family), where the family is "affine" if '
+        'it is linear, "activation", "move", "select" or "constant"; or explain a wrapper module '
+        "that leaves it out."
+    )
 
 
 def annotate_known(

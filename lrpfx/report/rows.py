@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lrpfx.errors import InputError, LrpError
-from lrpfx.plan import REGISTER
+from lrpfx.plan import repair
 
 
 @dataclass(frozen=True)
@@ -271,7 +271,7 @@ class Rows:
         if missing:
             lines.append(f"missing  {_counts(row.op for row in missing)}")
             lines += [f"missing  {row.why} at {row.label}   {row.place}" for row in missing]
-            lines.append(f"fix      {REGISTER}")
+            lines.append(f"fix      {repair([row.why for row in missing])}")
         if self.started is None and self.rows:
             lines.append(f"kinds    {_counts(row.kind for row in self.rows if row.rule)}")
         if self.target:
