@@ -37,12 +37,12 @@ from lrpfx.capture import (
     tracing,
 )
 from lrpfx.deploy.equivalents import TABLE, Spelled
-from lrpfx.deploy.seeds import seed_in_graph
+from lrpfx.deploy.seeds import scaled_in_graph, seed_in_graph
 from lrpfx.deploy.watch import Watch, Watched
 from lrpfx.errors import ExportError
 from lrpfx.explain import Explainer
 from lrpfx.ops import record
-from lrpfx.run import Run, tidy
+from lrpfx.run import Run, in_float16, tidy
 
 #: Names of the sizes of one tensor that may vary, by dimension.
 Letters = Mapping[int, str]
@@ -216,6 +216,7 @@ def _written_down(
     state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     made: list[Any] = []
+    halves = in_float16(explainer._engine.plan, leaves)
     records = {
         r.name: r for n in explainer._engine.module.graph.nodes if (r := record(n)) is not None
     }
@@ -229,8 +230,12 @@ def _written_down(
         target = flat.pop() if by_input else None
         with Spelled(), watch:
             run = Run(*watched.run_with(values, [*flat, None]))
-            (pulled,) = run.pull([seed_in_graph(run.explained, target)])
-        found, _ = gather.by_input(flat, pulled.starts)
+            seed, unit = seed_in_graph(run.explained, target), None
+            if halves:
+                seed, unit = scaled_in_graph(seed)
+            (pulled,) = run.pull([seed])
+        starts = [r if r is None or unit is None else r.float() / unit for r in pulled.starts]
+        found, _ = gather.by_input(flat, starts)
         made.append((plain(gather.output(run.clean)), plain(gather.structured(found, inputs))))
         return pytree.tree_leaves(made[0])
 

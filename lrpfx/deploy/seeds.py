@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from lrpfx.errors import TargetError
 from lrpfx.run import Seed
+
+#: What the largest entry of a seed is brought to for float16.
+SIZE = 32.0
 
 
 def seed_in_graph(leaves: Sequence[Any], target: Tensor | None) -> Seed:
@@ -27,6 +31,19 @@ def seed_in_graph(leaves: Sequence[Any], target: Tensor | None) -> Seed:
     seeds: list[Tensor | None] = [None] * len(leaves)
     seeds[index] = _strongest(output) if target is None else _of_class(output, target)
     return Seed(seeds, None, "")
+
+
+def scaled_in_graph(seed: Seed) -> tuple[Seed, Tensor]:
+    """The seed at a size for float16, and the power of two that it was multiplied by.
+
+    As ``run.pull_scaled`` does it of values: relevance neither vanishes on its way nor overflows.
+    """
+    (given,) = (s for s in seed.seeds if s is not None)
+    largest = given.abs().amax().float()
+    unit = torch.exp2(torch.floor(torch.log2(SIZE / largest)))
+    unit = torch.where(largest > 0, unit, torch.ones_like(unit))
+    scaled = (given.float() * unit).to(given.dtype)
+    return replace(seed, seeds=[None if s is None else scaled for s in seed.seeds]), unit
 
 
 def check_output(output: Tensor, batched: bool) -> None:

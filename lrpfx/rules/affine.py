@@ -353,8 +353,9 @@ def _opposing(x: Input, f: AffineMap) -> list[tuple[Signal | None, AffineMap]]:
 def _bound(bound: float | Tensor, t: Tensor) -> Tensor:
     """A bound of the box in the shape of the input."""
     value = torch.as_tensor(bound, dtype=t.dtype, device=t.device)
-    if value.ndim == t.ndim > 1 and len(value) > len(t):  # the last batch of a loader is smaller
-        value = value[: len(t)]
+    # The last batch of a loader is smaller. Not by len(), which would fix a size that may vary.
+    if value.ndim == t.ndim > 1 and value.shape[0] > t.shape[0]:
+        value = value[: t.shape[0]]
     try:
         return value.expand(t.shape)
     except RuntimeError as error:

@@ -69,6 +69,21 @@ def test_a_program_keeps_the_parameters_of_its_moment(tmp_path: Path) -> None:
     assert apart(relevance, expected.relevance) < TOLERANCE
 
 
+def test_relevance_of_a_model_in_float16_does_not_vanish(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    model = zoo.randomize(model).eval()
+    with torch.no_grad():
+        model[2].weight.mul_(1e-6)
+        model[2].bias.zero_()
+    model, x = model.half(), X.half()
+    explainer = lrpfx.Explainer(model, x, "epsilon_plus")
+    lrpfx.export(explainer, tmp_path / "model.pt2", x)
+    _, relevance = loaded(tmp_path / "model.pt2")(x, torch.tensor([0, 1, 2]))
+    expected = explainer(x, [0, 1, 2]).relevance
+    assert relevance.dtype == expected.dtype == torch.float32
+    assert apart(relevance, expected) < 1e-2
+
+
 def test_inputs_keep_their_names_and_structures(tmp_path: Path) -> None:
     def forward(model: Any, tokens: Tensor, target: dict[str, Tensor], scale: float) -> Any:
         hidden = model.embed(tokens).mean(1) * scale + model.linear(target["extra"])
