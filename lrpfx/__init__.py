@@ -59,7 +59,7 @@ from lrpfx.rules import (
 )
 from lrpfx.tune import tune
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AffineMap",
