@@ -15,7 +15,7 @@ from lrpfx.adapters.kept import Kept
 from lrpfx.plan import RulesLike
 
 #: The models that were explained last, and their copies that metrics randomise.
-_KEPT: dict[tuple[int, str], Kept] = {}
+_KEPT: dict[tuple[int, int, str], Kept] = {}
 _MODELS = 4
 
 
@@ -35,7 +35,8 @@ def explain(
         model: The model, in evaluation mode.
         inputs: Samples (N, ...).
         targets: A class for each sample.
-        rules: See ``lrpfx.explain``; by ``explain_func_kwargs={"rules": "epsilon_plus"}``.
+        rules: See ``lrpfx.explain``; by ``explain_func_kwargs={"rules": "epsilon_plus"}``. Of a
+            list or a composite give the same object at each call: another is captured anew.
         **kwargs: What Quantus also passes; only ``device`` is read.
 
     Returns:
@@ -52,8 +53,9 @@ def explain(
 
 
 def _kept_of(model: nn.Module, rules: RulesLike) -> Kept:
-    key = id(model), repr(rules)
-    kept = _KEPT.pop(key, None) or Kept(model, rules)  # which holds the model: ids stay its own
+    # Large tensors among rules look alike when they are printed: what is no name counts as itself.
+    key = id(model), 0 if isinstance(rules, str) else id(rules), repr(rules)
+    kept = _KEPT.pop(key, None) or Kept(model, rules)  # which holds both: ids stay their own
     _KEPT[key] = kept
     for old in list(_KEPT)[:-_MODELS]:
         del _KEPT[old]

@@ -29,6 +29,20 @@ def test_arrays_come_and_go_and_unknown_keywords_are_ignored() -> None:
     np.testing.assert_allclose(found, plain, rtol=1e-5, atol=1e-7)
 
 
+def test_rules_with_large_tensors_are_told_apart() -> None:
+    layers = nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(2888, 3)
+    net, x = nn.Sequential(*layers).eval(), np.random.default_rng(0).normal(size=(2, 1, 40, 40))
+    low, high = torch.full((1, 40, 40), -9.0), torch.full((1, 40, 40), 9.0)
+    other = high.clone()
+    other[:, 10:30, 10:30] = 20.0
+    boxes = [[("conv", lrpfx.ZBox(low, bound))] for bound in (high, other)]
+    assert repr(boxes[0]) == repr(boxes[1])  # torch prints corners only
+    one, another = (explain(net, x, [0, 1], rules=rules) for rules in boxes)
+    plain = lrpfx.explain(net, torch.tensor(x).float(), [0, 1], rules=boxes[1]).relevance
+    np.testing.assert_allclose(another, plain, rtol=1e-4, atol=1e-7)
+    assert not np.allclose(one, another)
+
+
 def test_live_weights_are_read() -> None:
     net, (x, y) = model(), batch()
     before = explain(net, x, y)
