@@ -95,7 +95,7 @@ processors: $(VENV)/.installed-test
 # would be of the waiting. All are run in any case; a map that is wrong makes the target fail.
 # BENCH=--seconds=20 gives every row more than its 3 seconds; OMP_NUM_THREADS sets the threads.
 bench: $(VENV)/.installed-test
-	failed=; for script in cost_vs_gradient memory_vs_gradient many_targets vs_peers scaling scan gpu; do \
+	failed=; for script in cost_vs_gradient default_call memory_vs_gradient many_targets vs_peers scaling scan gpu; do \
 		OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} \
 			$(BIN)/python -m benchmarks.$$script --write --seconds=3 $(BENCH) \
 			|| failed="$$failed $$script"; \

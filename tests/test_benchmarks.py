@@ -10,6 +10,7 @@ from benchmarks import (
     compiled,
     cost_vs_gradient,
     coverage,
+    default_call,
     gpu,
     many_targets,
     measure,
@@ -57,6 +58,11 @@ def test_cost_vs_gradient() -> None:
 def test_cost_of_a_model_in_bfloat16() -> None:
     plan = [(lambda: small_llama(torch.bfloat16), ("attnlrp",))]
     assert_complete(cost_vs_gradient.table(plan, BUDGET), 1)
+
+
+def test_default_call() -> None:
+    plan = [(small_image, ("epsilon_plus", ""))]
+    assert_complete(default_call.table(plan, BUDGET), 2)
 
 
 def test_vs_peers() -> None:

@@ -34,12 +34,16 @@ def leave_out_final(module: fx.GraphModule) -> fx.GraphModule:
     for leaf in output_leaves(graph):
         if not (way := way_to_final(leaf)):
             continue
-        last, again = way[-1], None
-        logits: Any = last.args[0]
+        ends = [node for node in sorted(way) if _name(node)]
+        copies: dict[fx.Node, Any] = {end: end.args[0] for end in ends}
         with graph.inserting_before(output):
-            for before, node in zip(reversed(way), reversed(way[:-1]), strict=False):
-                logits = copied(node, {before: logits}, node)
-        if last.target in _ENTRYWISE:
+            for node in sorted(way):
+                if node not in copies:
+                    copies[node] = copied(node, copies, node)
+        logits, again, last = copies[leaf], None, ends[0]
+        if len(ends) > 1:
+            pass  # each is of its own logits only
+        elif last.target in _ENTRYWISE:
             again = partial(_called, last.target, (), {})
         elif len(way) == 1 and not isinstance(last.target, Composed):
             again = partial(_called, last.target, last.args[1:], dict(last.kwargs))
@@ -47,30 +51,39 @@ def leave_out_final(module: fx.GraphModule) -> fx.GraphModule:
             softmax = aten.log_softmax.int if last.target in _LOG_SOFTMAXES else aten.softmax.int
             ways = (partial(softmax, dim=dim) for dim in range(leaf.meta["val"].ndim))
             again = next((one for one in ways if measured.equals(leaf, one, logits)), None)
-        leaf.meta[FINAL] = Final(_name(last), logits, again)
+        leaf.meta[FINAL] = Final(" and ".join(dict.fromkeys(map(_name, ends))), logits, again)
     return module
 
 
-def way_to_final(leaf: Any) -> list[fx.Node]:
-    """From an output back over moves to the softmax or sigmoid that it is, [] if it is none.
+def way_to_final(leaf: Any) -> set[fx.Node]:
+    """From an output back over moves to the softmaxes or sigmoids that it is made of, these too.
 
-    Nothing else that relevance may come from reads these nodes.
+    Empty if it is made of anything else, or if something that relevance may come from reads one.
     """
-    way: list[fx.Node] = []
-    while isinstance(leaf, fx.Node) and is_floating(leaf.meta.get("val")):
-        readers = [n for n in leaf.users if n.op == "output" or is_floating(n.meta.get("val"))]
-        if len(readers) > 1:
-            return []
-        way.append(leaf)
-        if _name(leaf):
-            return way
-        inputs = [n for n in leaf.all_input_nodes if is_floating(n.meta.get("val"))]
-        op = ops.find(leaf.target, frozenset(live_names(leaf, inputs)))
-        picks = getattr(leaf.target, "__name__", "") == "getitem"
-        if len(inputs) != 1 or not (picks or (op is not None and op.family == "move")):
-            return []
-        leaf = inputs[0]
-    return []
+    way, pending = set[fx.Node](), [leaf]
+    while pending:
+        node = pending.pop()
+        if not isinstance(node, fx.Node) or not is_floating(node.meta.get("val")):
+            return set()
+        if node in way:
+            continue
+        way.add(node)
+        if _name(node):
+            continue
+        inputs = [n for n in node.all_input_nodes if is_floating(n.meta.get("val"))]
+        op = ops.find(node.target, frozenset(live_names(node, inputs)))
+        picks = getattr(node.target, "__name__", "") == "getitem"
+        if not inputs or not (picks or (op is not None and op.family == "move")):
+            return set()
+        pending += inputs
+    for node in way:
+        for reader in node.users:
+            is_output = reader.op == "output"
+            if is_output and node is not leaf:
+                return set()
+            if not is_output and reader not in way and is_floating(reader.meta.get("val")):
+                return set()
+    return way
 
 
 def _name(node: fx.Node) -> str:

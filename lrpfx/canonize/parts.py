@@ -212,8 +212,14 @@ def _explicit(equation: str, ndims: list[int]) -> tuple[list[str], str]:
 
 
 def _einsum(op: Writer, equation: str, tensors: Any, path: Any) -> fx.Node | None:
-    """A linear layer, if one of two operands is a constant; else left whole."""
+    """A sum of one operand, a linear layer if one of two is a constant; else left whole."""
     terms, out = _explicit(equation, [t.meta["val"].ndim for t in tensors])
+    if len(terms) == 1 and len(set(terms[0])) == len(terms[0]):
+        (term,), (x,) = terms, tensors
+        if dims := [i for i, letter in enumerate(term) if letter not in out]:
+            x = op(aten.sum.dim_IntList, x, dims)
+        kept = [letter for letter in term if letter in out]
+        return op(aten.permute.default, x, [kept.index(letter) for letter in out])
     live = [op.changes(t) for t in tensors]
     if len(terms) != 2 or sum(live) != 1 or any(len(set(t)) != len(t) for t in terms):
         return None

@@ -24,6 +24,8 @@ SOFTMAXES: dict[str, Callable[[Tensor], Tensor]] = {
     "permuted": lambda z: z[None].softmax(2).permute(1, 2, 0),
     "transposed": lambda z: z[:, None].softmax(2).transpose(1, 2),
     "cast": lambda z: z.softmax(1).float(),
+    "taken apart and stacked": lambda z: torch.stack(z.softmax(1).unbind(1), 1),
+    "in chunks": lambda z: torch.cat(z.softmax(1).chunk(3, 1), 1),
     "with a guard": lambda z: (e := z.exp()) / (e.sum(1, keepdim=True) + 1e-12),
 }
 LOGARITHMS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -110,3 +112,18 @@ def test_a_sigmoid_with_a_negative_logit_keeps_the_sign_of_the_relevance() -> No
 
 def test_a_gate_at_the_output_is_none_to_leave_out() -> None:
     assert relevance(lambda z: z * z.sigmoid(), 1)[1] == ()
+
+
+def test_of_several_softmaxes_side_by_side_each_is_left_out() -> None:
+    def heads(z: Tensor) -> Tensor:
+        return torch.cat([z[:, :2].softmax(1), z[:, 2:].sigmoid()], 1)
+
+    got, notes = relevance(heads, 1)
+    torch.testing.assert_close(got, relevance(itself, 1)[0])
+    assert any("softmax and sigmoid" in note for note in notes)
+
+
+def test_a_softmax_that_is_an_output_itself_is_not_left_out_of_another() -> None:
+    net = Apply(lambda m, x: ((p := m.layer(x).softmax(1))[:, :2], p), layer=model(itself).layer)
+    e = lrpfx.explain(net, X, lambda out: out[0][:, 1], rules=RULES)
+    assert not any("left out" in note for note in e.report.notes)

@@ -181,10 +181,9 @@ class _Exponential:
         """Of a quotient of what is proportional to the exponential both, or their inverse."""
         if self.powers[end] != 0 or end.target not in (aten.div.Tensor, aten.mul.Tensor):
             return None
-        powers = (1, 1) if end.target is aten.div.Tensor else (1, -1)
-        for a, b in (end.args, end.args[::-1])[: 1 if powers == (1, 1) else 2]:
+        for a, b in (end.args, end.args[::-1])[: 1 if end.target is aten.div.Tensor else 2]:
             if isinstance(a, fx.Node) and isinstance(b, fx.Node):
-                if (self.powers.get(a), self.powers.get(b)) == powers:
+                if (self.powers.get(a) or 0) > 0 and b in self.powers:
                     return (a, b) if self._total(b) is not None else None
         return None
 
@@ -202,12 +201,12 @@ class _Exponential:
         return None
 
     def _is_entrywise(self, node: fx.Node) -> bool:
-        """Whether a node is the exponential, times constants and in other types maybe."""
+        """Whether a node is the exponential, times constants, to a power, in other types maybe."""
         while node is not self.node:
             cast = node.target in (aten.to.dtype, aten._to_copy.default)
             (before, *more) = (n for n in node.all_input_nodes if n in self.powers)
             beside = {*node.all_input_nodes} - {before}
-            scaled = cast or self._kind(node) == "scale"
+            scaled = cast or self._kind(node) == "scale" or _exponent(node) is not None
             if more or not scaled or not self.live.isdisjoint(beside):
                 return False
             if not alike(before, node):
@@ -261,7 +260,7 @@ class _Exponential:
 
     def _share(self, end: fx.Node, above: fx.Node, below: fx.Node, scores: Scores) -> bool:
         """Put a softmax in the place of exponentials that are divided later."""
-        if self.coarse:
+        if self.coarse or self.powers[above] != 1:
             return False
         way = [n for n in self._way(below) if self.powers[n] == 1]
         total = self._total(below)
@@ -358,12 +357,12 @@ class _Exponential:
         return _kind(node, self.powers)
 
 
-def _powers(start: fx.Node) -> dict[fx.Node, int | None]:
+def _powers(start: fx.Node) -> dict[fx.Node, float | None]:
     """By what power of a factor on ``start`` the nodes grow that depend on it, None for none.
 
     Where that is 0 or None it is followed no further.
     """
-    powers: dict[fx.Node, int | None] = {start: 1}
+    powers: dict[fx.Node, float | None] = {start: 1}
     pending = set(start.users)
     while pending:
         node = min(pending)
@@ -376,7 +375,7 @@ def _powers(start: fx.Node) -> dict[fx.Node, int | None]:
     return powers
 
 
-def _power(node: fx.Node, powers: Mapping[fx.Node, int | None]) -> int | None:
+def _power(node: fx.Node, powers: Mapping[fx.Node, float | None]) -> float | None:
     given = [powers[n] for n in nodes_in(node.args) if n in powers]
     if node.target in SHAPED:
         given = given[:1]
@@ -392,6 +391,8 @@ def _power(node: fx.Node, powers: Mapping[fx.Node, int | None]) -> int | None:
         return (
             -known[0] if node.target is aten.reciprocal.default or node.args[1:] == (-1,) else None
         )
+    if (exponent := _exponent(node)) is not None:
+        return exponent * known[0]
     op = ops.find(node.target, frozenset(live_names(node, powers)))
     if op is None:
         return None
@@ -399,6 +400,16 @@ def _power(node: fx.Node, powers: Mapping[fx.Node, int | None]) -> int | None:
         return sum(known)
     alike = len(set(known)) == 1 and (op.family in ("move", "select") or op.kind in PROPORTIONAL)
     return known[0] if alike else None
+
+
+def _exponent(node: fx.Node) -> float | None:
+    """The positive number that a node is a power by, None if it is none."""
+    if node.target is aten.pow.Tensor_Scalar:
+        exponent: Any = node.args[1]
+        return float(exponent) if isinstance(exponent, (int, float)) and exponent > 0 else None
+    if node.target is aten.square.default:
+        return 2.0
+    return 0.5 if node.target is aten.sqrt.default else None
 
 
 def _kind(node: fx.Node, live: Container[fx.Node]) -> str:

@@ -91,6 +91,18 @@ ATTENTION: dict[str, tuple[Scores, Scores]] = {
         lambda a, v: (b := e(a.float())).div(total(b)).double() @ v,
         lambda a, v: a.float().softmax(-1).double() @ v,
     ),
+    "a sum by einsum": (
+        lambda a, v: (b := e(a)) / torch.einsum("nts->nt", b)[..., None] @ v,
+        softmax,
+    ),
+    "sharpened": (
+        lambda a, v: (b := a.softmax(-1) ** 2) / total(b) @ v,
+        lambda a, v: (2 * a).softmax(-1) @ v,
+    ),
+    "to the power of an inverse temperature": (
+        lambda a, v: (b := (2 * a).exp().sqrt()) / total(b) @ v,
+        softmax,
+    ),
     "divided behind the product": (lambda a, v: (b := e(a)) @ v / total(b), softmax),
     "behind an einsum": (
         lambda a, v: torch.einsum("nts,nsd->ntd", b := e(a), v) / b.sum(-1)[..., None],
