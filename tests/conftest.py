@@ -3,6 +3,7 @@
 import gc
 import os
 import random
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -118,6 +119,16 @@ _OF_THE_SESSION: Traces = {}
 def one_trace() -> Iterator[None]:
     """A model is traced once in a session; one that changes between explanations must not be."""
     with traced_once(_OF_THE_SESSION):
+        yield
+
+
+@pytest.fixture(
+    scope="module", params=["record", pytest.param("export", marks=pytest.mark.nightly)]
+)
+def each_way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What ``explain`` takes where the way of capture is not chosen; exports take long."""
+    front = sys.modules["lrpfx.explain"]  # and not the function of that name
+    with mock.patch.object(front._OfOneCall, "_once", request.param == "record"):
         yield
 
 

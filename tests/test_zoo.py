@@ -500,8 +500,9 @@ def of_one_sample(x: Tensor, w: Weight) -> Sequence[Tensor]:
     return [torch.stack(found)]
 
 
-MIXED = [convolutions, kernels, pools, sums, writes, views, moves, constants, selections, sorts]
-MIXED += [sums_of_exponentials, activations, curves, norms_and_products, of_one_sample]
+#: Whose relevance is gradient times input, if no rule has a stabilizer.
+LINEAR = [convolutions, kernels, pools, sums, writes, views, moves, constants, selections, sorts]
+MIXED = [*LINEAR, sums_of_exponentials, activations, curves, norms_and_products, of_one_sample]
 #: Whose backward passes in PyTorch write into parts of tensors, which ``compile`` refuses.
 UNCOMPILED = [spectra]
 MIXED_NAMES = [parts.__name__ for parts in MIXED]
@@ -560,6 +561,37 @@ def test_what_is_not_compiled_is_gradient_times_input(parts: Parts) -> None:
     (slope,) = torch.autograd.grad(model(leaf)[:, 1].sum(), leaf)
     for options in ({}, {"ledger": False}):
         torch.testing.assert_close(explainer(x, 1, **options).relevance, x * slope)
+
+
+@pytest.mark.parametrize("parts", LINEAR, ids=lambda parts: parts.__name__)
+def test_a_recorded_model_is_explained_by_gradient_times_input(parts: Parts) -> None:
+    model, x = Mixed(parts).double(), torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    leaf = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(model(leaf)[:, 1].sum(), leaf)
+    rules = lrpfx.composites.EpsilonAll(0.0)
+    found = lrpfx.explain(model, x, 1, rules=rules, ledger=False, capture="record").relevance
+    torch.testing.assert_close(found, x * slope)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", CASES)
+def test_a_record_explains_as_an_export_does(name: str) -> None:
+    model = copy.deepcopy(CASES[name].make()).double().eval()
+    inputs = pytree.tree_map_only(Tensor, _double, CASES[name].inputs(2))
+    with torch.no_grad():
+        outputs = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    first = next(t for t in pytree.tree_leaves(outputs) if isinstance(t, Tensor))
+    seed = torch.randn(first.shape, generator=torch.manual_seed(0), dtype=torch.float64)
+    maps = [
+        pytree.tree_leaves(lrpfx.explain(model, inputs, seed, capture=by).relevance)
+        for by in ("record", "export")
+    ]
+    for recorded, exported in zip(*maps, strict=True):
+        torch.testing.assert_close(recorded, exported, rtol=1e-10, atol=1e-12)
+
+
+def _double(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
 
 
 def test_every_row_of_the_op_table_is_reached() -> None:

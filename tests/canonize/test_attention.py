@@ -16,6 +16,8 @@ import lrpfx
 from lrpfx import composites
 from tests.conftest import Apply, traced_once
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 Array = np.ndarray
 EPS = 1e-6
 

@@ -14,6 +14,8 @@ from lrpfx import composites
 from tests.conftest import Apply
 from tests.oracle.spellings import drawn, normal
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 Form = Callable[[nn.Module, Tensor], Tensor]
 #: Splits weights by sign everywhere.
 RULES = composites.ExcitationBackprop(1e-18)

@@ -13,6 +13,8 @@ import lrpfx
 from lrpfx import composites
 from tests.conftest import Apply, traced_once
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 RULES = composites.EpsilonAll(0.0)
 X = torch.randn(2, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 

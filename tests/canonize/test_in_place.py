@@ -13,6 +13,8 @@ from lrpfx.canonize.memory import functional
 from lrpfx.composites import EpsilonAll
 from tests.conftest import Apply
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 aten = torch.ops.aten
 
 

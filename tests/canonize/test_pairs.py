@@ -18,6 +18,8 @@ from tests.ops.test_table import (
     together,
 )
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 LRP_0 = lrpfx.composites.EpsilonAll(epsilon=0.0)
 
 

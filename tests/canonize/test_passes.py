@@ -14,6 +14,8 @@ from lrpfx.capture.front import capture
 from lrpfx.ops.graph import used_nodes, verify
 from tests.conftest import Apply
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 aten = torch.ops.aten
 
 

@@ -12,6 +12,8 @@ from lrpfx import composites
 from lrpfx.canonize import recurrent
 from lrpfx.capture import By
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 aten = torch.ops.aten
 EXACT = composites.EpsilonAll(epsilon=1e-9)
 WIDTHS = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)

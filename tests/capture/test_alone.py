@@ -10,6 +10,8 @@ from torch import Tensor, nn
 import lrpfx
 from tests.conftest import Apply
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 
 def attention_over_samples(m: Any, x: Tensor) -> Tensor:
     q, k, v = m.qkv(x).chunk(3, -1)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 import lrpfx
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 
 class Spike(torch.autograd.Function):
     """A step, with the gradient of something smooth."""

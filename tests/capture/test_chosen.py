@@ -13,6 +13,8 @@ from lrpfx.composites import EpsilonAll
 from tests.conftest import Apply
 from tests.test_errors import check_form
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 EXACT = EpsilonAll(0.0)
 MASK = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
 

@@ -12,6 +12,8 @@ from lrpfx import errors
 from lrpfx.composites import EpsilonAll
 from tests.conftest import Apply, assert_untouched
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 
 def x(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1)).double()

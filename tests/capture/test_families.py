@@ -38,6 +38,8 @@ from tests.oracle.families import (
     target_of,
 )
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 TOLERANCE_OF_BATCHES = 1e-9
 # One of each make: captures of their own for all of them would double the time.
 #: Those of make nightly; in half precision, Llama and ViT stand in rules/test_dtypes.py.

@@ -29,6 +29,8 @@ from tests.oracle.networks import (
 )
 from tests.test_errors import check_form
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 
 class Nested(nn.Module):
     """TwoArms of inputs in containers."""

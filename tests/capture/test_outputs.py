@@ -13,6 +13,8 @@ import lrpfx
 from tests.conftest import Apply
 from tests.oracle.networks import Plain, assert_same, draw, leaves, mlp, returning, trained
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 
 @dataclass(frozen=True)
 class Frozen:

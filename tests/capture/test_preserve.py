@@ -31,6 +31,8 @@ from tests.oracle.networks import (
     trained,
 )
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 
 class Remembers(nn.Module):
     """A model that writes into ``memory`` whatever ``write`` does."""

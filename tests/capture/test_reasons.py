@@ -14,6 +14,8 @@ import lrpfx
 from lrpfx import errors
 from tests.conftest import Apply, assert_untouched
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 
 def linear(*shape: int) -> nn.Linear:
     torch.manual_seed(0)

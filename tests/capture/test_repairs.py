@@ -13,6 +13,8 @@ from torch import Tensor, nn
 import lrpfx
 from lrpfx import errors
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 
 def images() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 3)).eval()

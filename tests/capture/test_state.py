@@ -15,6 +15,8 @@ from tests.conftest import assert_untouched
 from tests.oracle.networks import conv_net, draw, fc, image, tied, trained
 from tests.test_errors import check_form
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 
 @pytest.fixture
 def fresh() -> tuple[nn.Module, lrpfx.Explainer]:

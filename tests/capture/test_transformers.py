@@ -29,6 +29,8 @@ from tests.oracle.families import (
     target_of,
 )
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 # Families whose modified gradients are written out below.
 WRITTEN_OUT = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gpt2", "opt", "t5"]
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 import lrpfx
 from lrpfx import composites
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 Attend = Callable[[Tensor, Tensor], Tensor]
 
 

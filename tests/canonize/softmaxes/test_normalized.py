@@ -17,6 +17,8 @@ import lrpfx
 from lrpfx import composites
 from tests.conftest import Apply, traced_once
 
+pytestmark = pytest.mark.usefixtures("each_way")
+
 Scores = Callable[[Tensor, Tensor], Tensor]
 
 RULES = {
