@@ -226,6 +226,12 @@ def _einsum(op: Writer, equation: str, tensors: Any, path: Any) -> fx.Node | Non
     i = live.index(True)
     (a, b), (x, weight) = (terms[i], terms[1 - i]), (tensors[i], tensors[1 - i])
     summed = set(a + b) - set(out)
+    if not summed and set(b) <= set(a):  # a factor for each
+        weight = op(aten.permute.default, weight, [b.index(c) for c in a if c in b])
+        for dim in (i for i, c in enumerate(a) if c not in b):
+            weight = op(aten.unsqueeze.default, weight, dim)
+        scaled = op(aten.mul.Tensor, x, weight)
+        return op(aten.permute.default, scaled, [a.index(c) for c in out])
     if not summed or not summed <= set(a) & set(b):
         return None
     sizes = [dict(zip(t, tensors[k].meta["val"].shape, strict=True)) for k, t in enumerate(terms)]

@@ -25,6 +25,7 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "in place": lambda x: x.clone().sub_(spread(MEAN)).div_(spread(STD)),
     "channels last": lambda x: ((x.permute(0, 2, 3, 1) - MEAN) / STD).permute(0, 3, 1, 2),
     "flat": lambda x: ((x.flatten(2) - MEAN[:, None]) / STD[:, None]).view_as(x),
+    "by an einsum": lambda x: torch.einsum("nchw,c->nchw", x - spread(MEAN), 1 / STD),
     "to -1 and 1": lambda x: x * 2 - 1,
     "by 255": lambda x: x / 255,
     "inverted": lambda x: 1 - x,
