@@ -39,12 +39,10 @@ class Gauge(fx.Interpreter):
         if ARRIVES in n.meta and isinstance(value, Tensor) and value.requires_grad:
             name, multiplier = n.meta[ARRIVES]
             a = value.detach() if multiplier else None
-            value.register_hook(functools.partial(self._measure, name, a))
+            # Of the sizes alone: a hook that held the values would be in a circle that no
+            # collector sees.
+            value.register_hook(functools.partial(_measure, self._sizes, name, a))
         return value
-
-    def _measure(self, name: str, a: Tensor | None, m: Tensor) -> None:
-        m = m.detach()
-        self._sizes[name] = size_of([m if a is None else widened(a) * m])
 
     def steepest(self, graph: fx.Graph, live: Container[fx.Node]) -> float:
         """How many times what arrived at a node's users arrived at the node, at most.
@@ -68,3 +66,8 @@ class Gauge(fx.Interpreter):
                 if node not in ends and came[node] > least and got:
                     worst = max(worst, came[node] / got)
         return worst
+
+
+def _measure(sizes: dict[str, Tensor], name: str, a: Tensor | None, m: Tensor) -> None:
+    m = m.detach()
+    sizes[name] = size_of([m if a is None else widened(a) * m])

@@ -31,6 +31,7 @@ def written(m: Any, x: Tensor) -> Tensor:
     return m.fc(y)
 
 
+@pytest.mark.parametrize("capture", ["export", "record"])
 @pytest.mark.parametrize(
     "forward",
     [
@@ -40,13 +41,13 @@ def written(m: Any, x: Tensor) -> Tensor:
         lambda m, x: m.fc(x) if x.sum() > 0 else x,  # fails
     ],
 )
-def test_traces_are_let_go(forward: Callable[..., Any]) -> None:
+def test_traces_are_let_go(forward: Callable[..., Any], capture: Any) -> None:
     torch.manual_seed(0)
     model = Apply(forward, fc=nn.Linear(3, 2), two=torch.ones(2, 3))
     counts = []
     for _ in range(4):
         try:
-            lrpfx.explain(model, torch.ones(2, 3), 1)
+            lrpfx.explain(model, torch.ones(2, 3), 1, capture=capture)
         except lrpfx.errors.CaptureError:
             pass
         counts.append(left())
@@ -61,6 +62,20 @@ def test_the_code_of_graphs_is_let_go(capture: Any) -> None:
         lines.append(len(linecache.cache) + len(_loader.eval_cache))
     assert lines[2] == lines[1]
     assert explanation.report.reached is not None  # by a graph that runs without its lines
+
+
+def test_a_hundred_explanations_leave_no_tensors() -> None:
+    model, x, counts = (
+        nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)),
+        torch.ones(2, 3),
+        [],
+    )
+    for _ in range(3):
+        for _ in range(34):
+            lrpfx.explain(model.eval(), x, 1)
+        gc.collect()
+        counts.append(sum(isinstance(o, Tensor) for o in gc.get_objects()))
+    assert counts[2] <= counts[1] <= counts[0], counts
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
