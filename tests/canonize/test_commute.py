@@ -194,7 +194,7 @@ def test_a_hook_that_masks_before_a_batch_norm_is_noted_with_its_line() -> None:
         output[:, 1] = 0
         return output
 
-    for hook, op in ((mask, "mul"), (blank, "slice_scatter")):
+    for hook, op in ((mask, "mul"), (blank, "_scatter")):  # of a slice or of one
         model = nn.Sequential(conv(4, 3), drawn(nn.BatchNorm2d(4)), nn.ReLU()).eval()
         model[0].register_forward_hook(hook)
         report = lrpfx.explain(model, normal(2, 3, 6, 6), (0, 0, 0), rules=RULES).report
