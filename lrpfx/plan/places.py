@@ -14,6 +14,8 @@ from torch import Tensor, fx
 from lrpfx.ops import Op, bound_arguments, explained_leaves, nodes_in, reachable
 from lrpfx.plan.factors import find_gates, is_bounded
 
+aten = torch.ops.aten
+
 #: The nodes that carry relevance, each with what is known of it.
 Known = Mapping[fx.Node, Op | str]
 
@@ -229,10 +231,28 @@ def _is_by_channel(node: fx.Node, known: Known) -> bool:
     if _kind(node, known) == "batch_norm":
         return True
     (x,) = (n for n in node.all_input_nodes if n in known)
-    shapes = [
-        n.meta["val"].shape
-        for n in node.all_input_nodes
-        if n is not x and isinstance(n.meta["val"], Tensor)
-    ]
     alike = str(x.meta["val"].shape) == str(node.meta["val"].shape)
-    return alike and all(sum(bool(size != 1) for size in shape) <= 1 for shape in shapes)
+    constants = [n for n in node.all_input_nodes if n is not x]
+    return alike and all(len(_varying(n)) <= 1 for n in constants)
+
+
+#: What fills a tensor with one number; what repeats it along new dimensions, or those of one.
+_FILLED = {aten.full.default, aten.zeros.default, aten.ones.default}
+_FILLED |= {aten.full_like.default, aten.zeros_like.default, aten.ones_like.default}
+_FILLED |= {aten.new_full.default, aten.new_zeros.default, aten.new_ones.default}
+_REPEATED = {aten.expand.default, aten.expand_as.default, aten.repeat.default}
+_REPEATED |= {aten.broadcast_to.default}
+
+
+def _varying(node: fx.Node) -> set[int]:
+    """Along which dimensions, from the last on, a constant varies, as far as its ops tell."""
+    value, inputs = node.meta.get("val"), node.all_input_nodes
+    if not isinstance(value, Tensor) or node.target in _FILLED:
+        return set()
+    wide = {d for d in range(-value.ndim, 0) if value.shape[d] != 1}
+    copies = len(inputs) == 1 and str(inputs[0].meta["val"].shape) == str(value.shape)
+    if node.target in _REPEATED:
+        return _varying(inputs[0])
+    if copies or torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        return wide & set().union(*map(_varying, inputs))
+    return wide

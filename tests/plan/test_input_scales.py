@@ -26,6 +26,11 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "channels last": lambda x: ((x.permute(0, 2, 3, 1) - MEAN) / STD).permute(0, 3, 1, 2),
     "flat": lambda x: ((x.flatten(2) - MEAN[:, None]) / STD[:, None]).view_as(x),
     "by an einsum": lambda x: torch.einsum("nchw,c->nchw", x - spread(MEAN), 1 / STD),
+    "by what was expanded": lambda x: (
+        (x - spread(MEAN).expand_as(x)) / spread(STD).repeat(len(x), 1, 6, 6)
+    ),
+    "by ones times a number each": lambda x: x / (torch.ones_like(x) * spread(STD)),
+    "on a line": lambda x: torch.lerp(spread(MEAN).expand_as(x), x, 0.5 / spread(STD)),
     "to -1 and 1": lambda x: x * 2 - 1,
     "by 255": lambda x: x / 255,
     "inverted": lambda x: 1 - x,
