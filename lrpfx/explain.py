@@ -437,6 +437,18 @@ class Explainer:
             new.compile(**self._engine.compiled.options)
         return new._as_run()
 
+    def exported(self) -> Explainer:
+        """The same by ``torch.export``, whose graph holds for every batch size: itself, if it is.
+
+        Raises:
+            CaptureError: The model can be recorded only.
+        """
+        if self._engine.captured.decisions is None:
+            return self
+        made_of = self._made_of
+        options = {**made_of.options, "capture": "export"}
+        return type(self)(made_of.model, made_of.inputs, made_of.rules, **options)
+
     def _as_run(self) -> RecordedRun[Explainer]:
         return RecordedRun(self._engine.captured, self._engine.module, self)
 

@@ -14,7 +14,7 @@ from lrpfx.deploy.check import Case, make_cases
 from lrpfx.deploy.onnx_file import write_onnx
 from lrpfx.deploy.program import Program, make_program
 from lrpfx.deploy.torch_file import write_aoti, write_pt2
-from lrpfx.errors import ExportError, InputError, TargetError, some
+from lrpfx.errors import CaptureError, ExportError, InputError, TargetError, some, warn
 from lrpfx.explain import Explainer
 
 #: By ending, the first that fits: what writes a program, and what is to be known of it.
@@ -38,7 +38,8 @@ def export(
     The program takes what the model takes and then ``target``, a class per sample as int64 of
     shape (N,), and returns the model's output and the relevance of each explained input. It
     holds for every batch size, and for other sizes that the Explainer leaves open
-    (``dynamic=``). Parameters are those of this moment. What is written is run on ``inputs`` first
+    (``dynamic=``); a model that can be recorded only holds for the sizes of ``inputs``, of which a
+    warning tells. Parameters are those of this moment. What is written is run on ``inputs`` first
     and compared with the Explainer.
 
     Args:
@@ -81,6 +82,7 @@ def export(
     if not path.parent.is_dir():
         raise InputError(f"there is no folder {path.parent}.", fix="make it first.")
     _refuse(explainer)
+    explainer = _for_every_size(explainer)
     facts = about(explainer, target, class_names)
     by_input = target is None
     cases = make_cases(explainer, inputs, by_input)
@@ -89,6 +91,18 @@ def export(
         write(program, Path(folder) / path.name, facts, cases)
         for file in Path(folder).iterdir():  # weights of more than 2 GB have one of their own
             os.replace(file, path.parent / file.name)
+
+
+def _for_every_size(explainer: Explainer) -> Explainer:
+    """An Explainer whose graph has no sizes of one run, where the model lets it be exported."""
+    try:
+        return explainer.exported()
+    except CaptureError as error:
+        warn(
+            "the file holds for the sizes of the example inputs only: the model was recorded, and "
+            f"cannot be exported: {error.what}"
+        )
+        return explainer
 
 
 def _refuse(explainer: Explainer) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lrpfx
-from lrpfx.errors import ExportError, InputError, LrpError, TargetError
+from lrpfx.errors import ExportError, InputError, LrpError, LrpWarning, TargetError
 from tests.conftest import Apply, assert_untouched
 from tests.oracle import zoo
 
@@ -164,6 +164,29 @@ def test_what_is_refused_writes_no_file(case: str, tmp_path: Path) -> None:
     with assert_untouched(model), pytest.raises(error, match=text):
         lrpfx.export(explainer, tmp_path / name, x, **options)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_was_recorded_is_exported_for_every_batch_size(tmp_path: Path) -> None:
+    model, path = perceptron(), tmp_path / "model.pt2"
+    lrpfx.export(lrpfx.Explainer(model, X, "epsilon_plus", capture="record"), path, X)
+    x, target = torch.randn(5, 6).double(), torch.arange(5) % 4
+    expected = lrpfx.explain(model, x, target, "epsilon_plus")
+    assert apart(loaded(path)(x, target)[1], expected.relevance) < TOLERANCE
+
+
+def test_what_can_be_recorded_only_is_exported_for_its_sizes_with_a_warning(tmp_path: Path) -> None:
+    def forward(model: Any, x: Tensor) -> Tensor:
+        if torch.compiler.is_exporting():
+            raise RuntimeError("not like this")
+        return model.linear(x)
+
+    model, path = Apply(forward, linear=nn.Linear(6, 2)).double(), tmp_path / "model.pt2"
+    explainer = lrpfx.Explainer(model, X)
+    with pytest.warns(LrpWarning, match=r"for the sizes of the example inputs only"):
+        lrpfx.export(explainer, path, X)
+    target = torch.zeros(len(X), dtype=torch.long)
+    expected = explainer(X, target).relevance
+    assert apart(loaded(path)(X, target)[1], expected) < TOLERANCE
 
 
 def test_a_run_that_values_decided_is_refused_by_its_line(tmp_path: Path) -> None:
