@@ -139,10 +139,11 @@ def _changes_shape(node: fx.Node, known: Record, carrying: set[fx.Node]) -> bool
 
 def repair(calls: Sequence[str]) -> str:
     """What to do about ops without a rule, given as by ``Unknown.call``."""
-    real = [call.split()[0] for call in calls if not call.endswith(_COMPLEX)]
+    real = [call.split(" ")[0] for call in calls if not call.endswith(_COMPLEX)]
     if not real:
         return "write real and imaginary parts as real tensors: relevance is defined for these."
-    op, kind = real[0], real[0].split(".")[1]
+    op = real[0]
+    kind = op.partition(".")[2].partition(".")[0]
     return (
         f'lrpfx.register_op(torch.ops.{op}, "{kind}", family), where the family is "affine" if '
         'it is linear, "activation", "move", "select" or "constant"; or explain a wrapper module '
