@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lrpfx.canonize.insert import fake_mode
+from lrpfx.canonize.insert import fake_mode, faked
 from lrpfx.canonize.writer import Writer
 from lrpfx.ops import nodes_in, varying
 
@@ -82,10 +82,12 @@ def _traced(node: fx.Node, inputs: Sequence[fx.Node]) -> fx.GraphModule | None:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    values = [n.meta["val"] for n in inputs]
+    values, mode = [n.meta["val"] for n in inputs], fake_mode(inputs)
+    if mode is None:  # on "meta" PyTorch opens more than the op
+        mode, values = faked(values)
     assert isinstance(node.target, OpOverload)
     known: dict[Any, Any] = get_decompositions([node.target])
-    with _numbers_allowed(fake_mode(inputs)), torch.no_grad(), enable_python_dispatcher():
+    with _numbers_allowed(mode), torch.no_grad(), enable_python_dispatcher():
         parts = make_fx(torch.func.functionalize(run), decomposition_table=known)(*values)
     parts.graph.eliminate_dead_code()
     constants = [getattr(parts, str(n.target)) for n in parts.graph.nodes if n.op == "get_attr"]
@@ -93,13 +95,11 @@ def _traced(node: fx.Node, inputs: Sequence[fx.Node]) -> fx.GraphModule | None:
 
 
 @contextmanager
-def _numbers_allowed(mode: FakeTensorMode | None) -> Iterator[None]:
+def _numbers_allowed(mode: FakeTensorMode) -> Iterator[None]:
     """Meanwhile fake tensors go together with tensors of one number."""
-    before = mode is not None and mode.allow_non_fake_inputs
-    if mode is not None:
-        mode.allow_non_fake_inputs = True
+    before = mode.allow_non_fake_inputs
+    mode.allow_non_fake_inputs = True
     try:
         yield
     finally:
-        if mode is not None:
-            mode.allow_non_fake_inputs = before
+        mode.allow_non_fake_inputs = before

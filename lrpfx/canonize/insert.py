@@ -26,7 +26,12 @@ def insert(
     mode = fake_mode(nodes_in((new.args, new.kwargs)))
     with torch.no_grad():
         if mode is None:
-            value = target(*values[0], **values[1])
+            try:
+                value = target(*values[0], **values[1])
+            except NotImplementedError:  # of an op that PyTorch runs on fake tensors only
+                mode, (args, kwargs) = faked(values)
+                with mode, enable_python_dispatcher():
+                    value = target(*args, **kwargs)
             new.meta["val"] = pytree.tree_map_only(Tensor, _empty, value)
         else:
             with mode, enable_python_dispatcher():
@@ -40,9 +45,16 @@ def fake_mode(nodes: Iterable[fx.Node]) -> FakeTensorMode | None:
     return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
 
 
+def faked(values: Any) -> tuple[FakeTensorMode, Any]:
+    """Values on "meta" as fake tensors, and their mode."""
+    mode, device = FakeTensorMode(), torch.device("cpu")
+    with mode:
+        return mode, pytree.tree_map_only(Tensor, lambda t: FakeTensor(mode, t, device), values)
+
+
 def _empty(value: Tensor) -> Tensor:
     """Without numbers, which ops give that are told a device."""
-    return value.to("meta")
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
 
 
 def copied(node: fx.Node, other: Mapping[fx.Node, fx.Node], like: fx.Node) -> fx.Node:
