@@ -64,11 +64,11 @@ def everything_in(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
-def started(explainer: lrpfx.Explainer, out: Path, workers: int = 1) -> Any:
-    """A scan in a process of its own, which takes about a second."""
+def started(explainer: lrpfx.Explainer, out: Path, workers: int = 1, pause: float = 0.03) -> Any:
+    """A scan in a process of its own, which takes about a second, or 17 pauses."""
     options = {**OPTIONS, "workers": workers}
     of_ours = multiprocessing.get_context("fork").Process(
-        target=scan, args=(explainer, Items(pause=0.03)), kwargs={**options, "out": out}
+        target=scan, args=(explainer, Items(pause=pause)), kwargs={**options, "out": out}
     )
     of_ours.start()
     return of_ours
@@ -105,7 +105,7 @@ def test_twenty_kills_leave_no_trace(
 def test_an_interrupt_keeps_what_was_done(
     table: ConceptTable, explainer: lrpfx.Explainer, tmp_path: Path, workers: int
 ) -> None:
-    process = started(explainer, tmp_path, workers)
+    process = started(explainer, tmp_path, workers, pause=0.3)  # also on a busy machine
     while not list(tmp_path.glob("shard-*")):
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGINT)
