@@ -38,7 +38,7 @@ def samples(n: int) -> TensorDataset:
     return TensorDataset(torch.randn(n, 3, SIDE, SIDE, generator=drawn), torch.arange(n) % CLASSES)
 
 
-def table(sizes: Sequence[int] = (256, 512), rounds: int = 3) -> Table:
+def table(sizes: Sequence[int] = (256, 1024), rounds: int = 3) -> Table:
     """Seconds for so many samples, of each way to go through them."""
     columns = [
         "samples",
