@@ -5,8 +5,8 @@ A property that is measured holds for every spelling.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -19,6 +19,18 @@ aten = torch.ops.aten
 INPUTS = "lrpfx_inputs"
 #: Relative error that is round-off, by bytes of a number.
 _ROUNDED = {8: 1e-9, 4: 1e-4, 2: 2e-2}
+
+
+class Exponents(NamedTuple):
+    """A node is k exp(c a + d b).
+
+    Args:
+        powers: c and d.
+        plain: Whether k, which is constant, is one everywhere.
+    """
+
+    powers: tuple[float, ...]
+    plain: bool
 
 
 class Measured:
@@ -102,6 +114,51 @@ class Measured:
             return self._with(logarithm, {log: self._value(log) + mean})
 
         return self._same(end, without)
+
+    def exponents(self, end: fx.Node, entries: Sequence[fx.Node]) -> Exponents | None:
+        """How ``end`` is an exponential of some nodes, whatever numbers these have, if it is one.
+
+        Args:
+            end: The node in question.
+            entries: What it is computed from; what else it reads stays as it is.
+        """
+        try:
+            with torch.no_grad():
+                return self._exponents(end, entries)
+        except Exception:  # ops of the user's on values that mean nothing: nothing is known
+            return None
+
+    def _exponents(self, end: fx.Node, entries: Sequence[fx.Node]) -> Exponents | None:
+        zeros = {n: torch.zeros_like(self.drawn(n)) for n in entries}
+        k: Tensor = self._with(end, zeros)
+        counts = k != 0
+        powers = []
+        for n in entries:
+            grown = (self._with(end, {**zeros, n: zeros[n] + 1}) / k)[counts].log()
+            power = float(grown.double().mean())
+            whole = round(12 * power) / 12  # of roots, too; what is measured has round-off
+            powers.append(whole if abs(power - whole) < 1e-5 else power)
+
+        def is_so(values: dict[fx.Node, Any]) -> bool:
+            total = sum(c * values[n] for n, c in zip(entries, powers, strict=True))
+            value = self._with(end, values)
+            return bool(value.isfinite().all()) and _close(value, k * total.exp())
+
+        drawn = [{n: size * self.drawn(n, i) for i, n in enumerate(entries)} for size in (1, 3)]
+        if not any(powers) or not all(map(is_so, drawn)):
+            return None
+        if not is_so({n: self._value(n) for n in entries}):  # it is too coarse there
+            return None
+        return Exponents(tuple(powers), _close(k, torch.ones_like(k)))
+
+    def drawn(self, node: fx.Node, seed: int = 0) -> Tensor:
+        """Numbers in the form of a node's value."""
+        like: Tensor = node.meta["val"]
+        sizes = [size if isinstance(size, int) else size.node.hint for size in like.shape]
+        given = next(t for t in self._values.values() if isinstance(t, Tensor))
+        device = given.device if like.is_meta else like.device
+        generator = torch.Generator(device).manual_seed(seed)
+        return torch.randn(*sizes, generator=generator, dtype=like.dtype, device=device)
 
     def equals(self, end: fx.Node, compute: Callable[[Tensor], Tensor], of: fx.Node) -> bool:
         """Whether a node has the value that ``compute`` makes of another's."""

@@ -39,6 +39,7 @@ from lrpfx.canonize.softmaxes import (
     one_exponential_each,
     products_with_parts,
     whole_entmax,
+    whole_exponentials,
     whole_softmaxes,
 )
 from lrpfx.capture import Program
@@ -306,6 +307,7 @@ PASSES: tuple[Pass, ...] = (
     whole_relus,
     whole_functions,
     products_with_parts,
+    whole_exponentials,
     one_exponential_each,
     join_exponentials,
     whole_softmaxes,

@@ -97,6 +97,8 @@ class Recorder(ProxyTorchDispatchMode):
         self._stack: list[tuple[str, tuple[str, str]]] = [("", ("", _type_name(model)))]
         self._memories: dict[int, tuple[StorageWeakRef, int]] = {}
         self._at: dict[_Form, fx.Node] = {}
+        #: The memories that were made in the run or are the inputs', or that it has written into.
+        self._own: set[int] = set()
         self._devices: set[torch.device] = set()
 
     @property
@@ -158,6 +160,9 @@ class Recorder(ProxyTorchDispatchMode):
     def _keep(self, out: Any, node: fx.Node) -> None:
         """Remember which tensors the node computed."""
         if isinstance(out, Tensor):
+            memory = out.untyped_storage()._cdata
+            if memory not in self._memories or _writes(node):
+                self._own.add(memory)
             self._knows(out, node)
             if not self.passes:
                 self._cut[node] = None
@@ -220,6 +225,7 @@ class Recorder(ProxyTorchDispatchMode):
         node = self.graph.placeholder(name)
         node.meta["val"] = leaf
         if isinstance(leaf, Tensor):
+            self._own.add(leaf.untyped_storage()._cdata)
             self._knows(leaf, node)
 
     def node(self, tensor: Tensor) -> fx.Node:
@@ -254,6 +260,8 @@ class Recorder(ProxyTorchDispatchMode):
         _refuse_odd(tensor)
         if name is None and tensor.untyped_storage()._cdata in self._memories:
             known = self._at.get(self._form(tensor))
+            if known is None and tensor.untyped_storage()._cdata not in self._own:
+                return self._constant(tensor)  # another part of what was there before
             if known is None:
                 raise CaptureError(
                     "a tensor shares memory with another in a way that cannot be followed.",
@@ -261,15 +269,19 @@ class Recorder(ProxyTorchDispatchMode):
                     fix="write the line named with torch ops only.",
                 )
             found = self._detached(known, self._form(tensor))
+            self._knows(tensor, found)
+            return found
+        return self._constant(tensor, name)
+
+    def _constant(self, tensor: Tensor, name: str | None = None) -> fx.Node:
+        """An attribute of the graph: the model's, by its name there, or a copy."""
+        if name is None:
+            name = self._fresh_name()
+            with torch.inference_mode(False):
+                self.attributes[name] = tensor.detach().clone()
         else:
-            if name is None:
-                name = self._fresh_name()
-                with torch.inference_mode(False):
-                    tensor_then = tensor.detach().clone()
-            else:
-                tensor_then = tensor
-            self.attributes[name] = tensor_then
-            found = self.graph.create_node("get_attr", name)
+            self.attributes[name] = tensor
+        found = self.graph.create_node("get_attr", name)
         self._knows(tensor, found)
         return found
 
@@ -318,7 +330,11 @@ class Recorder(ProxyTorchDispatchMode):
         if takes_values(func, flat):
             assert self.running is not None
             name = self.running.target.overloadpacket.__name__  # type: ignore[union-attr]
-            self.read(self.running, _HOW.get(name, name))
+            masks = [t for t in flat[1:] if _is_mask(t)] if func in _MASKED else []
+            for node in dict.fromkeys(self._nodes.get(t, self.running) for t in masks) or [
+                self.running
+            ]:
+                self.read(node, _HOW.get(name, name))
 
     def read(self, node: fx.Node, how: str, leaves: bool = False) -> None:
         """Note that something reads the values of a node."""
@@ -384,6 +400,8 @@ class Recorder(ProxyTorchDispatchMode):
 
 #: How users know an op that reads a number.
 _HOW = {"item": "a number", "is_nonzero": "a condition", "index": "a mask"}
+#: What reads a mask, and not the values of what it picks.
+_MASKED = {aten.index.Tensor, aten.masked_select.default}
 #: Whether values decide the form of the result, for which PyTorch has no tag.
 _UNTAGGED = {aten._pack_padded_sequence.default, aten.tensor_split.tensor_indices_or_sections}
 _DECIDING = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
@@ -392,11 +410,15 @@ _DECIDING = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 def takes_values(func: Any, flat: Sequence[Any]) -> bool:
     """Whether an op's result is a number, or of a size, that values of its arguments decide."""
     if func is aten.index.Tensor:
-        return any(isinstance(t, Tensor) and t.dtype in (torch.bool, torch.uint8) for t in flat[1:])
+        return any(map(_is_mask, flat[1:]))
     if not isinstance(func, torch._ops.OpOverload):
         return False
     known = func.namespace in ("aten", "prim", "prims") or func._schema.name in NAMED
     return not known or func in _UNTAGGED or any(tag in func.tags for tag in _DECIDING)
+
+
+def _is_mask(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8)
 
 
 class _Leaves(TorchDispatchMode):
@@ -499,7 +521,12 @@ def _acts(node: fx.Node) -> bool:
     """Whether a node does more than compute what it returns."""
     if node.op == "get_attr" or node.target is operator.getitem:
         return False
-    return not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable
+    return not isinstance(node.target, torch._ops.OpOverload) or _writes(node)
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether a node is an op that writes into memory."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _is_floating(value: Any) -> bool:

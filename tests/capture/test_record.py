@@ -173,3 +173,40 @@ def test_a_failing_record_leaves_the_model_alone_and_names_the_line() -> None:
     model, x = lived_in(Apply(forward, layer=nn.Linear(6, 6))), torch.randn(2, 6)
     with assert_untouched(model, x), pytest.raises(CaptureError, match=r"vmap.*\n.*test_record.py"):
         lrpfx.explain(model, x, 1, capture="record")
+
+
+def test_tensors_outside_of_the_model_may_be_parts_of_one() -> None:
+    """As the two rows of a graph's edges are; what the run writes into is refused still."""
+    source, target = torch.tensor([[0, 1, 2, 2], [1, 0, 5, 3]])
+    rows = torch.zeros(2, 6, dtype=torch.float64)
+    row = rows[0]
+    x = torch.randn(2, 6, dtype=torch.float64)
+    edges = Apply(lambda m, x: m.layer(x[:, source] * 2 + x[:, target].tanh()), layer=_layer(4))
+    twin = Apply(
+        lambda m, x: m.layer(x[:, source.clone()] * 2 + x[:, target.clone()].tanh()),
+        layer=edges.layer,
+    )
+    got, expected = (lrpfx.explain(m, x, 1, capture="record").relevance for m in (edges, twin))
+    torch.testing.assert_close(got, expected)
+
+    def written(m: Any, x: Tensor) -> Tensor:
+        row.copy_(x[0])
+        return m.layer((x + rows[0])[:, :4])
+
+    with pytest.raises(lrpfx.errors.CaptureError, match="shares memory"):
+        lrpfx.explain(Apply(written, layer=edges.layer), x, 1, capture="record")
+
+
+def _layer(size: int) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(size, 3).double()
+
+
+def test_a_mask_that_is_a_constant_decides_by_no_input() -> None:
+    fixed = torch.tensor([True, False, True, True, False, True])
+    x = torch.randn(2, 6, dtype=torch.float64)
+    model = Apply(lambda m, x: m.layer(x[:, fixed]), layer=_layer(4))
+    assert lrpfx.explain(model, x, 1, capture="record").report.notes == ()
+    model = Apply(lambda m, x: m.layer(x[:, x[0] > x[0].sort().values[1]]), layer=_layer(4))
+    (note,) = lrpfx.explain(model, x, 1, capture="record").report.notes
+    assert note.startswith("recorded for these inputs alone") and "a mask" in note

@@ -1,5 +1,6 @@
 """Softmaxes in any words -> softmaxes: found by what all their spellings share, or compute."""
 
+from lrpfx.canonize.softmaxes.exponentials import whole_exponentials
 from lrpfx.canonize.softmaxes.joined import join_exponentials, one_exponential_each
 from lrpfx.canonize.softmaxes.normalized import whole_softmaxes
 from lrpfx.canonize.softmaxes.side_by_side import products_with_parts
@@ -10,5 +11,6 @@ __all__ = [
     "one_exponential_each",
     "products_with_parts",
     "whole_entmax",
+    "whole_exponentials",
     "whole_softmaxes",
 ]

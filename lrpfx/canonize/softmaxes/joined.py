@@ -26,18 +26,23 @@ _TWICE = {aten.exp.default, aten.amax.default, aten.max.default, aten.max.dim, o
 
 def one_exponential_each(module: fx.GraphModule) -> fx.GraphModule:
     """``exp(a - max(a)) / sum(exp(a - max(a)))`` with exponential and maximum once."""
-    graph = module.graph
-    if sum(node.target in _TWICE for node in graph.nodes) < 2:
+    if sum(node.target in _TWICE for node in module.graph.nodes) < 2:
         return module
+    for node, first in same_nodes(module.graph).items():
+        if node is not first and node.target in _TWICE:
+            node.replace_all_uses_with(first)
+    return module
+
+
+def same_nodes(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """By node the first that calls the same of the same."""
     first: dict[str, fx.Node] = {}
     same: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         called = fx.node.map_arg((node.args, node.kwargs), same.__getitem__)
         own = called if node.op == "call_function" else node.name if node.op != "get_attr" else ""
         same[node] = first.setdefault(f"{node.op} {node.target} {own}", node)
-        if same[node] is not node and node.target in _TWICE:
-            node.replace_all_uses_with(same[node])
-    return module
+    return same
 
 
 def join_exponentials(module: fx.GraphModule) -> fx.GraphModule:
@@ -47,14 +52,14 @@ def join_exponentials(module: fx.GraphModule) -> fx.GraphModule:
     competes stands in one tensor then, as ``whole_softmaxes`` wants it.
     """
     graph = module.graph
-    live = live_values(graph)
-    if sum(n.target is aten.exp.default for n in live) < 2:
+    if sum(n.target is aten.exp.default for n in graph.nodes) < 2:
         return module
+    live = live_values(graph)
     finest = max(map(precision, output_leaves(graph)), default=0)
     measured = Measured(module)
     groups: dict[tuple[fx.Node, ...], list[fx.Node]] = {}
     steady = set[fx.Node]()
-    for end, below in _quotients(graph, live):
+    for end, below in quotients_of(graph, live):
         own = _without_influence(end, below, live, measured)
         found = _summed(below, live - own)
         if len(found) > 1 and precision(end) == finest and _dimension(found) is not None:
@@ -65,7 +70,7 @@ def join_exponentials(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
-def _quotients(graph: fx.Graph, live: Container[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
+def quotients_of(graph: fx.Graph, live: Container[fx.Node]) -> Iterator[tuple[fx.Node, fx.Node]]:
     """Quotients, also by an inverse, and what they divide by."""
     for node in graph.nodes:
         if node not in live or node.target not in (aten.div.Tensor, aten.mul.Tensor):
@@ -107,7 +112,7 @@ def _summed(below: fx.Node, live: Container[fx.Node]) -> tuple[fx.Node, ...]:
         if node.target is aten.exp.default:
             found.append(node)
             continue
-        if not (is_inverse(node) if node is below else False) and not _sums(node, live):
+        if not (is_inverse(node) if node is below else False) and not is_sum(node, live):
             return ()
         inputs = {n for n in node.all_input_nodes if n in live} - seen
         seen |= inputs
@@ -115,7 +120,7 @@ def _summed(below: fx.Node, live: Container[fx.Node]) -> tuple[fx.Node, ...]:
     return tuple(sorted(found))
 
 
-def _sums(node: fx.Node, live: Container[fx.Node]) -> bool:
+def is_sum(node: fx.Node, live: Container[fx.Node]) -> bool:
     """Whether a node is proportional to its live inputs together, or moves them."""
     op = ops.find(node.target, frozenset(live_names(node, live)))
     return op is not None and (op.family in ("move", "select") or op.kind in PROPORTIONAL)
@@ -149,7 +154,7 @@ def _join(
         with end.graph.inserting_before(end):
             for operand in list(end.all_input_nodes):
                 way = {n for e in exponentials for n in between(e, operand)}
-                for node in sorted(way - {*copies} - steady):
+                for node in sorted((way & live) - {*copies} - steady):
                     for beside in steady.intersection(node.all_input_nodes) - {*copies}:
                         copies[beside] = insert(end, aten.alias.default, (beside,))
                         copies[beside].meta[HELD] = SHIFT

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ NORMALISER = "normaliser of a softmax"
 
 _SOFTMAXES = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
 _LOG_SOFTMAXES = {aten.log_softmax.int, aten._log_softmax.default}
-_NORM = aten.linalg_vector_norm.default
+NORM = aten.linalg_vector_norm.default
 #: What takes parts that stand side by side.
 _PARTS = {aten.select.int, aten.slice.Tensor}
 #: Kinds of ops that are proportional to their input, those with a guard such as a small number.
@@ -184,7 +185,8 @@ class _Exponential:
         for a, b in (end.args, end.args[::-1])[: 1 if end.target is aten.div.Tensor else 2]:
             if isinstance(a, fx.Node) and isinstance(b, fx.Node):
                 if (self.powers.get(a) or 0) > 0 and b in self.powers:
-                    return (a, b) if self._total(b) is not None else None
+                    one = self._total(b) is None  # a group of one, whose weight is 1
+                    return None if one and not self.measured.ignores(end, self.node) else (a, b)
         return None
 
     def _way(self, end: fx.Node) -> list[fx.Node]:
@@ -196,7 +198,7 @@ class _Exponential:
         for node in self._way(end):
             if not self.live.isdisjoint({*node.all_input_nodes} - {self.node, *self.powers}):
                 return None
-            if self._kind(node) in _SUMS or node.target is _NORM:
+            if self._kind(node) in _SUMS or node.target is NORM:
                 return node
         return None
 
@@ -206,7 +208,7 @@ class _Exponential:
             cast = node.target in (aten.to.dtype, aten._to_copy.default)
             (before, *more) = (n for n in node.all_input_nodes if n in self.powers)
             beside = {*node.all_input_nodes} - {before}
-            scaled = cast or self._kind(node) == "scale" or _exponent(node) is not None
+            scaled = cast or self._kind(node) == "scale" or exponent_of(node) is not None
             if more or not scaled or not self.live.isdisjoint(beside):
                 return False
             if not alike(before, node):
@@ -264,19 +266,16 @@ class _Exponential:
             return False
         way = [n for n in self._way(below) if self.powers[n] == 1]
         total = self._total(below)
-        assert total is not None
-        first = way.index(total)
-        if all(alike(n, self.node) for n in way[:first]):
+        first = way.index(total) if total in way else len(way)
+        if total is not None and all(alike(n, self.node) for n in way[:first]):
             way, rest = way[: first + 1], way[first + 1 :]
             for node in rest:  # guards
                 if not alike(node, total) or self._kind(node) == "reshape":
                     break
                 way.append(node)
-        elif all(alike(n, self.node) or n.target in _PARTS for n in way[:first]):
-            total = way[-1]  # parts are summed up, and then their sums
         else:
-            return False
-        last = way[-1]
+            total = below  # parts are picked or summed up, and then their sums
+        last = way[-1] if way else self.node
         with end.graph.inserting_before(end):
             groups = _handed_back(total, last, self.node, end)
             fits = (g for g in groups if self.measured.ignores_scale(end, self.node, last, g))
@@ -298,7 +297,7 @@ class _Exponential:
     def _again(self, end: fx.Node, operand: fx.Node, new: fx.Node) -> fx.Node:
         """Let an operand of ``end`` be computed from ``new`` in the place of the exponential."""
         copies = {self.node: new}
-        for node in between(self.node, operand):
+        for node in [n for n in between(self.node, operand) if n in self.live]:
             copies[node] = copied(node, copies, end)
             self.live.add(copies[node])
         end.replace_input_with(operand, copies[operand])
@@ -382,7 +381,7 @@ def _power(node: fx.Node, powers: Mapping[fx.Node, float | None]) -> float | Non
     if any(power is None for power in given):
         return None
     known = [power for power in given if power is not None]
-    if node.target in (operator.getitem, aten.detach.default, _NORM):
+    if node.target in (operator.getitem, aten.detach.default, NORM):
         return known[0]
     if node.target is aten.div.Tensor:
         above, below = (n in powers for n in node.args)
@@ -391,7 +390,7 @@ def _power(node: fx.Node, powers: Mapping[fx.Node, float | None]) -> float | Non
         return (
             -known[0] if node.target is aten.reciprocal.default or node.args[1:] == (-1,) else None
         )
-    if (exponent := _exponent(node)) is not None:
+    if (exponent := exponent_of(node)) is not None:
         return exponent * known[0]
     op = ops.find(node.target, frozenset(live_names(node, powers)))
     if op is None:
@@ -402,7 +401,7 @@ def _power(node: fx.Node, powers: Mapping[fx.Node, float | None]) -> float | Non
     return known[0] if alike else None
 
 
-def _exponent(node: fx.Node) -> float | None:
+def exponent_of(node: fx.Node) -> float | None:
     """The positive number that a node is a power by, None if it is none."""
     if node.target is aten.pow.Tensor_Scalar:
         exponent: Any = node.args[1]
@@ -442,8 +441,12 @@ def _handed_back(
     elif total.target is aten._unsafe_index_put.default:
         yield insert(like, aten.index.Tensor, (end, arguments["indices"]))
     else:
-        rank, own = entries.meta["val"].ndim, end.meta["val"].ndim
-        if own in (0, rank):
-            yield end
-        for dim in range(rank if own == rank - 1 else 0):
-            yield insert(like, aten.unsqueeze.default, (end, dim))
+        rank, sizes = entries.meta["val"].ndim, end.meta["val"].shape
+        if all(isinstance(size, int) and size == 1 for size in sizes):
+            yield insert(like, aten.reshape.default, (end, [])) if len(sizes) > rank else end
+            return
+        for places in combinations(range(rank), len(sizes)):
+            spread = end
+            for dim in sorted({*range(rank)} - {*places}):
+                spread = insert(like, aten.unsqueeze.default, (spread, dim))
+            yield spread

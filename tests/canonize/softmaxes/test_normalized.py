@@ -243,6 +243,25 @@ def zeros(score: Tensor) -> Tensor:
     return score.new_zeros(4, score.shape[1])
 
 
+def edge_by_edge(s: Tensor) -> Tensor:
+    e = s.exp()
+    return torch.stack([e[i] / e[TARGET == to].sum(0) for i, to in enumerate(TARGET)])
+
+
+def written_by_group(s: Tensor) -> Tensor:
+    e, found = s.exp(), torch.zeros_like(s)
+    for node in range(4):
+        found[TARGET == node] = e[TARGET == node] / (e[TARGET == node].sum(0) + 1e-16)
+    return found
+
+
+def number_by_number(s: Tensor) -> Tensor:
+    e, sums = s.exp(), dict.fromkeys(range(4), 0.0)
+    for i, to in enumerate(TARGET.tolist()):
+        sums[to] = sums[to] + e[i]
+    return torch.stack([e[i] / sums[to] for i, to in enumerate(TARGET.tolist())])
+
+
 GROUPS: dict[str, Callable[[Tensor], Tensor]] = {
     "scatter_add": lambda s: (
         (b := (s - largest(s)).exp()) / (zeros(s).scatter_add(0, places(s), b) + 1e-16)[TARGET]
@@ -257,6 +276,9 @@ GROUPS: dict[str, Callable[[Tensor], Tensor]] = {
         (b := (s - largest(s)).exp())
         / zeros(s).scatter_reduce(0, places(s), b, "sum").gather(0, places(s))
     ),
+    "edge by edge": edge_by_edge,
+    "by group, written": written_by_group,
+    "number by number": number_by_number,
     "a matrix of edges": lambda s: (
         (b := s.exp()) / ((hot := F.one_hot(TARGET, 4).to(s)) @ (hot.T @ b))
     ),

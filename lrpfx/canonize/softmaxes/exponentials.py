@@ -1,0 +1,136 @@
+"""What grows as an exponential and is summed up in a divisor -> ``exp``, however it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from lrpfx import ops
+from lrpfx.canonize.hold import is_inverse, live_values
+from lrpfx.canonize.insert import copied, insert
+from lrpfx.canonize.measure import Measured
+from lrpfx.canonize.softmaxes.joined import is_sum, quotients_of, same_nodes
+from lrpfx.canonize.softmaxes.normalized import NORM, PROPORTIONAL, exponent_of
+from lrpfx.ops import live_names, output_leaves, precision
+
+aten = torch.ops.aten
+
+#: More nodes, and more values that enter, than the formulas in use have.
+_LONGEST, _MOST = 8, 4
+
+
+def whole_exponentials(module: fx.GraphModule) -> fx.GraphModule:
+    """``exp(a) * exp(b)`` -> ``exp(a + b)``, ``sigmoid(a) / sigmoid(-a)`` -> ``exp(a)``.
+
+    So is all that is summed up in a divisor, as weights of a softmax are: the rules for products
+    and quotients would give other relevance. Whether a node is an exponential is measured: for
+    numbers that are drawn for a and b it must be k exp(c a + d b), where c and d are numbers, and k
+    is what it is for zeros.
+    """
+    graph = module.graph
+    if not any(node.target is aten.div.Tensor or is_inverse(node) for node in graph.nodes):
+        return module
+    live, measured = live_values(graph), Measured(module)
+    finest = max(map(precision, output_leaves(graph)), default=0)
+    belows = {below for _, below in quotients_of(graph, live)}
+    pending, seen, written = sorted(belows), set[fx.Node](), False
+    while pending:
+        node = pending.pop()
+        if node in seen or node.target is aten.exp.default:
+            continue
+        seen.add(node)
+        if precision(node) >= finest and _make_whole(node, measured, live):
+            written = True
+        elif node.target is NORM or is_sum(node, live) or (node in belows and is_inverse(node)):
+            pending += [n for n in node.all_input_nodes if n in live]
+    if written:
+        graph.eliminate_dead_code()
+    return module
+
+
+def _make_whole(node: fx.Node, measured: Measured, live: set[fx.Node]) -> bool:
+    """Write a node, and those that compute the same, as an exponential, if it is one."""
+    if not _is_pointwise(node) or _kind(node, live) == "scale":
+        return False  # what it scales may be
+    for entries, inside in _regions(node, live):
+        found = measured.exponents(node, entries)
+        if found is not None:
+            same = same_nodes(node.graph)
+            first, entries = same[node], [same[n] for n in entries]
+            with node.graph.inserting_before(first):
+                new = _written(first, dict(zip(entries, found.powers, strict=True)), live)
+                if not found.plain:
+                    new = _times(new, first, entries, [same[n] for n in inside])
+            live.add(new)
+            for other in [n for n, its_first in same.items() if its_first is first]:
+                other.replace_all_uses_with(new)
+            return True
+    return False
+
+
+def _regions(
+    end: fx.Node, live: Collection[fx.Node]
+) -> Iterator[tuple[list[fx.Node], list[fx.Node]]]:
+    """What enters the regions of pointwise ops that end in a node, and their nodes."""
+    inside, curved = {end}, _is_curved(end, live)
+    entries = {n for n in end.all_input_nodes if n in live}
+    while len(inside) <= _LONGEST:
+        if curved and len(entries) <= _MOST:
+            yield sorted(entries), sorted(inside)
+        if not (pointwise := list(filter(_is_pointwise, entries))):
+            return
+        last = max(pointwise)
+        inside.add(last)
+        curved = curved or _is_curved(last, live)
+        entries = (entries - {last}) | {n for n in last.all_input_nodes if n in live}
+
+
+def _is_pointwise(node: fx.Node) -> bool:
+    target: Any = node.target
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+
+
+def _is_curved(node: fx.Node, live: Collection[fx.Node]) -> bool:
+    """Whether a node is a function other than powers, with which alone nothing grows as exp."""
+    op = ops.find(node.target, frozenset(live_names(node, live)))
+    if op is None or op.family != "activation" or op.kind in PROPORTIONAL:
+        return False
+    return not is_inverse(node) and exponent_of(node) is None
+
+
+def _kind(node: fx.Node, live: Collection[fx.Node]) -> str:
+    op = ops.find(node.target, frozenset(live_names(node, live)))
+    return "" if op is None else op.kind
+
+
+def _written(like: fx.Node, powers: Mapping[fx.Node, float], live: set[fx.Node]) -> fx.Node:
+    """``exp(c a + d b)``; at the insert point."""
+    total: fx.Node | None = None
+    for node, power in sorted(powers.items(), key=lambda item: item[1] < 0):
+        if power == 0:
+            continue
+        number = power if total is None else abs(power)
+        term = node if number == 1 else insert(like, aten.mul.Tensor, (node, number))
+        if total is None:
+            total = term
+        else:
+            target = aten.add.Tensor if power > 0 else aten.sub.Tensor
+            total = insert(like, target, (total, term))
+        live.update((term, total))
+    assert total is not None
+    new = insert(like, aten.exp.default, (total,))
+    live.add(new)
+    return new
+
+
+def _times(
+    exponential: fx.Node, end: fx.Node, entries: Sequence[fx.Node], inside: Sequence[fx.Node]
+) -> fx.Node:
+    """The exponential times the value of ``end`` for zeros."""
+    copies = {n: insert(end, aten.zeros_like.default, (n,)) for n in entries}
+    for node in inside:
+        copies[node] = copied(node, copies, end)
+    return insert(end, aten.mul.Tensor, (exponential, copies[end]))
