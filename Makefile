@@ -8,7 +8,7 @@
 # make bench     what explanations cost: refreshes docs/performance.md (a quarter of an hour)
 # make compiled  what they cost compiled: its section of docs/performance.md (as long again)
 # make faithfulness  trains five networks and evaluates every method on them: refreshes
-#                docs/faithfulness.md (half an hour with the installation, on two cores)
+#                docs/faithfulness.md (ten minutes with the installation, on two cores)
 # make exported  what files of explanations cost: their section of docs/performance.md (as long again)
 # make docs      the pages of docs/ and the docstrings as a site, in site/
 # make dist      wheel and sdist in dist/, each installed and run outside of the checkout
