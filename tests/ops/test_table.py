@@ -457,7 +457,7 @@ def reached() -> set[str]:
     kinds = set()
     rows = [*ACTIVATIONS.values(), *(fn for fn, _, _ in SHIFTS.values())]
     for shape, fn in itertools.chain(LINEAR.values(), ((ROW, fn) for fn in rows)):
-        report = lrpfx.Explainer(Between(fn, shape), samples(shape)).report
+        report = lrpfx.Explainer(Between(fn, shape), samples(shape), capture="record").report
         kinds |= {row.kind for row in report.rows}
     return kinds
 
