@@ -76,7 +76,8 @@ def page(
     for name, r, x in pairs:
         above = f"<p><code>{html.escape(name)}</code></p>" if len(pairs) > 1 else ""
         shown.append(above + _shown(r, x, report, named))
-    return f"{''.join(shown)}<p>{facts(relevance, report)}</p>{_folded(report)}"
+    noted = "".join(f"<p><small>note: {html.escape(note)}</small></p>" for note in report.notes)
+    return f"{''.join(shown)}<p>{facts(relevance, report)}</p>{noted}{_folded(report)}"
 
 
 def facts(relevance: Any, report: Report) -> str:

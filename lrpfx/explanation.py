@@ -408,6 +408,11 @@ class Explanation(Generic[_Form]):
             with open(path if os.path.exists(path) else _with_ending(path), "rb") as file:
                 return _restored(file)
         except Exception as error:  # whatever a missing, damaged or hostile file leads to
+            if isinstance(error, FileNotFoundError):
+                raise InputError(
+                    f"there is no file {os.fspath(path)!s}.",
+                    fix="give the path that Explanation.save() wrote to.",
+                ) from error
             known = zipfile.is_zipfile(path) or isinstance(error, OSError)
             why = f"{type(error).__name__}: {error}" if known else "it is no .npz file"
             raise InputError(
@@ -419,11 +424,13 @@ class Explanation(Generic[_Form]):
         leaves = tensors_of(self.relevance)
         shapes = ", ".join(map(_form, leaves))
         report = self.report
+        ends = ["sums per op on demand, in its report"] if report.pending else []
+        if noted := len(report.notes):
+            ends.append(f"{noted} note{'s' * (noted > 1)} in its report")
         return (
             f"Explanation(relevance {shapes}; target: {report.target}; rules: {report.rules}; "
             f"started {report.started:.6g}, reached the inputs {report.reached:.6g}, "
-            f"absorbed {self.absorbed.sum().item():.6g}"
-            f"{'; its report has the ledger on demand' if report.pending else ''})"
+            f"absorbed {self.absorbed.sum().item():.6g}{''.join(f'; {end}' for end in ends)})"
         )
 
     def _repr_html_(self) -> str:

@@ -184,7 +184,7 @@ def heatmap(
 
 def grid(
     inputs: Tensor | None,
-    columns: Mapping[str, Tensor | Shown] | Sequence[Tensor | Shown],
+    columns: Mapping[str, Tensor | Shown] | Sequence[Tensor | Shown] | Tensor | Shown,
     titles: str | Sequence[str] | None = None,
     *,
     path: str | os.PathLike[str] | None = None,
@@ -201,7 +201,7 @@ def grid(
         inputs: The explained inputs (N, C, H, W), drawn as in `heatmap`; None for those of the
             first explanation, if it is one.
         columns: name -> explanation, or relevance (N, C, H, W) or (N, H, W); usually a composite
-            each. A list of explanations is named by their rules.
+            each. A list of explanations is named by their rules. One alone is one map.
         titles: One per sample.
         path: File to write to; the ending names the format (png, pdf, svg).
         cmap: See `heatmap`.
@@ -371,7 +371,7 @@ def _into(
 
 
 def _columns(
-    columns: Mapping[str, Tensor | Shown] | Sequence[Tensor | Shown],
+    columns: Mapping[str, Tensor | Shown] | Sequence[Tensor | Shown] | Tensor | Shown,
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """Relevance by name, and the input of the first explanation."""
     fix = "give {name: explanation}, or a list of explanations."
@@ -384,8 +384,10 @@ def _columns(
             name = name.split(" (")[0]
             taken = {name for name, _ in items}
             items.append((f"{name} ({k + 1})" if name in taken else name, one))
+    elif isinstance(columns, Tensor) or hasattr(columns, "relevance"):
+        return _columns([columns])  # type: ignore[list-item]  # Sequence is excluded above
     else:
-        raise InputError(f"columns cannot be a {type(columns).__name__}.", fix=fix)
+        raise InputError(f"columns cannot be of type {type(columns).__name__}.", fix=fix)
     if not items:
         raise InputError("columns holds no relevance to draw.", fix=fix)
     found: dict[str, Tensor] = {}
@@ -395,7 +397,11 @@ def _columns(
             found[name] = one
             continue
         if not hasattr(one, "relevance"):
-            raise InputError(f"columns[{name!r}] is a {type(one).__name__}.", fix=fix)
+            numpy = "give tensors: torch.from_numpy(relevance), or the explanations."
+            raise InputError(
+                f"columns[{name!r}] is of type {type(one).__name__}.",
+                fix=numpy if isinstance(one, np.ndarray) else fix,
+            )
         pairs = explained_pairs(one.relevance, one.inputs)
         if len(pairs) != 1:
             raise InputError(

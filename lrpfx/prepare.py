@@ -30,7 +30,9 @@ from lrpfx.ops import (
     find,
     is_floating,
     live_names,
+    nodes_in,
     op_name,
+    output_leaves,
     record,
     source_line,
     used_nodes,
@@ -272,6 +274,12 @@ def _check_live(
             "embedding is indexed by.",
             where=[f"inputs: {', '.join(captured.signature.paths)}"],
             fix="give the input as a floating tensor, or its embedding.",
+        )
+    if not nodes_in(output_leaves(graph)):
+        raise CaptureError(
+            "the model returns no tensor.",
+            where=[f"forward() of {type(captured.model).__name__}"],
+            fix="explain a wrapper module that returns the score in question.",
         )
     raise CaptureError(
         "no output of the model depends on the explained inputs: relevance ends on the way.",

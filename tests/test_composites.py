@@ -71,7 +71,7 @@ def test_parameters_of_the_composite_below_stay() -> None:
 
 
 def test_the_report_says_what_the_entries_are_laid_over() -> None:
-    assert report(EpsilonPlusFlat() + OWN).rules == "1 entries over epsilon_plus_flat"
+    assert report(EpsilonPlusFlat() + OWN).rules == "1 entry over epsilon_plus_flat"
     assert "over epsilon_plus_flat" not in report(OWN).rules
 
 
@@ -201,7 +201,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_registered_name_stands_for_its_rules() -> None:
     lrpfx.register_composite("mine", [*OWN, "epsilon_plus_flat"])
     assert laid("mine") == "Flat Gamma Epsilon"
-    assert report("mine").rules == "mine: 1 entries over epsilon_plus_flat"
+    assert report("mine").rules == "mine: 1 entry over epsilon_plus_flat"
     assert laid([("linear", ZPlus()), "mine"]) == "Flat Gamma ZPlus"
     lrpfx.register_composite("mine", EpsilonAll(0.5))
     assert report("mine").rules == "mine"

@@ -84,6 +84,18 @@ def fc(forward: Callable[..., Any], **members: Any) -> Callable[[], nn.Module]:
 # -- inputs ---------------------------------------------------------------------------------------
 
 
+class Array:
+    """As a table of pandas."""
+
+    def __array__(self) -> np.ndarray:
+        return np.zeros((2, 3))
+
+
+class Picture(Array):
+    def getbands(self) -> tuple[str, ...]:
+        return ("R", "G", "B")
+
+
 def raises_key_error(m: Any, x: Tensor) -> Tensor:
     layers = {"fc": m.fc}
     return layers["no such layer"](x)
@@ -120,6 +132,16 @@ INPUTS = [
     Case("no samples", errors.InputError, mlp, lambda: x()[:0]),
     Case("None", errors.InputError, mlp, lambda: None, ("NoneType",)),
     Case("numpy", errors.InputError, mlp, lambda: x().numpy(), ("ndarray",)),
+    Case(
+        "lists of numbers",
+        errors.InputError,
+        mlp,
+        lambda: x(20).tolist(),
+        ("and 15 more", r"torch\.tensor\(x\)"),
+    ),
+    Case("what holds an array", errors.InputError, mlp, lambda: Array(), (r"numpy\.asarray\(x\)",)),
+    Case("image of Pillow", errors.InputError, mlp, lambda: Picture(), ("to_tensor",)),
+    Case("text as output", errors.CaptureError, fc(lambda m, x: "text"), x, ("no tensor",)),
     Case("integers", errors.InputError, mlp, lambda: x().long(), ("int64",)),
     Case("complex", errors.InputError, mlp, lambda: x().to(torch.complex64), ("complex64",)),
     Case("function as model", errors.InputError, lambda: F.relu, x, ("function",)),

@@ -109,6 +109,21 @@ def test_repr_is_short(explanation: Explanation) -> None:
     assert f"{report.started:.6g}" in text and f"{report.reached:.6g}" in text
 
 
+def test_what_is_noted_shows_wherever_an_explanation_does() -> None:
+    """A blank picture without a word is taken for a result."""
+    dead = Apply(lambda m, x: m.b((m.a(x) - 100).relu()), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
+    e = lrpfx.explain(dead, draw(2, 3), 1)
+    assert "zero everywhere" in e.report.notes[0] and repr(e).endswith("1 note in its report)")
+    assert f"note: {e.report.notes[0]}" in " ".join(Page(e._repr_html_()).text)
+    assert "note" not in repr(lrpfx.explain(nn.Linear(3, 2), draw(2, 3), 1))
+
+
+def test_a_file_that_is_not_there_is_named() -> None:
+    with pytest.raises(errors.InputError, match=r"there is no file nowhere\.npz") as caught:
+        Explanation.load("nowhere.npz")
+    check_form(caught.value)
+
+
 def test_repr_names_shapes(images: Explanation, several: Explanation) -> None:
     assert "float32[2, 1, 4, 4]" in repr(images)
     assert repr(several).count("float32[2, 3]") == 2

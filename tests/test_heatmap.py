@@ -235,6 +235,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "names of an image": dict(feature_names=["a"]),
     "titles": dict(titles="one for two"),
     "clip": dict(clip=0),
+    "clip as a share": dict(clip=0.99),
     "scale": dict(scale="log"),
     "negative scale": dict(scale=-1.0),
     "cmap": dict(cmap="no such"),
@@ -257,7 +258,14 @@ def test_options_that_do_not_fit_are_errors_in_the_librarys_form(options: dict[s
 
 
 def test_a_grid_takes_explanations_lists_and_tensors(images: Explanation) -> None:
-    for columns in ({"a": images}, [images], {"a": images.relevance}, [images.relevance, images]):
+    for columns in (
+        images,
+        images.relevance,
+        {"a": images},
+        [images],
+        {"a": images.relevance},
+        [images.relevance, images],
+    ):
         for inputs in (images.inputs, None):
             assert len(maps(grid(inputs, columns))) >= 2
     shown = texts(grid(None, [images, images], "one two".split()))

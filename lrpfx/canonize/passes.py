@@ -145,8 +145,9 @@ def _refuse_training(module: fx.GraphModule, by_batch: bool) -> fx.GraphModule:
             "the model is in training mode: its output is random or depends on the other samples.",
             where=counted(_place(node, why) for node, why in bad),
             fix="call model.eval() first, to explain it by running statistics; or train it as it "
-            'is by lrpfx.Explainer(model, x, bn="batch"). What follows neither, such as F.dropout '
-            "without training=self.training, has to be told.",
+            'is by lrpfx.Explainer(model, x, bn="batch"). If it stays so in evaluation mode, '
+            "forward() calls an op without the module's mode: F.dropout needs "
+            "training=self.training.",
         )
     return module
 

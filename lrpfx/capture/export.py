@@ -173,13 +173,15 @@ def check_examples(model: nn.Module, inputs: Inputs) -> tuple[list[Any], pytree.
     _refuse_untraceable(model)
     leaves, spec = flatten_inputs(inputs)
     if not any(isinstance(leaf, Tensor) for leaf in leaves):
-        of_numpy = any(isinstance(leaf, np.ndarray) for leaf in leaves)
+        fix = "give at least one floating tensor, or token ids that feed an embedding."
+        if any(isinstance(leaf, np.ndarray) for leaf in leaves):
+            fix = "give tensors: torch.from_numpy(x)."
+        elif all(isinstance(leaf, (int, float)) for leaf in leaves) and not spec.is_leaf():
+            fix = "give a tensor in place of lists of numbers: torch.tensor(x)."
         raise InputError(
             "there is nothing to explain: no input is a tensor.",
-            where=_described(leaves, inputs),
-            fix="give tensors: torch.from_numpy(x)."
-            if of_numpy
-            else "give at least one floating tensor, or token ids that feed an embedding.",
+            where=some(_described(leaves, inputs)),
+            fix=fix,
         )
     if batch_of(leaves) == 0:
         raise InputError("the inputs hold no samples.", fix="give a batch of at least one.")

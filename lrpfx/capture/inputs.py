@@ -63,9 +63,24 @@ def split_inputs(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return tuple(inputs), {}
     raise InputError(
         f"inputs must be a tensor, a tuple or a dict, not {type(inputs).__name__}.",
-        fix="give a tensor: torch.from_numpy(x), of the model's dtype: .float() as a rule."
-        if isinstance(inputs, np.ndarray)
-        else "give model(x) as x, model(x, y) as (x, y), model(a=x) as {'a': x}.",
+        fix=_as_tensor(inputs)
+        or "give model(x) as x, model(x, y) as (x, y), model(a=x) as {'a': x}.",
+    )
+
+
+def _as_tensor(inputs: Any) -> str:
+    """How a tensor is made of what holds numbers in another form, "" if it holds none."""
+    if isinstance(inputs, np.ndarray):
+        return "give a tensor: torch.from_numpy(x), of the model's dtype: .float() as a rule."
+    if not hasattr(inputs, "__array__") and not hasattr(inputs, "__array_interface__"):
+        return ""
+    if hasattr(inputs, "getbands"):  # an image of Pillow
+        return (
+            "give a tensor (N, C, H, W) as the model was trained on, such as "
+            "torchvision.transforms.functional.to_tensor(x)[None], normalised."
+        )
+    return (
+        "give a tensor: torch.tensor(numpy.asarray(x)), of the model's dtype: .float() as a rule."
     )
 
 

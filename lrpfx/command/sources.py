@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lrpfx.capture import first_line
 from lrpfx.errors import InputError, some
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
@@ -58,16 +60,26 @@ def _torchvision(name: str, pretrained: bool) -> nn.Module:
     models = _library("torchvision.models", "torchvision")
     if name not in models.list_models():
         raise _no_model("torchvision", name, models.list_models())
-    model: nn.Module = models.get_model(name, weights="DEFAULT" if pretrained else None)
-    return model
+    return _made(lambda: models.get_model(name, weights="DEFAULT" if pretrained else None), name)
 
 
 def _timm(name: str, pretrained: bool) -> nn.Module:
     timm = _library("timm", "timm")
     if not timm.is_model(name):
         raise _no_model("timm", name, timm.list_models())
-    model: nn.Module = timm.create_model(name, pretrained=pretrained)
-    return model
+    return _made(lambda: timm.create_model(name, pretrained=pretrained), name)
+
+
+def _made(make: Callable[[], nn.Module], name: str) -> nn.Module:
+    """What a library makes by a name; without a network its own weights cannot come."""
+    try:
+        return make()
+    except Exception as error:  # a download may raise anything
+        raise InputError(
+            f"{name} cannot be made: {type(error).__name__}: {first_line(error)}",
+            fix="download the weights where there is a network, and give their file as --weights; "
+            "or --weights none, for the model without them.",
+        ) from error
 
 
 def _library(module: str, package: str) -> Any:
@@ -91,8 +103,6 @@ def _library(module: str, package: str) -> Any:
 
 
 def _no_model(library: str, name: str, names: Sequence[str]) -> InputError:
-    import difflib
-
     near = difflib.get_close_matches(name, names, n=3)
     return InputError(
         f"{library} has no model {name!r}.",
@@ -118,11 +128,14 @@ def _own(place: str, name: str) -> nn.Module:
             fix="give a file such as net.py:Net, or an importable module such as package.net:Net.",
         ) from error
     if not hasattr(module, name):
-        public = [n for n in vars(module) if not n.startswith("_")]
+        own = [n for n, v in vars(module).items() if _may_be_a_model(v, module.__name__)]
+        near = difflib.get_close_matches(name, own, n=3)
         raise InputError(
             f"{place} has no {name!r}.",
-            where=some([f"it has {n}" for n in public]),
-            fix="name a module class, a function that returns a module, or a module.",
+            where=some([f"it has {n}" for n in own]),
+            fix=f"did you mean {' or '.join(near)}?"
+            if near
+            else "name a module class, a function that returns a module, or a module.",
         )
     found = getattr(module, name)
     if not isinstance(found, nn.Module):
@@ -139,6 +152,13 @@ def _own(place: str, name: str) -> nn.Module:
             fix="name a module class, a function that returns a module, or a module.",
         )
     return found
+
+
+def _may_be_a_model(value: Any, module: str) -> bool:
+    """Whether it is a module, or a class or function that this file itself defines."""
+    return isinstance(value, nn.Module) or (
+        callable(value) and getattr(value, "__module__", None) == module
+    )
 
 
 def _load_weights(model: nn.Module, path: str) -> None:

@@ -37,6 +37,7 @@ def run_explain(asked: Namespace) -> int:
         out = out.with_suffix(".png")
     pictures = _pictures(paths, out, folder)
     explainer = None
+    noted: set[str] = set()
     done = 0
     for number, some in enumerate(batches(paths, asked.batch)):
         images = torch.stack([pixels.read(path) for path in some])
@@ -45,6 +46,10 @@ def run_explain(asked: Namespace) -> int:
             with _told("capturing the model"):
                 explainer = Explainer(model, inputs, _rules(asked, pixels))
         explanation = explainer(inputs, asked.target, ledger=False)
+        for note in explanation.report.notes:
+            if note not in noted:
+                noted.add(note)
+                print(f"lrpfx: note: {note}", file=sys.stderr)
         if asked.save:
             _make(Path(asked.save))
             explanation.save(Path(asked.save) / f"batch_{number}.npz")

@@ -49,7 +49,7 @@ def check_count(name: str, given: Sequence[str] | None, count: int, of: str) -> 
     """Raise InputError unless there is one for each."""
     if given is not None and len(given) != count:
         raise InputError(
-            f"{name} has {len(given)} entries, and there are {count}.", fix=f"give one per {of}."
+            f"{name}: {len(given)} given, and there are {count}.", fix=f"give one per {of}."
         )
 
 
@@ -81,6 +81,12 @@ def look_of(
         raise InputError(
             f"clip={clip!r}.",
             fix="give a percentile, such as 99 (100 clips nothing), or two, such as (1, 99).",
+        )
+    if pair[1] <= 1:
+        meant = tuple(100 * p for p in pair) if isinstance(clip, (tuple, list)) else 100 * clip
+        raise InputError(
+            f"clip={clip!r} is a percentile: nearly all would have full colour.",
+            fix=f"percentiles go from 0 to 100: give {meant!r}, or 100 to clip nothing.",
         )
     if isinstance(scale, str) and scale not in ("each", "shared"):
         raise InputError(f"scale={scale!r}.", fix="give 'each', 'shared' or a number.")

@@ -123,6 +123,11 @@ def read_rules(rules: Any) -> Composite:
         return read_rules(last) + own if own else read_rules(last)
     if isinstance(rules, type) or not hasattr(rules, "__iter__") and not isinstance(rules, Rule):
         shown = f"{rules.__name__}(...)" if isinstance(rules, type) else "lrpfx.ZPlus()"
+        if isinstance(rules, type) and issubclass(rules, Rule):
+            raise RuleError(
+                f"rules={rules.__name__} is the class of a rule.",
+                fix=f"give an instance: rules={shown}, or [('conv', {shown})] for some of the ops.",
+            )
         raise RuleError(
             f"rules={rules!r} is no composite, name, rule or list of (selector, rule).",
             fix="give a name such as 'epsilon_plus', a composite such as "
@@ -158,7 +163,8 @@ def resolve(rules: RulesLike, nodes: Iterable[Record]) -> tuple[tuple[Composite,
     if isinstance(composite, Named):
         return (composite,), composite.name
     own = f"{composite.name}: " if composite.name != "rules" else ""
-    reading = f"{own}{len(composite.entries)} entries over"
+    count = len(composite.entries)
+    reading = f"{own}{count} {'entry' if count == 1 else 'entries'} over"
     if composite.over is not None:
         return (composite, composite.over), f"{reading} {composite.over.name}"
     return (composite, default), f"{reading} {named}"

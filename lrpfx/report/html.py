@@ -19,17 +19,26 @@ details { margin-left: 1.2em; border-left: 2px solid #ddd; padding-left: .6em; }
 summary { cursor: pointer; padding: .15em 0; }
 summary small { color: #666; margin: 0 .6em; }
 table { border-collapse: collapse; margin: .2em 0 .2em 1.2em; }
-td, th { text-align: left; padding: .1em .7em .1em 0; white-space: nowrap; }
+details table { width: calc(100% - 1.2em); font-size: 12px; }
+td, th { text-align: left; padding: .1em .7em .1em 0; overflow-wrap: anywhere; min-width: 5.5em; }
 th, .key { color: #666; font-weight: normal; }
 code { color: #555; font-size: 12px; }
 pre { white-space: pre-wrap; }
-.rule { padding: 0 .4em; border-radius: .3em; }
+.rule { padding: 0 .4em; border-radius: .3em; color: #222; }
+.flow { float: right; white-space: nowrap; } td.flow { float: none; width: 1px; padding: 0; }
 .bar { display: inline-block; width: 80px; height: .7em; background: #eee; margin: 0 .4em; }
+.number { display: inline-block; width: 5.5em; }
 .bar i { display: block; height: 100%; }
 .plus { background: #d6604d; } .minus { background: #4393c3; } .kept { background: #666; }
+summary::after { content: ""; display: block; clear: both; }
 @media (max-width: 50em) {
-body { margin: 1em; } details { margin-left: 0; } table { margin-left: 0; }
-td, th { white-space: normal; } details td { display: inline-block; }
+body { margin: 1em; } details, table { margin-left: 0; } details table { width: 100%; }
+details td { display: inline-block; } .flow { float: none; display: block; }
+}
+@media (prefers-color-scheme: dark) {
+:root { color-scheme: dark; } body { color: #ddd; background: #181818; } code { color: #bbb; }
+th, .key, summary small { color: #aaa; } details { border-color: #444; } .bar { background: #333; }
+.kept { background: #999; }
 }
 """
 
@@ -77,7 +86,7 @@ class _Tree:
         return (
             f"<summary><b>{html.escape(group.path[-1])}</b>"
             f"<small>{html.escape(group.rules)}</small>"
-            f"{''.join(flow)}</summary>"
+            f'<span class="flow">{flow}</span></summary>'
         )
 
     def _row(self, row: Row) -> str:
@@ -90,14 +99,15 @@ class _Tree:
             html.escape(row.why),
             html.escape("x".join(map(str, row.shape))),
             *([] if booked else [html.escape(row.edge)]),
-            *self._flow(row.relevance_in, sum(row.absorbed.values()) if booked else None),
             html.escape(causes),
             f'<code title="{html.escape(row.source)}">{html.escape(row.place)}</code>',
         ]
-        return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>\n"
+        flow = self._flow(row.relevance_in, sum(row.absorbed.values()) if booked else None)
+        shown = "".join(f"<td>{cell}</td>" for cell in cells)
+        return f'<tr>{shown}<td class="flow">{flow}</td></tr>\n'
 
-    def _flow(self, arrived: float | None, stayed: float | None) -> tuple[str, str]:
-        return self._bar(arrived, "plus"), self._bar(stayed, "kept")
+    def _flow(self, arrived: float | None, stayed: float | None) -> str:
+        return self._bar(arrived, "plus") + self._bar(stayed, "kept")
 
     def _bar(self, value: float | None, kind: str) -> str:
         if value is None:
@@ -106,5 +116,6 @@ class _Tree:
         width = round(100 * min(share, 1.0)) if math.isfinite(share) else 0
         kind = "minus" if value < 0 and kind == "plus" else kind
         return (
-            f'<span class="bar"><i class="{kind}" style="width:{width}%"></i></span>{number(value)}'
+            f'<span class="bar"><i class="{kind}" style="width:{width}%"></i></span>'
+            f'<span class="number">{number(value)}</span>'
         )

@@ -15,8 +15,8 @@ _STYLE = (
     "<style>div.lrpfx { overflow: auto; max-height: 40em; max-width: 100%; }"
     "table.lrpfx { font-size: 12px; border-collapse: collapse; margin: 0; }"
     "table.lrpfx tr th, table.lrpfx tr td { text-align: left; padding: .1em .6em .1em 0; "
-    "max-width: 15em; white-space: normal; overflow-wrap: anywhere; }"
-    "table.lrpfx tr td.n { text-align: right; white-space: nowrap; }</style>"
+    "max-width: 15em; white-space: normal; min-width: 5.5em; overflow-wrap: anywhere; }"
+    "table.lrpfx tr td.n { text-align: right; white-space: nowrap; min-width: 0; }</style>"
 )
 _MOST = 60  # rows that are shown without being asked for
 _LEAST = 6  # characters of a column of words

@@ -3,6 +3,7 @@
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 import lrpfx
-from lrpfx.command import main
+from lrpfx.command import main, sources
 from lrpfx.command.sources import Pixels
 from tests.test_explanation import PNG
 
@@ -30,6 +31,10 @@ class Net(nn.Module):
 class Gap(Net):
     def forward(self, x):
         return super().forward(x.histc(4).sum() + x)
+
+class Dead(Net):
+    def forward(self, x):
+        return self.head((self.conv(x) - 1000).relu().mean((2, 3)))
 
 number = 3
 
@@ -136,6 +141,34 @@ def test_errors_have_the_librarys_form_and_exit_code_1(
     assert main(line.split()) == 1
     said = capsys.readouterr().err
     assert "lrpfx: " in said and "  fix:   " in said and word in said
+
+
+def test_weights_that_cannot_be_downloaded_end_in_words(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    zoo = SimpleNamespace(list_models=lambda: ["resnet18"], get_model=refused)
+    monkeypatch.setattr(sources, "_library", lambda *_: zoo)
+    line = "explain --model torchvision:resnet18 --weights default --image photos"
+    assert main(line.split()) == 1
+    said = capsys.readouterr().err
+    assert "resnet18 cannot be made: OSError: no network" in said and "--weights none" in said
+
+
+def test_notes_of_an_explanation_are_told_once(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = "explain --model net.py:Dead --image photos --size 8 --batch 3 --out maps"
+    assert main(line.split()) == 0
+    assert capsys.readouterr().err.count("note: relevance is zero everywhere") == 1
+
+
+def test_a_shape_that_is_none_is_told_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main("coverage --model a:b --shape 3x8x8".split())
+    assert "'3x8x8' is no shape; write sizes and commas" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("line", ["", "explain", "coverage --model a:b --shape 3,x", "paint"])

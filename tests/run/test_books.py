@@ -65,7 +65,7 @@ def test_what_needs_no_sums_costs_no_second_run(explainer: lrpfx.Explainer) -> N
         assert (report.notes, report.target) == ((), "class 1, one-hot times output")
         assert report.started == pytest.approx(e.seed.sum().item()) and report.has_ledger
         assert report.reached == pytest.approx(e.relevance.sum().item())
-        assert "ledger on demand" in repr(e) and "on demand" in e._repr_html_()
+        assert "on demand" in repr(e) and "on demand" in e._repr_html_()
         assert e.absorbed.shape == (2,) and e.plot() is not None
 
 
