@@ -28,6 +28,7 @@ from lrpfx.explanation import Explanation
 from lrpfx.pipeline import pipeline_of
 from lrpfx.plan import RulesLike
 from lrpfx.prepare import BatchNorm, prepare_by
+from lrpfx.progress import told
 from lrpfx.report import Report
 from lrpfx.rules import Gradient, ReLURule
 from lrpfx.run import (
@@ -201,7 +202,10 @@ class Explainer:
         fixed = None
         if freeze and isinstance(model, nn.Module):
             fixed = versions(state_of(model))
-        with TRACING:  # meanwhile another thread's trace may hold fake tensors in the model
+        with (
+            told(_long(model)),
+            TRACING,
+        ):  # meanwhile another thread's trace may hold fake tensors in the model
             given = model, inputs, rules, dynamic, wrt, bn
             prepared = prepare_by(capture, *given, once=self._once)
             self._engine = Engine(prepared, inputs, fixed, bn == "batch")
@@ -482,6 +486,16 @@ class _OfOneCall(Explainer):
     """What ``explain`` makes: its graph is for these inputs only."""
 
     _once = True
+
+
+def _long(model: Any) -> str:
+    """What is said of a set-up that takes seconds."""
+    recurrent = isinstance(model, nn.Module) and any(
+        isinstance(module, nn.RNNBase) for module in model.modules()
+    )
+    steps = ": one part for each step of its recurrent layers" if recurrent else ""
+    name = type(model).__name__
+    return f"still making the graph of {name}{steps}; an Explainer does so once for all its calls"
 
 
 def _made_again(cls: type[_Explainer], recipe: Recipe) -> _Explainer:

@@ -1,12 +1,15 @@
-"""Long work -> a progress bar, where tqdm is installed and the work takes more than seconds."""
+"""Long work -> a progress bar where it has parts and tqdm is installed, else a line of words."""
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 _Item = TypeVar("_Item")
-#: Seconds before a bar is shown.
+#: Seconds before anything is shown.
 _PATIENCE = 3.0
 
 
@@ -30,3 +33,23 @@ def shown(items: Sequence[_Item], what: str, progress: bool = True) -> Iterator[
         for item in items:
             yield item
             bar.update()
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Say once what is being done, if it takes more than seconds and somebody watches.
+
+    Args:
+        what: One line. It is written to the error stream where that is a terminal or a notebook's.
+    """
+    stream = sys.stderr  # that of now: capture may put another in its place
+    if not (stream.isatty() or "ipykernel" in sys.modules):
+        yield
+        return
+    timer = threading.Timer(_PATIENCE, lambda: print(f"lrpfx: {what}", file=stream, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
