@@ -244,8 +244,8 @@ def _check_chosen(
         if not {inputs[i] for i in leaves} & set(starts.values()):
             forms = captured.signature.leaves
             raise InputError(
-                f"wrt: there is nothing to explain in {name!r}: explained are floating inputs, and "
-                "integers that an embedding is indexed by.",
+                f"wrt: there is nothing to explain in {name!r}: only floating inputs are "
+                "explained, and integers that an embedding is indexed by.",
                 where=[f"{captured.signature.paths[i]}: {forms[i]}" for i in leaves],
                 fix="give it as a floating tensor, or leave it out of wrt.",
             )
@@ -270,8 +270,8 @@ def _check_live(
         )
     if not starts:
         raise CaptureError(
-            "there is nothing to explain: explained are floating inputs, and integers that an "
-            "embedding is indexed by.",
+            "there is nothing to explain: only floating inputs are explained, and integers "
+            "that an embedding is indexed by.",
             where=[f"inputs: {', '.join(captured.signature.paths)}"],
             fix="give the input as a floating tensor, or its embedding.",
         )

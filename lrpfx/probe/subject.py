@@ -94,8 +94,8 @@ class Subject:
         self.chosen_ids = set(self.ids) if wanted is not None else {s.leaf for s in rows}
         if not self.starts and not self.chosen_ids:
             raise InputError(
-                "there is nothing to explain: explained are floating inputs, and integers that an "
-                "embedding is indexed by.",
+                "there is nothing to explain: only floating inputs are explained, and integers "
+                "that an embedding is indexed by.",
                 where=[f"inputs: {', '.join(self.paths)}"],
                 fix="give the input as a floating tensor, or its embedding.",
             )

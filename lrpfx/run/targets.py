@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -176,10 +176,18 @@ def make_seed(
         notes.append(_one_entry(output, seed))
     tensors = [t for t in leaves if isinstance(t, Tensor)]
     if len(tensors) > 1:
-        description += f" of output {index} (the first of {len(tensors)} tensors)"
+        which = _which(rebuild(leaves), output, index)
+        description += f" of {which} (the first of {len(tensors)} tensors)"
     seeds: list[Tensor | None] = [None] * len(leaves)
     seeds[index] = seed
     return Seed(seeds, classes, description, notes=tuple(notes))
+
+
+def _which(returned: Any, output: Tensor, index: int) -> str:
+    """What users know an output by: its key or field, where it has one."""
+    named = returned if isinstance(returned, Mapping) else getattr(returned, "__dict__", {})
+    key = next((key for key, value in named.items() if value is output), None)
+    return f"output {index}" if key is None else f"output {key!r}"
 
 
 def _is_seed(target: Any) -> bool:

@@ -518,3 +518,28 @@ def test_another_length_is_told_what_lets_it_vary() -> None:
     explainer = lrpfx.Explainer(nn.Sequential(nn.Linear(3, 1)).eval(), torch.randn(2, 4, 3))
     with pytest.raises(errors.InputError, match=r"dynamic=\(1,\)"):
         explainer(torch.randn(2, 5, 3), (0, 0))
+
+
+@dataclasses.dataclass
+class Named:
+    scores: Tensor
+    kept: Tensor
+
+
+@pytest.mark.parametrize(
+    ("form", "named"),
+    [
+        (lambda s, h: {"scores": s, "kept": h}, "'scores'"),
+        (lambda s, h: {0: s, 1: h}, "0"),
+        (Named, "'scores'"),
+        (lambda s, h: (s, h), "0"),
+    ],
+)
+def test_of_several_outputs_the_one_explained_is_named(form: Callable, named: str) -> None:
+    model = Apply(lambda m, x: form(m.fc(x), x.sum(1)), fc=nn.Linear(3, 2)).eval()
+    for explained in (
+        lrpfx.explain(model, draw(2, 3), 1),
+        lrpfx.Explainer(model, draw(2, 3))(draw(2, 3), 1),
+        lrpfx.attributors.gradient(model, draw(2, 3), 1),
+    ):
+        assert explained.report.target.endswith(f"of output {named} (the first of 2 tensors)")
