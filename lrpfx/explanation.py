@@ -194,7 +194,7 @@ class Explanation(Generic[_Form]):
             clip: Percentile of the absolute relevance at which colours end, such as 99, or those
                 of the relevance at which either side ends, such as (1, 99).
             scale: "each" sample its own, "shared" by all, or the relevance that has full colour.
-            overlay: Draw the map over the image: True, or an opacity.
+            overlay: Draw the map over the image: True, or an opacity; clip=99 shows more of it.
             columns: How many samples side by side.
             limit: How many samples at most: by default 64 images, 8 volumes, 16 of anything else.
             slices: Of a volume, how many slices, or which.

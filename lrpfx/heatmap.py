@@ -110,7 +110,8 @@ def heatmap(
             such as (1, 99): the percentiles of the relevance at which either side ends, each side
             on its own scale.
         scale: "each" map its own, "shared" by all samples, or the relevance that has full colour.
-        overlay: Draw the map of an image over it in gray: True, or an opacity up to 1.
+        overlay: Draw the map of an image over it in gray: True, or an opacity up to 1. Few pixels
+            are as strong as the strongest, so that clip=99 makes more of the map visible.
         columns: How many samples side by side; of a volume, how many slices.
         limit: How many samples at most: by default 64 images, 8 volumes, 16 of anything else. The
             picture says how many it leaves out.

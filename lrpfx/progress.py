@@ -43,7 +43,8 @@ def told(what: str) -> Iterator[None]:
         what: One line. It is written to the error stream where that is a terminal or a notebook's.
     """
     stream = sys.stderr  # that of now: capture may put another in its place
-    if not (stream.isatty() or "ipykernel" in sys.modules):
+    watched = getattr(stream, "isatty", bool)() or "ipykernel" in sys.modules
+    if stream is None or not watched:
         yield
         return
     timer = threading.Timer(_PATIENCE, lambda: print(f"lrpfx: {what}", file=stream, flush=True))

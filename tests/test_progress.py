@@ -3,6 +3,7 @@
 import io
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,6 +39,14 @@ def test_a_slow_set_up_is_told_on_a_terminal_and_nowhere_else(
     else:
         (line,) = said
         assert line.startswith("lrpfx: still making the graph of Apply: one part for each step")
+
+
+@pytest.mark.parametrize("stream", [None, SimpleNamespace(write=len)])
+def test_any_error_stream_will_do(stream: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window without a console has none; a test runner has one that can only be written."""
+    monkeypatch.setattr(sys, "stderr", stream)
+    with progress.told("nothing"):
+        pass
 
 
 def test_what_is_quick_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

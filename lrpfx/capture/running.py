@@ -119,6 +119,14 @@ def _changes(model: nn.Module, leaves: Sequence[Any]) -> list[tuple[str, _Change
     typed = of_tensors(lambda t: t.to(dtype) if _differs(t, dtype) else t)
     placed = of_tensors(lambda t: t.to(device) if t.device != device else t)
     channels = of_images(lambda t: t.movedim(-1, -3))
+    coloured = of_tensors(lambda t: t.repeat(1, 3, 1, 1) if t.ndim == 4 and t.shape[1] == 1 else t)
+    gray = of_tensors(
+        lambda t: (
+            t.mean(1, keepdim=True)
+            if t.ndim == 4 and t.shape[1] in (3, 4) and t.is_floating_point()
+            else t
+        )
+    )
     one_image = of_images(lambda t: t.movedim(-1, -3)[None] if t.ndim == 3 else t)
     missing, order = "add the batch dimension: x[None]", "put channels first: x.movedim(-1, -3)"
     return [
@@ -132,6 +140,8 @@ def _changes(model: nn.Module, leaves: Sequence[Any]) -> list[tuple[str, _Change
         (f"move to the model's device: x.to('{device}')", placed),
         (order, channels),
         ("add the batch dimension and put channels first: x.movedim(-1, -3)[None]", one_image),
+        ("give the gray image three channels: x.repeat(1, 3, 1, 1)", coloured),
+        ("give the image one channel: x.mean(1, keepdim=True)", gray),
         (f"{missing}, and convert to the model's {own}", lambda leaf: alone(typed(leaf))),
     ]
 

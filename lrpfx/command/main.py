@@ -75,7 +75,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="P",
         help="percentile of the relevance that has full colour; 99 shows weaker pixels, too",
     )
-    explain.add_argument("--overlay", action="store_true", help="draw the map over the image")
+    explain.add_argument(
+        "--overlay",
+        action="store_true",
+        help="draw the map over the image; --clip 99 makes more visible",
+    )
     explain.add_argument(
         "--batch", type=_positive, default=8, metavar="N", help="images at a time (default: 8)"
     )

@@ -19,6 +19,8 @@ from lrpfx.capture import first_line
 from lrpfx.errors import InputError, some
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
+#: How the names of pictures end that are written.
+PICTURES = (".png", ".pdf", ".svg", ".jpg", ".jpeg")
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 

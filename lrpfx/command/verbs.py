@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lrpfx.command.sources import Pixels, batches, find_images, load_model, pixels_for
+from lrpfx.command.sources import PICTURES, Pixels, batches, find_images, load_model, pixels_for
 from lrpfx.composites import EpsilonGammaBox
 from lrpfx.coverage import coverage
 from lrpfx.errors import InputError, LrpError
@@ -32,6 +32,11 @@ def run_explain(asked: Namespace) -> int:
     out = Path(asked.out)
     folder = len(paths) > 1 or Path(asked.image).is_dir()
     if folder:
+        if out.suffix in PICTURES and not out.is_dir():
+            raise InputError(
+                f"--out {out} is one picture, and {asked.image} is a folder of images.",
+                fix=f"give a folder, such as --out {out.with_suffix('')}.",
+            )
         _make(out)
     elif out.suffix == "":
         out = out.with_suffix(".png")

@@ -20,6 +20,10 @@ def images() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 3)).eval()
 
 
+def gray() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 3)).eval()
+
+
 class Pair(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -33,6 +37,12 @@ X = torch.randn(1, 3, 8, 8)
 ROW = torch.randn(1, 3)
 LACKING: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     "an image alone": (images, X[0], r"x\[None\]; the model runs on float32\[1, 3, 8, 8\]"),
+    "a gray image for a model of colours": (
+        images,
+        X[:, :1],
+        r"x.repeat\(1, 3, 1, 1\); the model runs on float32\[1, 3, 8, 8\]",
+    ),
+    "a colour image for a model of gray ones": (gray, X, r"x.mean\(1, keepdim=True\)"),
     "channels last": (images, X.movedim(1, -1), r"channels first: x.movedim\(-1, -3\)"),
     "one image, channels last": (images, X[0].movedim(0, -1), r"x.movedim\(-1, -3\)\[None\]"),
     "double": (images, X.double(), r"dtype float32"),

@@ -129,6 +129,7 @@ WRONG = {
     "onto the image": ("explain --model net.py:Net --image photos --out photos", "overwrite"),
     "no rules": ("explain --model net.py:Net --image photos --rules epsilon", "epsilon"),
     "target": ("explain --model net.py:Net --image photos --target 7 --size 8", "out of range"),
+    "one picture": ("explain --model net.py:Net --image photos --out maps.png", "--out maps."),
     "no page": ("report --model net.py:Net --shape 3,8,8 --html no/page.html", "no/page.html"),
     "default": ("coverage --model net.py:Net --weights default", "torchvision and timm"),
 }
