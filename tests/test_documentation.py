@@ -1,21 +1,27 @@
 """README and pages: snippets run, reports are as shown, and what is named is there."""
 
+import doctest
 import pkgutil
 import re
 import runpy
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import matplotlib
+import numpy as np
 import pytest
+import sklearn.cluster
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lrpfx
+from lrpfx.command.main import _EXAMPLES, _parser
 from lrpfx.ops import table
 from lrpfx.plan import resolve
 
@@ -150,9 +156,21 @@ SETUP: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if BLOCK.search(p.read_text("utf-8"))],
-                         ids=lambda page: page.stem)  # fmt: skip
-def test_every_snippet_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+#: What is in blocks that take seconds, which `make nightly` runs.
+SLOW = "onnxruntime"
+SNIPPETS = [
+    pytest.param(page, slow, id=f"{page.stem}, {SLOW}" if slow else page.stem,
+                 marks=[pytest.mark.nightly] if slow else [])
+    for page in PAGES
+    for slow in (False, True)
+    if any((SLOW in block) >= slow for _, block in BLOCK.findall(page.read_text("utf-8")))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("page", "slow"), SNIPPETS)
+def test_every_snippet_runs(
+    page: Path, slow: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From top to bottom; what is imported on the page stays imported."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(table, "_TABLE", dict(table._TABLE))  # a page may register an op ...
@@ -161,8 +179,52 @@ def test_every_snippet_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Monk
     torch.manual_seed(0)
     names = SETUP.get(page.name, images)()
     for indent, block in BLOCK.findall(page.read_text("utf-8")):
+        if SLOW in block and not slow:
+            continue
         code = "".join(line.removeprefix(indent) for line in block.splitlines(keepends=True))
         exec(compile(code, str(page), "exec"), names)
+
+
+def docstrings() -> dict[str, str]:
+    """Those with examples, by the name of what they are of."""
+    found: dict[str, str] = {"lrpfx": lrpfx.__doc__ or ""}
+    for module in [m for name, m in sys.modules.items() if name.split(".")[0] == "lrpfx"]:
+        for name, one in vars(module).items():
+            if getattr(one, "__module__", None) == module.__name__ and isinstance(
+                one, (type, FunctionType)
+            ):
+                found[name] = one.__doc__ or ""
+    return {name: text for name, text in found.items() if ">>>" in text}
+
+
+@pytest.mark.parametrize("name", sorted(docstrings()))
+def test_every_example_of_a_docstring_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(table, "_TABLE", dict(table._TABLE))
+    monkeypatch.setattr(resolve, "_OWN", {})
+    matplotlib.use("agg")
+    torch.manual_seed(0)
+    running = SimpleNamespace(default=torch.ops.aten.special_bessel_j0.default)
+    ops = SimpleNamespace(my_ops=SimpleNamespace(running_total=running))
+    names = images(layer4=nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()))
+    names |= {"register_op": lrpfx.register_op, "sklearn": sklearn}
+    names["points"] = np.random.default_rng(0).random((40, 3), dtype=np.float32)
+    if name == "register_op":
+        names["torch"] = SimpleNamespace(ops=ops)
+    for example in doctest.DocTestParser().get_examples(docstrings()[name]):
+        exec(example.source, names)
+
+
+def test_every_command_line_on_a_page_is_one() -> None:
+    lines = [line.strip() for page in PAGES for line in page.read_text("utf-8").splitlines()]
+    lines += _EXAMPLES.splitlines()
+    calls = [line.split() for line in map(str.strip, lines) if re.match(r"lrpfx \w+ --", line)]
+    assert len(calls) >= 8
+    for call in calls:
+        asked = _parser().parse_args(call[1:])
+        assert asked.model and asked.run
 
 
 #: The one that is quick; `make docs` runs all.
