@@ -97,7 +97,8 @@ class Engine:
     def __init__(
         self, prepared: Prepared, inputs: Inputs, fixed: Versions | None, by_batch: bool
     ) -> None:
-        self.captured, self.module, self.starts, self.live, self.plan, self.report = prepared
+        self.captured, self.module, self.starts, self.live, self.plan, self.report = prepared[:-1]
+        self._expected = prepared.expected
         self.by_batch = by_batch
         graph, prefix = self.module.graph, self.captured.prefix
         self.running = running_of(self.captured.model, graph, prefix)
@@ -154,6 +155,13 @@ class Engine:
             self._check_sizes(inputs, leaves)
         kept = [_kept(leaf, asked.create_graph) for leaf in leaves]
         return _Call(self, inputs, asked, leaves, kept, paths, conditions)
+
+    def compare(self, inputs: Inputs, clean: Sequence[Any]) -> None:
+        """Compare what the graph returns with what the model did, if that has yet to be done."""
+        expected, self._expected = self._expected, None
+        if expected is not None:
+            got = [t for t in clean if isinstance(t, Tensor)]
+            check_faithful(self.captured, self.module, inputs, expected, got)
 
     def _read(self, asked: Asked) -> Conditions | None:
         """The conditions of a call as they are laid on the graph, None if there are none."""
@@ -260,6 +268,7 @@ class _Call:
         gauge = engine.alarm.gauge(module) if self.measured else None
         with torch.set_grad_enabled(asked.create_graph):
             run = self._forward(module if gauge is None else gauge.run)
+            engine.compare(self.inputs, run.clean)
             if isinstance(run, Run) and not again:
                 for running, statistics in zip(engine.running, run.statistics, strict=True):
                     running.follow(statistics, engine.state.current())

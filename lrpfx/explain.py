@@ -23,11 +23,11 @@ from lrpfx.capture import (
 )
 from lrpfx.conditions import Condition, Places
 from lrpfx.engine import Asked, Engine
-from lrpfx.errors import CompileError, InputError
+from lrpfx.errors import CaptureError, CompileError, InputError
 from lrpfx.explanation import Explanation
 from lrpfx.pipeline import pipeline_of
 from lrpfx.plan import RulesLike
-from lrpfx.prepare import BatchNorm, prepare_by
+from lrpfx.prepare import BatchNorm, instead_of, prepare_by
 from lrpfx.progress import told
 from lrpfx.report import Report
 from lrpfx.rules import Gradient, ReLURule
@@ -122,9 +122,17 @@ def explain(
         RuleError: A rule with illegal parameters, or on an op that it does not fit.
         SelectorError: A selector, composite or layer that names nothing.
     """
+    asked = Asked(target, layers, create_graph, ledger)
     with lines_forgotten():
         explainer = _OfOneCall(model, inputs, rules, wrt=wrt, capture=capture)
-        return explainer._answer(explainer, inputs, Asked(target, layers, create_graph, ledger))
+        try:
+            return explainer._answer(explainer, inputs, asked)
+        except CaptureError as error:  # its graph does not compute what the model does
+            if capture != "auto" or explainer._engine.captured.decisions is None:
+                raise
+            with instead_of("record", error) as other:
+                explainer = _OfOneCall(model, inputs, rules, wrt=wrt, capture=other)
+                return explainer._answer(explainer, inputs, asked)
 
 
 #: So many are kept of the modes of a model that is taken by its batches.

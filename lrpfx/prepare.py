@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from lrpfx.canonize import batch_statistics, canonize, release
 from lrpfx.capture import (
@@ -60,6 +60,7 @@ class Prepared(NamedTuple):
         live: The nodes that carry relevance.
         plan: The rule of each of them.
         report: The report, without an explanation in it.
+        expected: What the model returned, if the graph has yet to be compared with it.
     """
 
     captured: Captured
@@ -68,6 +69,7 @@ class Prepared(NamedTuple):
     live: set[fx.Node]
     plan: Plan
     report: Report
+    expected: Sequence[Tensor] | None = None
 
 
 def prepare(
@@ -78,6 +80,7 @@ def prepare(
     wrt: Wrt = None,
     by: Way = "export",
     bn: BatchNorm = "running",
+    later: bool = False,
 ) -> Prepared:
     """Capture a model, and decide what each node of its graph does with relevance.
 
@@ -92,6 +95,7 @@ def prepare(
         wrt: See ``lrpfx.explain``.
         by: See ``capture.capture``.
         bn: See ``lrpfx.Explainer``.
+        later: Whether a recorded graph is compared with the model when it explains, by that run.
 
     Raises:
         LrpError: As ``lrpfx.explain``, for everything that concerns model and rules.
@@ -99,7 +103,7 @@ def prepare(
     by_batch = bn == "batch"
     with contextlib.ExitStack() as stack:
         off = stack.enter_context(quiet(model, inputs)) if by_batch else []
-        prepared = _prepare(model, inputs, rules, dynamic, wrt, by, by_batch)
+        prepared = _prepare(model, inputs, rules, dynamic, wrt, by, by_batch, later)
     left = unfollowed(prepared.captured, prepared.module, inputs) if by_batch else []
     notes = []
     for names, what in (
@@ -119,6 +123,7 @@ def _prepare(
     wrt: Wrt,
     by: Way,
     by_batch: bool,
+    later: bool,
 ) -> Prepared:
     captured, program, expected = capture(model, inputs, dynamic, by)
     chosen = chosen_inputs(model, inputs, wrt)
@@ -128,7 +133,9 @@ def _prepare(
     _check_chosen(graph, starts, chosen, captured)
     live = annotate(graph, starts, prefix)
     _check_live(graph, live, starts, captured)
-    check_faithful(captured, module, inputs, expected)
+    later = later and by == "record"
+    if not later:
+        check_faithful(captured, module, inputs, expected)
     plan = assign(records(graph), rules, model)
     notes = list(plan.notes)
     released = plan.by_gradient and release(graph)
@@ -154,7 +161,8 @@ def _prepare(
     carriers = find_carriers(graph, plan.assignments, live, starts, ())
     multipliers = {node.name: carry.takes for node, carry in carriers.items()}
     report = make_report(plan, constants(graph, live), notes, multipliers)
-    return Prepared(captured, module, starts, live, plan, report)
+    given = captured, module, starts, live, plan, report
+    return Prepared(*given, expected if later else None)
 
 
 def prepare_by(
@@ -177,7 +185,8 @@ def prepare_by(
         dynamic: See ``lrpfx.Explainer``.
         wrt: See ``lrpfx.explain``.
         bn: See ``lrpfx.Explainer``.
-        once: Whether the graph is for these inputs only, so that a record of their run suits.
+        once: Whether the graph is for these inputs only, so that a record of their run suits; that
+            is compared with the model when it explains.
 
     Raises:
         LrpError: As ``prepare``.
@@ -193,21 +202,28 @@ def prepare_by(
             fix='give "export", "record", or "auto" for the one that suits, and else the other.',
         )
     if by != "auto":
-        return prepare(model, inputs, rules, dynamic, wrt, by, bn)
+        return prepare(model, inputs, rules, dynamic, wrt, by, bn, later=once)
     first: Way = "record" if once else "export"
-    other, instead = _INSTEAD[first]
     try:
-        return prepare(model, inputs, rules, dynamic, wrt, first, bn)
+        return prepare(model, inputs, rules, dynamic, wrt, first, bn, later=once)
     except TrainingModeError:
         raise
-    except CaptureError as refused:
-        try:
+    except CaptureError as error:
+        with instead_of(first, error) as other:
             return prepare(model, inputs, rules, dynamic, wrt, other, bn)
-        except CaptureError as again:
-            if again.what == refused.what:
-                raise refused from None
-            where = [*refused.where, f"{instead}: {again.what}", *again.where]
-            raise CaptureError(refused.what, where=where, fix=again.fix) from again
+
+
+@contextlib.contextmanager
+def instead_of(way: Way, refused: CaptureError) -> Iterator[Way]:
+    """Yields the other way of capture; if that is refused as well, the error names both reasons."""
+    other, instead = _INSTEAD[way]
+    try:
+        yield other
+    except CaptureError as again:
+        if again.what == refused.what:
+            raise refused from None
+        where = [*refused.where, f"{instead}: {again.what}", *again.where]
+        raise CaptureError(refused.what, where=where, fix=again.fix) from again
 
 
 #: The other way of capture, and what is said where it is tried.

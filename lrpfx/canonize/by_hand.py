@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lrpfx.canonize.hold import is_inverted, live_values
+from lrpfx.canonize.hold import inverted, live_values
 from lrpfx.canonize.insert import insert
 from lrpfx.canonize.parts import lerp
 from lrpfx.canonize.writer import Writer
@@ -115,10 +115,11 @@ def whole_lerps(module: fx.GraphModule) -> fx.GraphModule:
     PyTorch write the steps of a GRU, whose equation is the latter. For a constant w, such as the
     inverse of a divisor, the two are one linear map.
     """
-    changing, live = varying(module.graph), live_values(module.graph)
+    changing = varying(module.graph)
+    turned = inverted(module.graph, live_values(module.graph))
     for node in list(module.graph.nodes):
         found = _lerp_of(node)
-        if found is None or found[2] not in changing or is_inverted(found[2], live):
+        if found is None or found[2] not in changing or found[2] in turned:
             continue
         step, way, weight = found
         start, end = way.args if node.target is aten.sub.Tensor else way.args[::-1]

@@ -21,12 +21,11 @@ from lrpfx.ops import (
     CONVS,
     KEPT,
     bound_arguments,
-    from_inputs,
     is_floating,
+    is_reached,
     live_names,
     module_calls,
     op_name,
-    reachable,
     source_line,
 )
 
@@ -130,8 +129,9 @@ def constants_behind_layers(module: fx.GraphModule) -> fx.GraphModule:
     Likewise for a constant per channel that is added or multiplied; a number that the layer has
     been multiplied by goes into s.
     """
+    reached: dict[fx.Node, bool] = {}
     for node in list(module.graph.nodes):
-        found = _changes_channels(node)
+        found = _changes_channels(node, reached)
         if found is None:
             continue
         operand, dim, sign = found
@@ -140,15 +140,14 @@ def constants_behind_layers(module: fx.GraphModule) -> fx.GraphModule:
             continue
         trivial = not way.moves and sign == 1
         same = all(n.meta["val"].dtype == node.meta["val"].dtype for n in way.layers)
-        known = [weight_of(n) for n in way.layers]
-        if trivial or not same or any(map(_is_reached, known)):
+        if trivial or not same or any(is_reached(weight_of(n), reached) for n in way.layers):
             continue
         places = _places(module, way, operand, dim)
         if isinstance(places, str):
             node.meta[KEPT] = places
             continue
         with module.graph.inserting_before(node):
-            _write(node, way, places, sign)
+            _write(node, way, places, sign, reached)
     return module
 
 
@@ -172,7 +171,9 @@ def _number(node: fx.Node) -> float | None:
     return None
 
 
-def _changes_channels(node: fx.Node) -> tuple[fx.Node, int, int] | None:
+def _changes_channels(
+    node: fx.Node, reached: dict[fx.Node, bool]
+) -> tuple[fx.Node, int, int] | None:
     """What a batch norm or a constant scales or shifts by channel, along which dimension.
 
     And the sign that it has, as in ``b - x``. One constant for all is none.
@@ -194,7 +195,7 @@ def _changes_channels(node: fx.Node) -> tuple[fx.Node, int, int] | None:
         if not alike or (i and node.target is aten.div.Tensor):
             continue
         wide = [d - given.ndim for d, size in enumerate(given.shape) if size != 1]
-        if len(wide) != 1 or _is_reached(constant):
+        if len(wide) != 1 or is_reached(constant, reached):
             continue
         sign = -1 if i and node.target is aten.sub.Tensor else 1
         return operand, wide[0] % value.ndim, sign
@@ -264,9 +265,15 @@ def _places(
     }
 
 
-def _write(node: fx.Node, way: Way, places: dict[fx.Node, list[int]], sign: int) -> None:
+def _write(
+    node: fx.Node,
+    way: Way,
+    places: dict[fx.Node, list[int]],
+    sign: int,
+    reached: dict[fx.Node, bool],
+) -> None:
     """The moves of the layers, scaled and shifted, in the place of ``node``."""
-    scale, shift = _scale_and_shift(node)
+    scale, shift = _scale_and_shift(node, reached)
     copies: dict[fx.Node, fx.Node] = {}
     for layer, own in places.items():
         by = [1] * layer.meta["val"].ndim
@@ -305,11 +312,13 @@ def _typed(node: fx.Node, like: fx.Node) -> fx.Node:
     return node if node.meta["val"].dtype == dtype else insert(node, aten.to.dtype, (node, dtype))
 
 
-def _scale_and_shift(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+def _scale_and_shift(
+    node: fx.Node, reached: dict[fx.Node, bool]
+) -> tuple[fx.Node | None, fx.Node | None]:
     """By what a node scales and shifts channels, as vectors."""
     if node.target is aten.batch_norm.default:
         return batch_norm_constants(node)
-    constant = next(n for n in node.all_input_nodes if not _is_reached(n))
+    constant = next(n for n in node.all_input_nodes if not is_reached(n, reached))
     vector = insert(node, aten.reshape.default, (constant, [-1]))
     if node.target is aten.mul.Tensor:
         return vector, None
@@ -317,10 +326,6 @@ def _scale_and_shift(node: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
         return insert(node, aten.reciprocal.default, (vector,)), None
     negative = node.target is aten.sub.Tensor and node.args[1] is constant
     return None, insert(node, aten.neg.default, (vector,)) if negative else vector
-
-
-def _is_reached(node: fx.Node) -> bool:
-    return any(n.op == "placeholder" for n in reachable([node], from_inputs))
 
 
 def batch_norm_constants(bn: fx.Node) -> tuple[fx.Node, fx.Node]:

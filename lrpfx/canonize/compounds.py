@@ -82,7 +82,8 @@ def _traced(node: fx.Node, inputs: Sequence[fx.Node]) -> fx.GraphModule | None:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    values, mode = [n.meta["val"] for n in inputs], fake_mode(inputs)
+    values = [n.meta["val"] for n in inputs]
+    mode = fake_mode(values)
     if mode is None:  # on "meta" PyTorch opens more than the op
         mode, values = faked(values)
     assert isinstance(node.target, OpOverload)

@@ -26,11 +26,10 @@ from lrpfx.ops import (
     KEPT,
     KEPT_NOTE,
     bound_arguments,
-    from_inputs,
+    is_reached,
     module_calls,
     output_leaves,
     precision,
-    reachable,
 )
 
 aten = torch.ops.aten
@@ -49,10 +48,11 @@ def fold_into_layers(module: fx.GraphModule) -> fx.GraphModule:
     their values are what ``layers=`` reports as these modules' activations. Batch norm before zero
     padding is kept, as the padding would not be shifted with the rest.
     """
+    reached: dict[fx.Node, bool] = {}
     finest = max(map(precision, output_leaves(module.graph)), default=0)
     for node in list(module.graph.nodes):
         if node.target is not aten.batch_norm.default:
-            if (found := _constant_behind(node, finest)) is not None:
+            if (found := _constant_behind(node, finest, reached)) is not None:
                 _fold_constant(node, *found)
             continue
         source = node.args[0]
@@ -86,7 +86,9 @@ def _say_why(bn: fx.Node, source: fx.Node) -> None:
     bn.meta[KEPT] = f"{behind}; {ahead}"
 
 
-def _constant_behind(node: fx.Node, finest: int) -> tuple[fx.Node, fx.Node] | None:
+def _constant_behind(
+    node: fx.Node, finest: int, reached: dict[fx.Node, bool]
+) -> tuple[fx.Node, fx.Node] | None:
     """Of a sum or a product with a constant per channel the layer it stands behind, and that.
 
     Under autocast it may be finer than the layer's output; it is folded if what the model returns,
@@ -105,8 +107,7 @@ def _constant_behind(node: fx.Node, finest: int) -> tuple[fx.Node, fx.Node] | No
         same = layer.meta["val"].dtype == node.meta["val"].dtype
         known = same or precision(node) > precision(layer) >= finest
         known = known and _is_per_channel(constant, layer)
-        leaves = reachable([constant, weight_of(layer)], from_inputs) if known else ()
-        if known and not any(n.op == "placeholder" for n in leaves):
+        if known and not any(is_reached(n, reached) for n in (constant, weight_of(layer))):
             return layer, constant
     return None
 

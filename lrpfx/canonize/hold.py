@@ -10,7 +10,7 @@ from torch import fx
 
 from lrpfx import ops
 from lrpfx.canonize.insert import insert
-from lrpfx.ops import HELD, SHAPED, is_floating, live_names, reachable, varying
+from lrpfx.ops import HELD, SHAPED, comes_from, is_floating, live_names, varying
 
 aten = torch.ops.aten
 
@@ -78,7 +78,7 @@ def _is_of_what_it_scales(node: fx.Node, statistical: set[fx.Node]) -> bool:
             else:
                 scaled += [n for n in user.all_input_nodes if n is not current]
     of = _measured(node)
-    return all(of in reachable([n]) or n in reachable([of]) for n in scaled)
+    return all(comes_from(n, of) or comes_from(of, n) for n in scaled)
 
 
 def _measured(statistic: fx.Node) -> fx.Node:
@@ -195,31 +195,34 @@ def hold_divisors(module: fx.GraphModule) -> fx.GraphModule:
     """
     _hold_quotients(module)
     live = live_values(module.graph)
+    turned = inverted(module.graph, live)
     for node in list(module.graph.nodes):
         if node.target not in _PRODUCTS:
             continue
         factors = {n for n in node.all_input_nodes if n in live}
-        inverses = {n for n in factors if is_inverted(n, live)}
-        if inverses == factors:
+        if factors <= turned:
             continue
-        for inverse in inverses:
+        for inverse in factors & turned:
             with module.graph.inserting_before(node):
                 node.replace_input_with(inverse, _held(node, inverse))
     return module
 
 
-def is_inverted(node: fx.Node, live: set[fx.Node]) -> bool:
-    """Whether a node is an inverse, moved or scaled maybe, a power of it, or their product."""
-    if is_inverse(node):
-        return True
-    if node.target is operator.getitem:
-        return is_inverted(node.all_input_nodes[0], live)
-    op = ops.find(node.target, frozenset(live_names(node, live)))
-    if op is None or (op.family != "move" and op.kind not in _OF_INVERSES):
-        return False
-    inputs = [n for n in node.all_input_nodes if n in live]
-    inputs = inputs[:1] if node.target in SHAPED else inputs
-    return bool(inputs) and all(is_inverted(n, live) for n in inputs)
+def inverted(graph: fx.Graph, live: set[fx.Node]) -> set[fx.Node]:
+    """The nodes that are inverses, moved or scaled maybe, powers of these, or their products."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        inputs = [n for n in node.all_input_nodes if n in live]
+        inputs = inputs[:1] if node.target in SHAPED else inputs
+        if is_inverse(node):
+            found.add(node)
+        elif node.target is operator.getitem:
+            found |= {node} if node.all_input_nodes[0] in found else set()
+        elif inputs and found.issuperset(inputs):
+            op = ops.find(node.target, frozenset(live_names(node, live)))
+            if op is not None and (op.family == "move" or op.kind in _OF_INVERSES):
+                found.add(node)
+    return found
 
 
 def _held(before: fx.Node, divisor: fx.Node) -> fx.Node:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -14,8 +15,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.utils import _pytree as pytree
-
-from lrpfx.ops import nodes_in
 
 
 def insert(
@@ -38,10 +37,8 @@ def insert(
     keep = ("nn_module_stack", "stack_trace", "torch_fn")
     new.meta = {key: like.meta[key] for key in keep if key in like.meta}
     values = fx.node.map_arg((new.args, new.kwargs), lambda n: n.meta["val"])
-    assert isinstance(values, tuple)
-    mode = fake_mode(nodes_in((new.args, new.kwargs)))
     try:
-        new.meta["val"] = _value(target, *values, mode)
+        new.meta["val"] = value_of(target, values)
     except DynamicOutputShapeException:
         if known is None:
             raise
@@ -49,25 +46,88 @@ def insert(
     return new
 
 
-@torch.no_grad()
-def _value(target: Any, args: Any, kwargs: Any, mode: FakeTensorMode | None) -> Any:
-    """What the call returns, without numbers."""
-    if mode is not None:
-        with mode, enable_python_dispatcher():
-            return target(*args, **kwargs)
-    try:
-        value = target(*args, **kwargs)
-    except NotImplementedError:  # of an op that PyTorch runs on fake tensors only
-        mode, (args, kwargs) = faked((args, kwargs))
-        with mode, enable_python_dispatcher():
-            value = target(*args, **kwargs)
-    return pytree.tree_map_only(Tensor, _empty, value)
+def value_of(target: Any, values: Any) -> Any:
+    """What a call returns, as tensors without numbers.
+
+    On "meta" the forms of the arguments decide that, and it is remembered by them: layers of one
+    form are many, and PyTorch writes much of what finds it in Python.
+
+    Args:
+        target: What is called.
+        values: Positional and keyword arguments, with tensors on "meta" or fake tensors.
+    """
+    mode = fake_mode(values)
+    if mode is None:
+        if isinstance(target, torch._ops.OpOverload) and (key := _key(values)) is not None:
+            return _built(_remembered(target, key, torch.get_default_dtype()))
+        return run_on_meta(target, values)
+    with torch.no_grad(), mode, enable_python_dispatcher():
+        return target(*values[0], **values[1])
 
 
-def fake_mode(nodes: Iterable[fx.Node]) -> FakeTensorMode | None:
-    """The mode of the fake tensors that nodes have for values; None if those are on "meta"."""
-    values = pytree.tree_leaves([n.meta["val"] for n in nodes])
-    return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
+def run_on_meta(target: Any, values: Any) -> Any:
+    """The same of tensors on "meta", by running it."""
+    with torch.no_grad():
+        try:
+            value = target(*values[0], **values[1])
+        except NotImplementedError:  # of an op that PyTorch runs on fake tensors only
+            mode, (args, kwargs) = faked(values)
+            with mode, enable_python_dispatcher():
+                value = target(*args, **kwargs)
+        return pytree.tree_map_only(Tensor, _empty, value)
+
+
+class _Form(NamedTuple):
+    """What there is to a tensor without numbers."""
+
+    size: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+#: What has a value that can be compared, beside its type.
+_PLAIN = (int, float, complex, str, type(None))
+_FIXED = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
+def _key(value: Any) -> Any:
+    """A value as one that can be looked up, by forms for tensors; None if it is more than that."""
+    if type(value) is Tensor and value.is_meta and value.layout is torch.strided:
+        return _Form(value.size(), value.stride(), value.dtype)
+    if isinstance(value, _PLAIN + _FIXED):
+        return type(value), value  # as True is 1, and 1 is 1.0
+    if isinstance(value, dict):
+        keys = tuple((k, _key(v)) for k, v in value.items())
+        return None if any(key is None for _, key in keys) else (dict, keys)
+    if isinstance(value, (tuple, list)):
+        parts = tuple(map(_key, value))
+        kind = tuple if isinstance(value, tuple) else list
+        return None if None in parts else (kind, parts)
+    return None
+
+
+def _built(key: Any) -> Any:
+    """A value of a key."""
+    if isinstance(key, _Form):
+        return torch.empty_strided(key.size, key.stride, dtype=key.dtype, device="meta")
+    kind, value = key
+    if kind is dict:
+        return {name: _built(part) for name, part in value}
+    return kind(map(_built, value)) if kind in (tuple, list) else value
+
+
+@functools.lru_cache(4096)
+def _remembered(target: Any, key: Any, default: torch.dtype) -> Any:
+    """The key of what a call returns; the default dtype is that of quotients of integers."""
+    found = _key(run_on_meta(target, _built(key)))
+    assert found is not None
+    return found
+
+
+def fake_mode(values: Any) -> FakeTensorMode | None:
+    """The mode of the fake tensors among values; None if those are on "meta"."""
+    leaves = pytree.tree_leaves(values)
+    return next((v.fake_mode for v in leaves if isinstance(v, FakeTensor)), None)
 
 
 def faked(values: Any) -> tuple[FakeTensorMode, Any]:

@@ -51,7 +51,7 @@ from lrpfx.ops import (
     nodes_in,
     source_line,
     used_nodes,
-    verify,
+    verified,
 )
 
 aten = torch.ops.aten
@@ -62,7 +62,7 @@ Pass = Callable[[fx.GraphModule], fx.GraphModule]
 def canonize(
     program: Program, explained: Collection[int] | None = None, by_batch: bool = False
 ) -> fx.GraphModule:
-    """Run every pass of ``PASSES`` in order and verify the graph after each.
+    """Run every pass of ``PASSES`` in order and verify the graph after each that changes it.
 
     Args:
         program: The graph as it was captured.
@@ -75,7 +75,7 @@ def canonize(
     """
     # While recurrent layers still tell of their dropout.
     module = functionalize(program, _refuse_training(unlifted(program), by_batch))
-    verify(module.graph)
+    seen = verified(module.graph, [])
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     for i, node in enumerate(inputs):
         if explained is not None and i not in explained:
@@ -83,7 +83,7 @@ def canonize(
     module.meta[INPUTS] = pytree.tree_leaves(program.example_inputs)
     for canonical in (hold_batch_statistics, *PASSES) if by_batch else PASSES:
         module = canonical(module)
-        verify(module.graph)
+        seen = verified(module.graph, seen)
     del module.meta[INPUTS]
     # Twins are put beside what an output depends on; a write that is left would be lost there.
     if left := [node for node in module.graph.nodes if writes(node)]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Collection, Iterator, MutableMapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -31,7 +32,7 @@ def preserved(model: nn.Module, plainly: bool = False) -> Iterator[Callable[[], 
         plainly: Whether it only runs, and is not traced by PyTorch. Large parameters are then not
             copied before an op writes into them, which hardly a model does.
     """
-    undo: list[Callable[[], None]] = []
+    undo: list[_Undo] = []
     seen: set[int] = set()
     writes = _Writes()
     for module in model.modules():
@@ -40,8 +41,8 @@ def preserved(model: nn.Module, plainly: bool = False) -> Iterator[Callable[[], 
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
     def bring_back() -> None:
-        for restore in undo:
-            restore()
+        for restore, *remembered in undo:
+            restore(*remembered)
 
     try:
         with writes if plainly else nullcontext():
@@ -105,23 +106,28 @@ class _Writes(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def _remember(
-    value: Any, undo: list[Callable[[], None]], seen: set[int], writes: _Writes | None = None
-) -> None:
+#: What brings something back, and what it is given for that. Models have thousands of these, and
+#: Python's garbage collector looks at each object: so they are few, and no closures.
+_Undo = tuple[Any, ...]
+
+
+def _remember(value: Any, undo: list[_Undo], seen: set[int], writes: _Writes | None = None) -> None:
     """Append to ``undo`` what brings ``value``, and all that it reaches, back to this moment."""
-    if id(value) in seen or isinstance(value, (type, str, bytes, int, float, complex, type(None))):
+    if isinstance(value, _PLAIN) or id(value) in seen:
         return
     seen.add(id(value))
     if isinstance(value, Tensor):
         large = isinstance(value, nn.Parameter) and value.nbytes > _LARGE
         undo.append(_tensor_undo(value, writes if large else None))
-    elif isinstance(value, MutableMapping):
-        undo.append(_mapping_undo(value))
-        for item in list(value.values()):
+    elif isinstance(value, (dict, MutableMapping)):
+        items = list(value.values())
+        undo.append((_restore_mapping, value, list(value), items) if items else (_empty, value))
+        for item in items:
             _remember(item, undo, seen, writes)
     elif isinstance(value, (list, deque, set)):
-        undo.append(_sequence_undo(value))
-        for item in list(value):
+        items = list(value)
+        undo.append((_restore_sequence, value, items) if items else (_empty, value))
+        for item in items:
             _remember(item, undo, seen, writes)
     elif isinstance(value, (tuple, frozenset)):
         for item in value:
@@ -132,58 +138,58 @@ def _remember(
         _remember(value.__dict__, undo, seen, writes)
 
 
+#: What nothing can change in.
+_PLAIN = (type, str, bytes, int, float, complex, type(None))
 #: Bytes of a parameter that is not copied as long as nothing is written into it.
 _LARGE = 1 << 18
 
 
-def _tensor_undo(tensor: Tensor, writes: _Writes | None) -> Callable[[], None]:
+def _tensor_undo(tensor: Tensor, writes: _Writes | None) -> _Undo:
     memory = tensor.data
     copies = [] if writes is not None else [tensor.detach().clone()]
     if writes is not None:
         writes.awaits(tensor, lambda: copies.append(memory.clone()))
+    return _restore_tensor, tensor, memory, copies
 
-    def restore() -> None:
-        if tensor.data_ptr() != memory.data_ptr():  # forward() has set .data
-            tensor.data = memory
-        for copy in copies:
-            if not torch.equal(tensor, copy) and not _equal_with_nan(tensor, copy):
-                with torch.no_grad():
-                    tensor.copy_(copy)
 
-    return restore
+def _restore_tensor(tensor: Tensor, memory: Tensor, copies: list[Tensor]) -> None:
+    if tensor.data_ptr() != memory.data_ptr():  # forward() has set .data
+        tensor.data = memory
+    for copy in copies:
+        if not torch.equal(tensor, copy) and not _equal_with_nan(tensor, copy):
+            with torch.no_grad():
+                tensor.copy_(copy)
 
 
 def _equal_with_nan(a: Tensor, b: Tensor) -> bool:
     return a.is_floating_point() and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
-def _mapping_undo(mapping: MutableMapping[Any, Any]) -> Callable[[], None]:
-    items = list(mapping.items())
-    identities = [(id(key), id(value)) for key, value in items]
-
-    def restore() -> None:
-        now = list(mapping.items())
-        if [(id(key), id(value)) for key, value in now] == identities:
-            return
-        before = dict(items)
-        for key in [key for key, _ in now if key not in before]:
-            del mapping[key]
-        for key, value in items:
-            mapping[key] = value
-
-    return restore
+def _restore_mapping(mapping: MutableMapping[Any, Any], keys: list[Any], items: list[Any]) -> None:
+    if _are(mapping, keys) and _are(mapping.values(), items):
+        return
+    before = dict(zip(keys, items, strict=True))
+    for key in [key for key in mapping if key not in before]:
+        del mapping[key]
+    for key, value in before.items():
+        mapping[key] = value
 
 
-def _sequence_undo(sequence: Any) -> Callable[[], None]:
-    items = list(sequence)
+def _restore_sequence(sequence: Any, items: list[Any]) -> None:
+    if _are(sequence, items):
+        return
+    sequence.clear()
+    if isinstance(sequence, set):
+        sequence.update(items)
+    else:
+        sequence.extend(items)
 
-    def restore() -> None:
-        if [id(item) for item in sequence] == [id(item) for item in items]:
-            return
-        sequence.clear()
-        if isinstance(sequence, set):
-            sequence.update(items)
-        else:
-            sequence.extend(items)
 
-    return restore
+def _empty(container: Any) -> None:
+    if container:
+        container.clear()
+
+
+def _are(now: Collection[Any], before: list[Any]) -> bool:
+    """Whether these are the very objects."""
+    return len(now) == len(before) and all(map(operator.is_, now, before))

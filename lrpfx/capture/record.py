@@ -144,7 +144,9 @@ def _record(
                 "use_cache=False with the inputs.",
             )
             reads = recorder.reads()
-            graph = recorder.finish(output)
+            recorder.returns(output)
+        with torch.inference_mode(False):
+            graph = recorder.finish()
     except CaptureError:
         raise
     except Exception as error:  # whatever the model makes of being watched

@@ -25,7 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lrpfx.capture.state import state_of
 from lrpfx.errors import CaptureError
-from lrpfx.ops import NAMED
+from lrpfx.ops import NAMED, downstream
 
 aten = torch.ops.aten
 #: The key in ``node.meta``, of an op whose result autocast leaves as it is: what it casts to.
@@ -190,15 +190,19 @@ class Recorder(ProxyTorchDispatchMode):
             tensor.device,
         )
 
-    def finish(self, output: Any) -> fx.Graph:
-        """The graph, which returns ``output``; its nodes have tensors without numbers for values.
-
-        They share memory where those of the run did. Fake tensors, which know devices, are made
-        only where there are several: these import a compiler, which takes a second.
-        """
+    def returns(self, output: Any) -> None:
+        """Let the graph return ``output``: the end of the run."""
         self.busy = True
         leaves = [self.node(t) if isinstance(t, Tensor) else t for t in pytree.tree_leaves(output)]
         self.graph.output(tuple(leaves))
+
+    def finish(self) -> fx.Graph:
+        """The graph; its nodes have tensors without numbers for values.
+
+        They share memory where those of the run did. Fake tensors, which know devices, are made
+        only where there are several: these import a compiler, which takes a second. To be asked for
+        when nothing is recorded any more, as each tensor would be looked at.
+        """
         for node in reversed(self.graph.nodes):
             if node.op in ("call_function", "get_attr") and not node.users and not _acts(node):
                 self.graph.erase_node(node)
@@ -346,8 +350,8 @@ class Recorder(ProxyTorchDispatchMode):
         To be asked for before ``finish``, which drops what has no users.
         """
         ends = {node for node, *_ in self._reads}
-        by_inputs = _downstream(self.graph, lambda n: n.op == "placeholder") & ends
-        by_state = _downstream(self.graph, lambda n: n.op == "get_attr" and n.target in self._state)
+        by_inputs = downstream(self.graph, lambda n: n.op == "placeholder") & ends
+        by_state = downstream(self.graph, lambda n: n.op == "get_attr" and n.target in self._state)
         found = {}
         for node, how, source, leaves in self._reads:
             if node in by_inputs or node in by_state:
@@ -506,15 +510,6 @@ def _refuse_odd(tensor: Tensor) -> None:
             where=[where] if (where := source_of(_source())) else [],
             fix="write the line named with plain tensors.",
         )
-
-
-def _downstream(graph: fx.Graph, begins: Callable[[fx.Node], bool]) -> set[fx.Node]:
-    """The nodes that depend on such as begin, themselves included."""
-    found: set[fx.Node] = set()
-    for node in graph.nodes:
-        if begins(node) or not found.isdisjoint(node.all_input_nodes):
-            found.add(node)
-    return found
 
 
 def _acts(node: fx.Node) -> bool:

@@ -6,6 +6,7 @@ torch.export notes them; arguments, outputs, and what depends on what.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Callable, Container, Iterable
@@ -186,6 +187,48 @@ def reachable(
     return reached
 
 
+def comes_from(end: fx.Node, start: fx.Node) -> bool:
+    """Whether a node is computed from another, or is it; looks at what is between them only."""
+    seen, stack = {start}, [start]
+    while stack:
+        node = stack.pop()
+        if node is end:
+            return True
+        for user in node.users:
+            if user not in seen and not end < user:
+                seen.add(user)
+                stack.append(user)
+    return False
+
+
+def downstream(graph: fx.Graph, begins: Callable[[fx.Node], bool]) -> set[fx.Node]:
+    """The nodes that depend on such as begin, themselves included."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if begins(node) or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def is_reached(node: fx.Node, known: dict[fx.Node, bool]) -> bool:
+    """Whether a node is computed from inputs, if by more than the statistics of their batch.
+
+    Args:
+        node: The node.
+        known: What has been found of others, for the next question.
+    """
+    stack = [node]
+    while stack:
+        current = stack[-1]
+        inputs = from_inputs(current)
+        if left := [] if current in known else [n for n in inputs if n not in known]:
+            stack += left
+            continue
+        known.setdefault(current, current.op == "placeholder" or any(known[n] for n in inputs))
+        stack.pop()
+    return known[node]
+
+
 def from_inputs(node: fx.Node) -> Iterable[fx.Node]:
     """What a node is computed from; statistics of the batch count as parameters."""
     return [] if BATCH in node.meta else node.all_input_nodes
@@ -229,19 +272,31 @@ def precision(node: Any) -> int:
 
 def bound_arguments(node: fx.Node) -> dict[str, Any]:
     """A call's arguments by name, defaults included."""
-    names = argument_names(node.target)
-    values: dict[str, Any] = {}
-    op = node.target.target if isinstance(node.target, Paired) else node.target
-    if isinstance(op, torch._ops.OpOverload):
-        schema = op._schema.arguments
-        values = {a.name: a.default_value for a in schema if a.has_default_value()}
-    values.update(zip(names, node.args, strict=False))
-    values.update(node.kwargs)
-    return {name: values[name] for name in names}
+    target = node.target
+    if isinstance(target, Paired):
+        target = target.target
+    if isinstance(target, torch._ops.OpOverload):
+        names, defaults = _schema(target)
+    else:
+        names, defaults = argument_names(target), {}
+    given = dict(zip(names, node.args, strict=False))
+    given.update(node.kwargs)
+    return {name: given[name] if name in given else defaults[name] for name in names}
+
+
+@functools.cache
+def _schema(op: torch._ops.OpOverload) -> tuple[list[str], dict[str, Any]]:
+    """The names of an op's arguments, and the defaults."""
+    schema = op._schema.arguments
+    return argument_names(op), {a.name: a.default_value for a in schema if a.has_default_value()}
 
 
 def nodes_in(argument: Any) -> list[fx.Node]:
     """All nodes in an argument, in order and with repetitions."""
+    if isinstance(argument, fx.Node):
+        return [argument]
+    if not isinstance(argument, (tuple, list, dict, slice)):
+        return []
     found: list[fx.Node] = []
 
     def collect(node: fx.Node) -> fx.Node:
@@ -254,7 +309,7 @@ def nodes_in(argument: Any) -> list[fx.Node]:
 
 def live_names(node: fx.Node, live: Container[fx.Node]) -> tuple[str, ...]:
     """Names of the arguments that hold live nodes, in schema order."""
-    if not is_op(node.target):
+    if not any(n in live for n in node.all_input_nodes) or not is_op(node.target):
         return ()
     arguments = bound_arguments(node).items()
     return tuple(name for name, value in arguments if any(n in live for n in nodes_in(value)))
@@ -344,3 +399,16 @@ def verify(graph: fx.Graph) -> None:
     for node in graph.nodes:
         if node.op == "call_function" and node.users and "val" not in node.meta:
             raise RuntimeError(f"node {node.name} ({node.target}) has lost its value")
+
+
+def verified(graph: fx.Graph, before: list[Any]) -> list[Any]:
+    """What ``verify`` reads of a graph, which is verified if that is not as it was before.
+
+    Args:
+        graph: The graph.
+        before: What was returned for it when it was last verified; empty if it has not been.
+    """
+    now = [(n, n.op, n.target, n.args, n.kwargs, n.name, "val" in n.meta) for n in graph.nodes]
+    if now != before:
+        verify(graph)
+    return now

@@ -96,11 +96,14 @@ def _kind(node: fx.Node, flowing: set[fx.Node], changing: Container[fx.Node]) ->
 def _looks_up(node: fx.Node, changing: Container[fx.Node]) -> bool:
     """Whether integers of the inputs choose rows of constants, or are told from several numbers."""
     ids = [n for n in node.all_input_nodes if n in changing]
+    if not ids or any(is_floating(n.meta.get("val")) for n in ids) or not _tells(node, changing):
+        return False
     sources = [n for n in reachable(ids) if n.op == "placeholder"]
-    if not ids or any(HELD in n.meta or is_floating(n.meta.get("val")) for n in sources):
-        return False
-    if any(is_floating(n.meta.get("val")) for n in ids):
-        return False
+    return not any(HELD in n.meta or is_floating(n.meta.get("val")) for n in sources)
+
+
+def _tells(node: fx.Node, changing: Container[fx.Node]) -> bool:
+    """Whether an op of integers tells by them, if they are ids, which one each is."""
     first = next(iter(nodes_in(node.args)))
     if node.target in _TABLES:
         return first not in changing and is_floating(node.meta.get("val"))

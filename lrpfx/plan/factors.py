@@ -9,7 +9,7 @@ from itertools import chain
 import torch
 from torch import fx
 
-from lrpfx.ops import SHAPED, Op, bound_arguments, reachable
+from lrpfx.ops import SHAPED, Op, bound_arguments, comes_from
 
 aten = torch.ops.aten
 
@@ -128,7 +128,7 @@ def _is_signal(factor: fx.Node, ends: Mapping[fx.Node, Sequence[fx.Node]]) -> bo
     """Whether the activations of a factor are what another is computed from."""
     own = set(ends[factor])
     others = [n for n, end in ends.items() if set(end) != own]
-    return not own.isdisjoint(reachable(others))
+    return any(comes_from(other, n) for other in others for n in own)
 
 
 def _is_from_zero(clamp: fx.Node) -> bool:

@@ -9,7 +9,7 @@ from torch import fx
 from lrpfx.canonize import DIVISOR
 from lrpfx.capture import Captured, Read
 from lrpfx.errors import some
-from lrpfx.ops import HELD, KEPT_NOTE, final, module_calls, output_leaves, reachable, used_nodes
+from lrpfx.ops import HELD, KEPT_NOTE, downstream, final, module_calls, output_leaves, used_nodes
 from lrpfx.plan.ends import end_notes
 from lrpfx.plan.starts import unplaced
 
@@ -51,7 +51,8 @@ def notes_of(
         )
     yield from end_notes(graph, starts)
     held = [n for n in graph.nodes if n.meta.get(HELD) == DIVISOR]
-    if divisors := [n for n in held if not reachable([n]).isdisjoint(starts)]:
+    live = downstream(graph, lambda n: n in starts) if held else ()
+    if divisors := [n for n in held if n in live]:
         yield f"{len(divisors)} divisors of live tensors count as constants"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from lrpfx.canonize import BatchStatistics, batch_statistics
 from lrpfx.ops import explained_leaves, nodes_in, output_leaves
@@ -181,9 +182,8 @@ def _values(
 
 def _finish(module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
     graph.owning_module = module  # which knows the modules that are called for what they do
-    graph.eliminate_dead_code()
-    graph.lint()
-    rewritten = _unpicklable(fx.GraphModule(module, graph))
+    graph.eliminate_dead_code()  # which lints it, too
+    rewritten = _unpicklable(_LazyGraphModule(module, graph))  # its code may never be run
     rewritten.train(module.training)
     return rewritten
 

@@ -1,0 +1,55 @@
+"""Values of inserted nodes: remembered ones are those that PyTorch's meta kernels give."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lrpfx.canonize.insert import run_on_meta, value_of
+
+aten = torch.ops.aten
+
+
+def on_meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+X, INTEGERS = on_meta(2, 3), on_meta(2, 3, dtype=torch.int64)
+CALLS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
+    "sum": (aten.add.Tensor, (X, on_meta(3)), {"alpha": 2}),
+    "True": (aten.add.Tensor, (INTEGERS, True), {}),
+    "1": (aten.add.Tensor, (INTEGERS, 1), {}),
+    "1.0": (aten.add.Tensor, (INTEGERS, 1.0), {}),
+    "quotient": (aten.div.Tensor, (INTEGERS, INTEGERS), {}),
+    "transposed": (aten.relu.default, (X.t(),), {}),
+    "several": (aten.split.Tensor, (X, 2, 1), {}),
+    "two results": (aten.sort.default, (X, 1), {}),
+    "list": (aten.cat.default, ([X, X], 1), {}),
+    "none": (aten.clamp.default, (X, None, 1.0), {}),
+    "dtype": (aten.to.dtype, (X, torch.float64), {}),
+}
+
+
+def form(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device, value.storage_offset()
+    return type(value), [form(v) for v in value]
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+def test_remembered_values_are_those_of_a_run(default: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        for target, args, kwargs in CALLS.values():
+            expected = form(run_on_meta(target, (args, kwargs)))
+            first, again = (value_of(target, (args, kwargs)) for _ in range(2))
+            assert form(first) == form(again) == expected
+            one = first if isinstance(first, Tensor) else first[0]
+            other = again if isinstance(again, Tensor) else again[0]
+            assert one is not other
+    finally:
+        torch.set_default_dtype(before)
