@@ -274,6 +274,22 @@ def test_the_site_has_every_page_and_names_what_is_there() -> None:
         pkgutil.resolve_name(name)
 
 
+def test_links_of_a_tutorial_lead_to_pages() -> None:
+    """It is a notebook to mkdocs, which leaves links to sources there as they are."""
+    follow = runpy.run_path(str(ROOT / "docs" / "hooks.py"))["on_page_content"]
+    link = '<a class="x" href="{}">y</a>'
+    for source, there in {
+        "../concepts.md": "../concepts.html",
+        "../api.md#targets": "../api.html#targets",
+        "llm.py": "llm.html",
+        "https://host/a.md": "https://host/a.md",
+        "#above": "#above",
+    }.items():
+        for at, expected in (("tutorials/images.py", there), ("index.md", source)):
+            page = SimpleNamespace(file=SimpleNamespace(src_uri=at))
+            assert follow(link.format(source), page=page) == link.format(expected)
+
+
 def test_colours_mean_the_same_for_a_negative_output() -> None:
     """README: red raises the output also where it is negative; from a seed of 1 they swap."""
     torch.manual_seed(0)
