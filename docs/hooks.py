@@ -8,6 +8,7 @@ from jupyter_client.connect import ConnectionFileMixin
 
 ConnectionFileMixin.transport.default_value = "ipc"  # no network port
 os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # progress bars need no widgets here
+os.environ["TQDM_DISABLE"] = "1"  # how long a cell took is of the machine that made the page
 
 
 def on_page_content(html: str, page: Any, **_: Any) -> str:

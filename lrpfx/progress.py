@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -40,11 +41,12 @@ def told(what: str) -> Iterator[None]:
     """Say once what is being done, if it takes more than seconds and somebody watches.
 
     Args:
-        what: One line. It is written to the error stream where that is a terminal or a notebook's.
+        what: One line. It is written to the error stream where that is a terminal or a notebook's,
+            and TQDM_DISABLE, which silences bars, is not set.
     """
     stream = sys.stderr  # that of now: capture may put another in its place
     watched = getattr(stream, "isatty", bool)() or "ipykernel" in sys.modules
-    if stream is None or not watched:
+    if stream is None or not watched or os.environ.get("TQDM_DISABLE", "0") not in ("", "0"):
         yield
         return
     timer = threading.Timer(_PATIENCE, lambda: print(f"lrpfx: {what}", file=stream, flush=True))

@@ -24,17 +24,18 @@ def slow(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return m.head(m.steps(x)[0][:, -1])
 
 
-@pytest.mark.parametrize("kind", [Watched, io.StringIO])
+@pytest.mark.parametrize(("kind", "disabled"), [(Watched, ""), (Watched, "1"), (io.StringIO, "")])
 def test_a_slow_set_up_is_told_on_a_terminal_and_nowhere_else(
-    kind: type[io.StringIO], monkeypatch: pytest.MonkeyPatch
+    kind: type[io.StringIO], disabled: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TQDM_DISABLE", disabled)
     monkeypatch.setattr(progress, "_PATIENCE", 0.01)
     monkeypatch.setattr(sys, "stderr", kind())
     monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
     model = Apply(slow, steps=nn.GRU(2, 3, batch_first=True), head=nn.Linear(3, 2)).eval()
     lrpfx.explain(model, torch.rand(1, 2, 2))
     said = sys.stderr.getvalue().splitlines()
-    if kind is io.StringIO:
+    if kind is io.StringIO or disabled:
         assert said == []
     else:
         (line,) = said
