@@ -219,7 +219,7 @@ class Explainer:
             self._engine = Engine(prepared, inputs, fixed, bn == "batch")
         example = example_of(inputs, self._engine.captured.signature)
         options = {"dynamic": tuple(dynamic), "freeze": freeze, "wrt": wrt, "capture": capture}
-        self._made_of = Recipe(model, example, rules, options | {"bn": bn})
+        self._made_of = Recipe(model, example, rules, options | {"bn": bn}, pipeline=self._pipeline)
         self._modes = [(module, module.training) for module in model.modules()]
         self._parameters = versions(dict(self.model.named_parameters()))
         self._in_other_modes: dict[tuple[bool, ...], Explainer] = {}
@@ -266,7 +266,8 @@ class Explainer:
 
         Args:
             path: Of the file.
-            model: The model that it explains; it has to be one with the same parameters.
+            model: The model that it explains, or a pipeline of it; it has to be one with the same
+                parameters.
             weights: "same": the model's values have to be those that were saved; others are
                 refused by name. "file": those of the file are written into the model. "model": the
                 model's are taken as they are.
@@ -276,7 +277,10 @@ class Explainer:
             InputError: The file was not written by ``save``, or is of another model.
             LrpError: As the constructor.
         """
-        return _made_again(cls, read_file(path, model, weights, rules))
+        pipeline = pipeline_of(model)
+        model = model if pipeline is None else pipeline.model
+        recipe = read_file(path, model, weights, rules)
+        return _made_again(cls, replace(recipe, pipeline=pipeline))
 
     @property
     def model(self) -> nn.Module:
@@ -404,8 +408,8 @@ class Explainer:
 
     def _answer(self, serving: Explainer | None, inputs: Any, asked: Asked) -> Explanation[Any]:
         """The explanation, by the Explainer that serves these inputs."""
+        inputs = self._read_inputs(inputs)
         if self._pipeline is not None:
-            inputs = self._pipeline.inputs(inputs)
             asked = asked._replace(target=self._pipeline.target(asked.target))
 
         def explain() -> Explanation[Any]:
@@ -415,6 +419,10 @@ class Explainer:
         if self._parallel is None or not asked.create_graph:
             return explain()
         return through(self._parallel, explain)
+
+    def _read_inputs(self, inputs: Any) -> Any:
+        """Inputs as the model takes them: of texts and images what the pipeline makes of them."""
+        return inputs if self._pipeline is None else self._pipeline.inputs(inputs)
 
     def _serving(self, inputs: Inputs) -> Explainer:
         """The Explainer whose graph holds for the inputs and, by batch, for the model's mode."""
@@ -508,8 +516,9 @@ def _long(model: Any) -> str:
 
 def _made_again(cls: type[_Explainer], recipe: Recipe) -> _Explainer:
     """The Explainer of a recipe."""
+    model = recipe.model if recipe.pipeline is None else recipe.pipeline
     with recipe.in_its_mode():
-        explainer = cls(recipe.model, recipe.inputs, recipe.rules, **recipe.options)
+        explainer = cls(model, recipe.inputs, recipe.rules, **recipe.options)
     if recipe.compiled is not None:
         explainer.compile(**recipe.compiled)
     return explainer

@@ -84,6 +84,8 @@ class Pipeline:
 
 def pipeline_of(model: Any) -> Pipeline | None:
     """What is a pipeline as one; None for models."""
+    if isinstance(model, Pipeline):  # of an Explainer that is made again
+        return model
     if isinstance(model, (nn.Module, type)) or not callable(model):
         return None
     parts = ("tokenizer", "image_processor", "feature_extractor")

@@ -1,6 +1,9 @@
 """A pipeline of transformers in the place of model and tokenizer."""
 
+import copy
 import functools
+import pickle
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,6 +73,33 @@ def test_an_explainer_takes_texts_of_any_length_and_tensors() -> None:
     again = explainer(one.inputs, 0)
     assert torch.equal(again.relevance["input_ids"], one.relevance["input_ids"])
     assert explainer.model is pipe.model
+
+
+def test_what_was_kept_of_an_explainer_takes_texts_and_labels(tmp_path: Path) -> None:
+    pipe, path = classifier(), tmp_path / "e.lrpfx"
+    explainer = lrpfx.Explainer(pipe, "a good film", "cplrp", capture="record")
+    explainer.save(path)
+    again = [
+        pickle.loads(pickle.dumps(explainer)),
+        copy.deepcopy(explainer),
+        lrpfx.Explainer.load(path, pipe),
+    ]
+    expected = explainer(["a bad film", "a very good film"], "POSITIVE").relevance["input_ids"]
+    for each in again:
+        found = each(["a bad film", "a very good film"], "POSITIVE")
+        assert torch.equal(found.relevance["input_ids"], expected)
+    with pytest.raises(errors.InputError, match="a pipeline of transformers in the place"):
+        lrpfx.Explainer.load(path, pipe.model)("a good film")
+
+
+@pytest.mark.nightly
+def test_an_explainer_of_texts_is_exported_by_a_text(tmp_path: Path) -> None:
+    explainer = lrpfx.Explainer(classifier(), "a good film", "cplrp")
+    lrpfx.export(explainer, tmp_path / "model.pt2", "a good film")
+    found = explainer("a very good film", "POSITIVE")
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    _, relevance = program(**found.inputs, target=torch.tensor([1]))
+    torch.testing.assert_close(relevance["input_ids"], found.relevance["input_ids"])
 
 
 @pytest.mark.nightly

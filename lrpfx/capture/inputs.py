@@ -72,6 +72,8 @@ def _as_tensor(inputs: Any) -> str:
     """How a tensor is made of what holds numbers in another form, "" if it holds none."""
     if isinstance(inputs, np.ndarray):
         return "give a tensor: torch.from_numpy(x), of the model's dtype: .float() as a rule."
+    if isinstance(inputs, str):
+        return "give tensors; or a pipeline of transformers in the place of the model."
     if not hasattr(inputs, "__array__") and not hasattr(inputs, "__array_interface__"):
         return ""
     if hasattr(inputs, "getbands"):  # an image of Pillow

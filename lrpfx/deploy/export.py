@@ -83,6 +83,7 @@ def export(
         raise InputError(f"there is no folder {path.parent}.", fix="make it first.")
     _refuse(explainer)
     explainer = _for_every_size(explainer)
+    inputs = explainer._read_inputs(inputs)
     facts = about(explainer, target, class_names)
     by_input = target is None
     cases = make_cases(explainer, inputs, by_input)

@@ -37,12 +37,12 @@ from lrpfx.capture import (
     tracing,
 )
 from lrpfx.deploy.equivalents import TABLE, Spelled
-from lrpfx.deploy.seeds import scaled_in_graph, seed_in_graph
+from lrpfx.deploy.seeds import first_finite, scaled_in_graph, seed_in_graph
 from lrpfx.deploy.watch import Watch, Watched
 from lrpfx.errors import ExportError
 from lrpfx.explain import Explainer
 from lrpfx.ops import record
-from lrpfx.run import Run, in_float16, tidy
+from lrpfx.run import SIZES, Run, Seed, in_float16, tidy
 
 #: Names of the sizes of one tensor that may vary, by dimension.
 Letters = Mapping[int, str]
@@ -230,11 +230,8 @@ def _written_down(
         target = flat.pop() if by_input else None
         with Spelled(), watch:
             run = Run(*watched.run_with(values, [*flat, None]))
-            seed, unit = seed_in_graph(run.explained, target), None
-            if halves:
-                seed, unit = scaled_in_graph(seed)
-            (pulled,) = run.pull([seed])
-        starts = [r if r is None or unit is None else r.float() / unit for r in pulled.starts]
+            seed = seed_in_graph(run.explained, target)
+            starts = _pulled_scaled(run, seed) if halves else next(run.pull([seed])).starts
         found, _ = gather.by_input(flat, starts)
         made.append((plain(gather.output(run.clean)), plain(gather.structured(found, inputs))))
         return pytree.tree_leaves(made[0])
@@ -247,6 +244,18 @@ def _written_down(
         graph = make_fx(explain, decomposition_table=TABLE)(*given)
     tidy(graph)
     return _with_state(graph, state, places, len(leaves)), made[0]
+
+
+def _pulled_scaled(run: Run, seed: Seed) -> list[Tensor | None]:
+    """Relevance through float16, see ``run.pull_scaled``; of each size that may be needed."""
+    scaled = [scaled_in_graph(run.explained, seed, size) for size in SIZES]
+    pulled = run.pull([seed for seed, _ in scaled])
+    return first_finite(
+        [
+            [None if r is None else r.float() / unit for r in each.starts]
+            for each, (_, unit) in zip(pulled, scaled, strict=True)
+        ]
+    )
 
 
 def _same_sizes(leaves: Sequence[Any], letters: Sequence[Letters]) -> None:

@@ -10,10 +10,7 @@ import torch
 from torch import Tensor
 
 from lrpfx.errors import TargetError
-from lrpfx.run import Seed
-
-#: What the largest entry of a seed is brought to for float16.
-SIZE = 32.0
+from lrpfx.run import Seed, unit_of
 
 
 def seed_in_graph(leaves: Sequence[Any], target: Tensor | None) -> Seed:
@@ -33,17 +30,28 @@ def seed_in_graph(leaves: Sequence[Any], target: Tensor | None) -> Seed:
     return Seed(seeds, None, "")
 
 
-def scaled_in_graph(seed: Seed) -> tuple[Seed, Tensor]:
+def scaled_in_graph(leaves: Sequence[Any], seed: Seed, size: float) -> tuple[Seed, Tensor]:
     """The seed at a size for float16, and the power of two that it was multiplied by.
 
     As ``run.pull_scaled`` does it of values: relevance neither vanishes on its way nor overflows.
     """
-    (given,) = (s for s in seed.seeds if s is not None)
-    largest = given.abs().amax().float()
-    unit = torch.exp2(torch.floor(torch.log2(SIZE / largest)))
-    unit = torch.where(largest > 0, unit, torch.ones_like(unit))
-    scaled = (given.float() * unit).to(given.dtype)
-    return replace(seed, seeds=[None if s is None else scaled for s in seed.seeds]), unit
+    unit = unit_of(seed, leaves, size)
+    seeds = [None if s is None else (s.float() * unit).to(s.dtype) for s in seed.seeds]
+    return replace(seed, seeds=seeds), unit
+
+
+def first_finite(found: Sequence[Sequence[Tensor | None]]) -> list[Tensor | None]:
+    """Relevance by the first of several sizes if all of it is finite there, else by the next."""
+    *before, chosen = map(list, found)
+    for earlier in reversed(before):
+        finite = [r.isfinite().all() for r in earlier if r is not None]
+        fine = torch.stack(finite).all()
+        pairs = zip(earlier, chosen, strict=True)
+        chosen = [
+            None if r is None or other is None else torch.where(fine, r, other)
+            for r, other in pairs
+        ]
+    return chosen
 
 
 def check_output(output: Tensor, batched: bool) -> None:

@@ -11,7 +11,7 @@ from lrpfx.run.explicit import tidy
 from lrpfx.run.gather import Bookings, Calls, Gather, absorbed_of, by_layer, reported
 from lrpfx.run.gauge import Gauge
 from lrpfx.run.graphs import Graphs
-from lrpfx.run.halves import in_float16, pull_scaled
+from lrpfx.run.halves import SIZES, in_float16, pull_scaled, unit_of
 from lrpfx.run.mode import is_being_trained, mode_notes, without_graph
 from lrpfx.run.parallel import through
 from lrpfx.run.recorded import RecordedRun, Runs
@@ -28,6 +28,7 @@ from lrpfx.run.targets import (
 )
 
 __all__ = [
+    "SIZES",
     "Alarm",
     "Assumptions",
     "Bookings",
@@ -70,5 +71,6 @@ __all__ = [
     "target_per_condition",
     "through",
     "tidy",
+    "unit_of",
     "without_graph",
 ]

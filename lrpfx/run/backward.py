@@ -58,6 +58,11 @@ class Run:
         """What is asked for of ``layers``."""
         return [activation for activation, *_ in self.taps]
 
+    @property
+    def seeded(self) -> list[Any]:
+        """What seeds are laid on: the explained outputs, or the place to begin at."""
+        return [activation for activation, _ in self.begin] or self.explained
+
     def pull(
         self,
         seeds: Sequence[Seed],

@@ -160,6 +160,11 @@ class CompiledRun:
         return self.begun.explained
 
     @property
+    def seeded(self) -> list[Any]:
+        """What seeds are laid on."""
+        return self.explained
+
+    @property
     def activations(self) -> list[Tensor]:
         """What is asked for of ``layers``."""
         return self.begun.activations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -19,11 +18,18 @@ from lrpfx.run.targets import Seed
 #: What the largest entry of a seed is brought to, the first that overflows nowhere. Spread over
 #: 1e5 pixels 32 is 3e-4 for each; the least normal number of float16 is 6e-5. Larger ones would cut
 #: off quotients of small denominators.
-_SIZES = (2.0**5, 2.0**-5)
+SIZES = (2.0**5, 2.0**-5)
+#: What the largest quotient of a seed and the output that it is laid on is brought to at most: what
+#: the rules make of quotients is cut off beyond 65504.
+_QUOTIENT = 2.0**12
 
 
 class Pulls(Protocol):
     """A forward pass that can be pulled back, see ``backward.Run``."""
+
+    @property
+    def seeded(self) -> Sequence[Any]:
+        """What seeds are laid on."""
 
     def pull(
         self, seeds: Sequence[Seed], *, together: int, create_graph: bool, keep: bool
@@ -67,8 +73,8 @@ def pull_scaled(
     """
     for first in range(0, len(seeds), together):
         some = seeds[first : first + together]
-        for size in _SIZES:
-            units = [_unit(seed, size) for seed in some]
+        for size in SIZES:
+            units = [unit_of(seed, run.seeded, size).item() for seed in some]
             if book is not None:
                 book.start(units[0])
             scaled = [_times(seed, unit) for seed, unit in zip(some, units, strict=True)]
@@ -79,13 +85,31 @@ def pull_scaled(
         yield from found
 
 
-def _unit(seed: Seed, size: float) -> float:
-    """The power of two that brings the largest entry of a seed to a size."""
-    tensors = (s.detach() for s in seed.seeds if s is not None and s.numel())
-    largest = max((s.abs().amax().item() for s in tensors), default=0.0)
-    if not 0 < largest < math.inf:
-        return 1.0
-    return float(2.0 ** math.floor(math.log2(size / largest)))
+def unit_of(seed: Seed, begun: Sequence[Any], size: float) -> Tensor:
+    """The power of two that brings the largest entry of a seed to a size, or to less.
+
+    Args:
+        seed: The seed.
+        begun: What it is laid on.
+        size: One of ``SIZES``; the last of them is reached in any case.
+    """
+    pairs = [
+        (s.detach().float(), z.detach().float())
+        for s, z in zip(seed.seeds, begun, strict=True)
+        if s is not None and s.numel()
+    ]
+    if not pairs:
+        return torch.ones(())
+    largest = _largest([s for s, _ in pairs])
+    quotient = _largest([torch.where(z == 0, torch.zeros_like(z), s / z) for s, z in pairs])
+    most = torch.maximum(_QUOTIENT / quotient, SIZES[-1] / largest)
+    unit = torch.exp2(torch.floor(torch.log2(torch.minimum(size / largest, most))))
+    usual = unit.isfinite() & (unit > 0)
+    return torch.where(usual, unit, torch.ones_like(unit))
+
+
+def _largest(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([t.abs().flatten().amax(0) for t in tensors]).amax(0)
 
 
 def _times(seed: Seed, unit: float) -> Seed:

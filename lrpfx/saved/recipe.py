@@ -30,6 +30,7 @@ class Recipe:
         options: Further arguments of ``lrpfx.Explainer``.
         training: Whether each module was in training mode, by its path.
         compiled: Options of ``compile()``, None if it has not been called.
+        pipeline: What turns texts and images into inputs of the model, if it came in a pipeline.
     """
 
     model: nn.Module
@@ -38,6 +39,7 @@ class Recipe:
     options: Mapping[str, Any]
     training: Mapping[str, bool] = field(default_factory=dict)
     compiled: Mapping[str, Any] | None = None
+    pipeline: Any = None
 
     @contextmanager
     def in_its_mode(self) -> Iterator[None]:

@@ -52,6 +52,22 @@ def test_relevance_of_small_outputs_and_seeds_does_not_vanish_in_float16() -> No
             assert got_in == pytest.approx(expected_in, rel=0.1)
 
 
+@pytest.mark.parametrize("ledger", [True, False])
+def test_quotients_of_small_outputs_are_not_cut_off_in_float16(ledger: bool) -> None:
+    """One-hot times output, brought to 32, is 3e5 times an output of 1e-4."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    x = torch.rand(2, 6).half()
+    with torch.no_grad():
+        model[2].weight.mul_(1e-3)
+        model[2].bias.zero_()
+    model.half()
+    got = lrpfx.explain(model, x, 1, rules="epsilon_plus", ledger=ledger)
+    expected = lrpfx.explain(model.double(), x.double(), 1, rules="epsilon_plus")
+    assert expected.output.abs().max() < 1e-3
+    assert families.error(got.relevance.double(), expected.relevance) < 1e-2
+
+
 def test_relevance_that_overflows_scaled_is_computed_of_smaller_seeds() -> None:
     """3750 times the seed is handed on: beyond float16 of 32, and not of a thousandth of that."""
     model, x = nn.Linear(2, 1, bias=False).eval(), torch.tensor([[60000.0, 59968.0]])
