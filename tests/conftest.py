@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedTensorMixin
 from torch.utils import _pytree as pytree
 
+import lrpfx
 from benchmarks.zoos import declare_missing_ops
 from lrpfx.capture.export import Trace
 from lrpfx.capture.front import capture
@@ -129,6 +130,18 @@ def each_way(request: pytest.FixtureRequest) -> Iterator[None]:
     """What ``explain`` takes where the way of capture is not chosen; exports take long."""
     front = sys.modules["lrpfx.explain"]  # and not the function of that name
     with mock.patch.object(front._OfOneCall, "_once", request.param == "record"):
+        yield
+
+
+@pytest.fixture(
+    scope="module", params=["record", pytest.param("export", marks=pytest.mark.nightly)]
+)
+def each_front(request: pytest.FixtureRequest) -> Iterator[None]:
+    """What an ``Explainer`` takes where the way of capture is not chosen; see ``each_way``."""
+    with (
+        traced_once(_OF_THE_SESSION),
+        mock.patch.object(lrpfx.Explainer, "_once", request.param == "record"),
+    ):
         yield
 
 

@@ -13,7 +13,15 @@ from lrpfx.canonize.hold import inverted, live_values
 from lrpfx.canonize.insert import insert
 from lrpfx.canonize.parts import lerp
 from lrpfx.canonize.writer import Writer
-from lrpfx.ops import bound_arguments, hardsigmoid, module_calls, output_leaves, precision, varying
+from lrpfx.ops import (
+    LIFTED,
+    bound_arguments,
+    hardsigmoid,
+    module_calls,
+    output_leaves,
+    precision,
+    varying,
+)
 
 aten = torch.ops.aten
 
@@ -43,7 +51,7 @@ def _is_zeros(node: fx.Node, module: fx.GraphModule) -> bool:
     if node.target in _FULL:
         return bool(bound_arguments(node)["fill_value"] == 0)
     node = _reached(node, aten.detach.default)
-    if node.op == "get_attr" and str(node.target).startswith("lifted_tensor"):
+    if node.op == "get_attr" and str(node.target).startswith(LIFTED):
         return not operator.attrgetter(str(node.target))(module).any()
     return node.target in _ZEROS
 

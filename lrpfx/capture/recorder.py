@@ -25,7 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lrpfx.capture.state import state_of
 from lrpfx.errors import CaptureError
-from lrpfx.ops import NAMED, downstream
+from lrpfx.ops import LIFTED, NAMED, downstream
 
 aten = torch.ops.aten
 #: The key in ``node.meta``, of an op whose result autocast leaves as it is: what it casts to.
@@ -296,7 +296,7 @@ class Recorder(ProxyTorchDispatchMode):
 
     def _fresh_name(self) -> str:
         taken = {name.partition(".")[0] for name in self._names.values()} | set(self.attributes)
-        return next(n for i in range(len(taken) + 1) if (n := f"_tensor_constant{i}") not in taken)
+        return next(n for i in range(len(taken) + 1) if (n := f"{LIFTED}_{i}") not in taken)
 
     def _cast(self, func: Any, flat: Sequence[Any], spec: Any, node: fx.Node, out: Any) -> None:
         """Write down the casts of autocast, which take place inside of an op.

@@ -24,6 +24,8 @@ aten = torch.ops.aten
 KEY = "lrpfx"
 #: Marks nodes that count as constants for relevance, though not for gradients; says why.
 HELD = "lrpfx_held"
+#: How the constants that forward() makes are named: as torch.export names them.
+LIFTED = "lifted_tensor"
 #: On the statistics of a batch, see ``canonize.batch_norm``.
 BATCH = "lrpfx_batch"
 #: Why a batch norm or a constant could not be folded; a note on that, and the op it is about.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from lrpfx.ops import Op, bound_arguments, explained_leaves, nodes_in, reachable
+from lrpfx.ops import LIFTED, Op, bound_arguments, explained_leaves, nodes_in, reachable
 from lrpfx.plan.factors import find_gates, is_bounded
 
 aten = torch.ops.aten
@@ -169,7 +169,7 @@ def _weights(gate: fx.Node, known: Known) -> frozenset[str]:
         if layer or _kind(node, known) in ("scale", "shift"):
             constants = reachable(n for n in node.all_input_nodes if n not in known)
             names = (str(n.target) for n in constants if n.op == "get_attr")
-            found.update(name for name in names if not name.startswith("lifted_tensor"))
+            found.update(name for name in names if not name.startswith(LIFTED))
         if not layer and _passes(node, known, "scale", "shift", "sum", "batch_norm"):
             stack += [n for n in node.all_input_nodes if n in known]
     return frozenset(found)

@@ -9,7 +9,7 @@ from torch import nn
 
 from tests.oracle.spellings import FOR_RELUS, Case, assert_images_agree, assert_rows_agree
 
-pytestmark = pytest.mark.usefixtures("one_trace")
+pytestmark = pytest.mark.usefixtures("each_front")
 
 IMAGES: dict[str, Case] = {
     "nn.ReLU": (lambda m, x: nn.ReLU()(x), lambda m, x: F.relu(x)),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.oracle.spellings import Case, assert_tokens_agree
 
-pytestmark = pytest.mark.usefixtures("one_trace")
+pytestmark = pytest.mark.usefixtures("each_front")
 
 
 def heads(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tests.oracle.spellings import LAYERS_DIFFER, Case, assert_images_agree
 
-pytestmark = pytest.mark.usefixtures("one_trace")
+pytestmark = pytest.mark.usefixtures("each_front")
 
 
 def _dense(m: Any, x: Tensor) -> Tensor:

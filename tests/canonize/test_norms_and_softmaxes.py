@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tests.oracle.spellings import LAYERS_DIFFER, Case, assert_images_agree, assert_rows_agree
 
-pytestmark = pytest.mark.usefixtures("one_trace")
+pytestmark = pytest.mark.usefixtures("each_front")
 
 
 def _group_norm_by_hand(m: Any, x: Tensor) -> Tensor:

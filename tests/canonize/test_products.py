@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tests.oracle.spellings import Case, assert_rows_agree
 
-pytestmark = pytest.mark.usefixtures("one_trace")
+pytestmark = pytest.mark.usefixtures("each_front")
 
 
 def _gru_by_hand(gru: nn.GRUCell, x: Tensor, h: Tensor) -> Tensor:

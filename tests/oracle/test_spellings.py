@@ -18,7 +18,7 @@ from tests.oracle.spellings import (
     row_model,
 )
 
-pytestmark = pytest.mark.usefixtures("one_trace")
+pytestmark = pytest.mark.usefixtures("each_front")
 
 WRONG: dict[str, tuple[Forward, Forward]] = {
     # What tools that hook modules compute, as networks of the same output.
