@@ -7,6 +7,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 from unittest import mock
@@ -45,10 +46,14 @@ def seed() -> None:
     np.random.seed(0)
 
 
-def pytest_collection_finish() -> None:
-    """What was imported is looked through by no collection of garbage to come."""
+def leave_to_stay() -> None:
+    """What is there now is looked through by no collection of garbage to come."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_finish() -> None:
+    leave_to_stay()
 
 
 def pytest_collectstart() -> None:
@@ -56,8 +61,14 @@ def pytest_collectstart() -> None:
 
 
 @pytest.hookimpl(tryfirst=True)  # before the fixtures, also those of a module
-def pytest_runtest_setup() -> None:
+def pytest_runtest_setup(item: pytest.Item) -> None:
     seed()
+    if item.path != _FILE.get("last"):  # what is cached grows with each file
+        _FILE["last"] = item.path
+        leave_to_stay()
+
+
+_FILE: dict[str, Path] = {}
 
 
 class Apply(nn.Module):
