@@ -74,7 +74,8 @@ def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int = EPOCHS) -> None:
     steps = epochs * -(-len(x) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
     model.train()
-    for _ in range(epochs):
+    for epoch in range(epochs):
+        print(f"  epoch {epoch + 1} of {epochs}", end="\r", flush=True)
         for batch in torch.randperm(len(x)).split(BATCH):
             optimizer.zero_grad()
             F.cross_entropy(model(x[batch]), y[batch]).backward()
@@ -93,7 +94,7 @@ def main(path: Path) -> None:
     train(model, x_train, y_train)
     with torch.no_grad():
         accuracy = (model(x_test).argmax(1) == y_test).float().mean().item()
-    print(f"test accuracy: {accuracy:.3f}")
+    print(f"  test accuracy: {accuracy:.3f}")
     if accuracy <= LEAST_ACCURACY:
         sys.exit(f"the model is not worth explaining: accuracy must be over {LEAST_ACCURACY}")
 
