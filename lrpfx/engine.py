@@ -346,7 +346,8 @@ class _Call:
         said = [] if engine.by_batch else mode_notes(engine.captured)
         said += conditions.notes() if conditions is not None else []
         if self.several:
-            what = "targets" if conditions is None else "conditions"
+            what = "target" if conditions is None else "condition"
+            what += "s" * (len(parts) > 1)
             told = f"{len(parts)} {what} of each sample, {told if conditions else _ONE_HOT}"
             said += column_notes(self.asked.target)
         booked = self.book.bookings() if self.book else {}

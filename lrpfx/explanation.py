@@ -315,7 +315,9 @@ class Explanation(Generic[_Form]):
                 "show_tokens() shows one input of token ids (N, T), and this explanation has "
                 f"{len(found)}.",
                 where=[f"{name}: {tuple(x.shape)}" for name, _, x in found],
-                fix="pair one with lrpfx.text.token_text(ids, relevance, tokenizer).",
+                fix="pair one with lrpfx.text.token_text(ids, relevance, tokenizer)."
+                if found
+                else "explanation.plot() draws inputs that are no token ids.",
             )
         return shown[0][1:]
 
@@ -424,13 +426,14 @@ class Explanation(Generic[_Form]):
         leaves = tensors_of(self.relevance)
         shapes = ", ".join(map(_form, leaves))
         report = self.report
-        ends = ["sums per op on demand, in its report"] if report.pending else []
+        more = ["sums per op on demand"] if report.pending else []
         if noted := len(report.notes):
-            ends.append(f"{noted} note{'s' * (noted > 1)} in its report")
+            more.append(f"{noted} note{'s' * (noted > 1)}")
         return (
             f"Explanation(relevance {shapes}; target: {report.target}; rules: {report.rules}; "
             f"started {report.started:.6g}, reached the inputs {report.reached:.6g}, "
-            f"absorbed {self.absorbed.sum().item():.6g}{''.join(f'; {end}' for end in ends)})"
+            f"absorbed {self.absorbed.sum().item():.6g}"
+            f"{'; in its report: ' * bool(more)}{', '.join(more)})"
         )
 
     def _repr_html_(self) -> str:

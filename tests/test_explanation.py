@@ -113,7 +113,7 @@ def test_what_is_noted_shows_wherever_an_explanation_does() -> None:
     """A blank picture without a word is taken for a result."""
     dead = Apply(lambda m, x: m.b((m.a(x) - 100).relu()), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
     e = lrpfx.explain(dead, draw(2, 3), 1)
-    assert "zero everywhere" in e.report.notes[0] and repr(e).endswith("1 note in its report)")
+    assert "zero everywhere" in e.report.notes[0] and repr(e).endswith("1 note)")
     assert f"note: {e.report.notes[0]}" in " ".join(Page(e._repr_html_()).text)
     assert "note" not in repr(lrpfx.explain(nn.Linear(3, 2), draw(2, 3), 1))
 

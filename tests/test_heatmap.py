@@ -291,6 +291,12 @@ def test_a_grid_of_something_else_is_refused(columns: Any) -> None:
     check_form(caught.value)
 
 
+def test_images_are_not_shown_as_tokens_but_drawn(images: Explanation) -> None:
+    with pytest.raises(errors.InputError, match=r"explanation\.plot\(\)") as caught:
+        images.show_tokens(["a"])
+    check_form(caught.value)
+
+
 def test_token_ids_are_not_drawn_but_shown() -> None:
     model = Apply(lambda m, i: m.fc(m.e(i).mean(1)), e=nn.Embedding(5, 3), fc=nn.Linear(3, 2))
     with pytest.raises(errors.InputError, match=r"show_tokens\(tokenizer\)"):

@@ -75,7 +75,7 @@ def explanations(
     ]
     if not is_several(target):
         return found[0]
-    several = f"{len(found)} targets of each sample"
+    several = f"{len(found)} target{'s' * (len(found) > 1)} of each sample"
     whole = stacked(found)
     return replace(whole, report=replace(whole.report, target=several))
 

@@ -159,13 +159,15 @@ def read_conditions(
             )
     given = _forms(conditions)
     graph, live, problems = places.graph, places.live, list[str]()
+    fixes: list[str] = []
     found: dict[str, Place] = {}
     named = [name for condition in given for name in condition]
     for name in dict.fromkeys([*([] if start is None else [start]), *named]):
         try:
             found[name] = places.find(name)
         except SelectorError as error:
-            problems.append(" ".join([error.what, error.fix]))
+            problems.append(error.what)
+            fixes.append(f"{name!r}: {error.fix}")
     masks: dict[tuple[fx.Node, Concept], tuple[Place, list[Any]]] = {}
     for k, condition in enumerate(given):
         for name, (kind, kept) in condition.items():
@@ -187,6 +189,7 @@ def read_conditions(
             if several
             else problems[0],
             where=list(dict.fromkeys(problems)) if several else (),
+            fix="; ".join(fixes) or "give a place once, and a kind of concept that it has.",
         )
     begin = None if start is None else found[start].tap.relevance
     ends = [n for n in explained_leaves(graph) if isinstance(n, fx.Node) and n in live]

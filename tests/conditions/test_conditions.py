@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import lrpfx
 from lrpfx.concepts import Channel, Neuron
 from tests.conftest import Apply, assert_untouched
+from tests.test_errors import check_form
 
 EXACT = lrpfx.composites.EpsilonAll(epsilon=1e-12)
 
@@ -338,8 +339,9 @@ def explained() -> tuple[nn.Module, lrpfx.Explainer]:
 def test_what_is_wrong_is_said(case: str, explained: tuple[nn.Module, lrpfx.Explainer]) -> None:
     model, explainer = explained
     options, said = WRONG[case]
-    with assert_untouched(model, X), pytest.raises(lrpfx.errors.LrpError, match=said):
+    with assert_untouched(model, X), pytest.raises(lrpfx.errors.LrpError, match=said) as e:
         explainer(X, None if "start" in options else 1, **options)
+    check_form(e.value)
 
 
 def test_channels_are_followed_through_moves() -> None:
