@@ -465,9 +465,9 @@ class Explainer:
         """
         if self._engine.captured.decisions is None:
             return self
-        made_of = self._made_of
+        made_of = self._recipe()
         options = {**made_of.options, "capture": "export"}
-        return type(self)(made_of.model, made_of.inputs, made_of.rules, **options)
+        return _made_again(type(self), replace(made_of, options=options))
 
     def _as_run(self) -> RecordedRun[Explainer]:
         return RecordedRun(self._engine.captured, self._engine.module, self)

@@ -68,11 +68,17 @@ class Case:
         )
 
 
-def make_cases(explainer: Explainer, inputs: Inputs, by_input: bool) -> list[Case]:
+def make_cases(
+    explainer: Explainer,
+    inputs: Inputs,
+    by_input: bool,
+    class_names: Sequence[str] | None = None,
+) -> list[Case]:
     """The example inputs, a single sample, and more samples at larger sizes, where these vary.
 
     Raises:
         TargetError: There are no classes for a target per sample.
+        InputError: Inputs that do not fit, or not as many names as there are classes.
     """
     signature = explainer._engine.captured.signature
     leaves = check_inputs(signature, inputs)
@@ -83,6 +89,11 @@ def make_cases(explainer: Explainer, inputs: Inputs, by_input: bool) -> list[Cas
         for dim, name in each.items()
     }
     classes = _classes(explainer, leaves) if by_input else None
+    if class_names is not None and classes not in (None, len(class_names)):
+        raise InputError(
+            f"there are {len(class_names)} class_names, and {classes} classes.",
+            fix="give one for each.",
+        )
     cases = [_case(explainer, leaves, classes)]
     if "N" in sizes:
         counts = 1, max(2, sizes["N"]) + 1

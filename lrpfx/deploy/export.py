@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lrpfx.capture import Inputs
 from lrpfx.deploy.about import about
@@ -17,8 +17,9 @@ from lrpfx.deploy.torch_file import write_aoti, write_pt2
 from lrpfx.errors import CaptureError, ExportError, InputError, TargetError, some, warn
 from lrpfx.explain import Explainer
 
+_Writer = Callable[[Program, Path, str, Sequence[Case]], None]
 #: By ending, the first that fits: what writes a program, and what is to be known of it.
-_WRITERS: dict[str, Callable[[Program, Path, str, Sequence[Case]], None]] = {
+_WRITERS: dict[str, _Writer] = {
     ".onnx": write_onnx,
     ".aoti.pt2": write_aoti,
     ".pt2": write_pt2,
@@ -61,37 +62,65 @@ def export(
             installed.
         TargetError: The output has no classes for a target per sample.
     """
-    path = Path(path)
-    write = next((w for ending, w in _WRITERS.items() if path.name.endswith(ending)), None)
     if not isinstance(explainer, Explainer):
-        raise InputError(
-            f"what is exported is an Explainer, not {type(explainer).__name__}.",
-            fix="lrpfx.export(lrpfx.Explainer(model, x, rules), path, x).",
-        )
-    if write is None:
-        raise InputError(
-            f"{path.name!r} does not say what to write.",
-            fix=f"let the name end in {', '.join(_WRITERS)}.",
-        )
-    if target not in (None, "argmax"):
+        raise InputError(f"what is exported is an Explainer, not {_named(explainer)}.", fix=_CALL)
+    path, write = _read_path(path)
+    if not (target is None or isinstance(target, str) and target == "argmax"):
         raise TargetError(
-            f"target={target!r} cannot be written down.",
+            f"target={_named(target)} cannot be written down.",
             fix='leave it out for a target per sample as an input of the program, or give "argmax";'
             " for other scores export a wrapper module that returns (N, scores).",
         )
-    if not path.parent.is_dir():
-        raise InputError(f"there is no folder {path.parent}.", fix="make it first.")
+    _refuse_names(class_names)
     _refuse(explainer)
     explainer = _for_every_size(explainer)
     inputs = explainer._read_inputs(inputs)
+    class_names = None if class_names is None else list(class_names)
     facts = about(explainer, target, class_names)
     by_input = target is None
-    cases = make_cases(explainer, inputs, by_input)
+    cases = make_cases(explainer, inputs, by_input, class_names)
     program = make_program(explainer, inputs, by_input)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".lrpfx-") as folder:
         write(program, Path(folder) / path.name, facts, cases)
         for file in Path(folder).iterdir():  # weights of more than 2 GB have one of their own
             os.replace(file, path.parent / file.name)
+
+
+_CALL = 'lrpfx.export(lrpfx.Explainer(model, x, rules), "model.onnx", x).'
+
+
+def _named(value: Any) -> str:
+    """What an argument is, in a few words."""
+    return repr(value) if isinstance(value, (bool, int, float, str)) else type(value).__name__
+
+
+def _read_path(path: Any) -> tuple[Path, _Writer]:
+    """Where to write, and what does it."""
+    try:
+        path = Path(path)
+    except TypeError as error:
+        raise InputError(f"the path is no path, but {_named(path)}.", fix=_CALL) from error
+    write = next((w for ending, w in _WRITERS.items() if path.name.endswith(ending)), None)
+    if write is None:
+        raise InputError(
+            f"{path.name!r} does not say what to write.",
+            fix=f"let the name end in {', '.join(_WRITERS)}.",
+        )
+    if not path.parent.is_dir():
+        raise InputError(f"there is no folder {path.parent}.", fix="make it first.")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder.", fix="name a file.")
+    return path, write
+
+
+def _refuse_names(names: Any) -> None:
+    """Raise InputError for class names that are no sequence of names."""
+    if names is None or not isinstance(names, (str, bytes, Mapping)) and hasattr(names, "__iter__"):
+        return
+    raise InputError(
+        f"class_names is a {type(names).__name__}.",
+        fix='give a list with a name for each output: ["cat", "dog"].',
+    )
 
 
 def _for_every_size(explainer: Explainer) -> Explainer:

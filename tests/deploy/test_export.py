@@ -6,6 +6,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -171,9 +172,33 @@ def test_what_is_refused_writes_no_file(case: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_arguments_of_wrong_kinds_are_refused_and_no_file_is_written(tmp_path: Path) -> None:
+    explainer = lrpfx.Explainer(perceptron(), X)
+    folder = tmp_path / "folder.pt2"
+    folder.mkdir()
+    for path, told in ((None, "but NoneType"), (X, "but Tensor"), (folder, "is a folder")):
+        with pytest.raises(InputError, match=told):
+            lrpfx.export(explainer, path, X)  # type: ignore[arg-type]
+    path = tmp_path / "m.pt2"
+    for target in (torch.tensor([1, 2, 3]), np.array([1, 2, 3]), (1, 2), lambda output: output):
+        with pytest.raises(TargetError, match="cannot be written down"):
+            lrpfx.export(explainer, path, X, target=target)  # type: ignore[arg-type]
+    for names, told in (({0: "a"}, "is a dict"), (5, "is a int"), (["a"], "1 class_names, and 4")):
+        with pytest.raises(InputError, match=told):
+            lrpfx.export(explainer, path, X, class_names=names)  # type: ignore[arg-type]
+    for x in (None, X.float(), X[:, :3], X.to("meta"), X[:0]):
+        with pytest.raises(InputError):
+            lrpfx.export(explainer, path, x)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 def test_what_was_recorded_is_exported_for_every_batch_size(tmp_path: Path) -> None:
     model, path = perceptron(), tmp_path / "model.pt2"
-    lrpfx.export(lrpfx.Explainer(model, X, "epsilon_plus", capture="record"), path, X)
+    explainer = lrpfx.Explainer(model, X, "epsilon_plus", capture="record")
+    model.train()  # since: it is the model in evaluation mode that is explained
+    lrpfx.export(explainer, path, X)
+    assert model.training
+    model.eval()
     x, target = torch.randn(5, 6).double(), torch.arange(5) % 4
     expected = lrpfx.explain(model, x, target, "epsilon_plus")
     assert apart(loaded(path)(x, target)[1], expected.relevance) < TOLERANCE
