@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,9 @@ from lrpfx.errors import InputError
 from lrpfx.heatmap import explained_pairs
 from lrpfx.text import TokenizerLike, token_text
 
+#: How tokenizers write a space before a word; and others that a token goes on with a word.
+_SPACES, _WITHIN = ("\u2581", "\u0120"), "##"
+
 
 def as_shap(
     relevance: Any,
@@ -20,6 +23,7 @@ def as_shap(
     target: Tensor | None,
     feature_names: Sequence[str] | None = None,
     tokenizer: TokenizerLike | None = None,
+    class_names: Sequence[str] | Mapping[int, str] | None = None,
 ) -> Any:
     """Values and base values of SHAP: their sum is what was explained.
 
@@ -30,10 +34,12 @@ def as_shap(
         absorbed: What reached no input, (N,) or (K, N).
         target: The classes, if they are known.
         feature_names: Of tables.
-        tokenizer: Gives the tokens of ids, see ``Explanation.show_tokens``.
+        tokenizer: Gives the tokens of ids, see ``Explanation.show_tokens``; where words begin
+            they get a space.
+        class_names: Of the outputs.
 
     Raises:
-        InputError: Not exactly one input is explained.
+        InputError: Not exactly one input is explained, or a class has no name.
         ImportError: SHAP is not installed.
     """
     try:
@@ -68,20 +74,56 @@ def as_shap(
         base_values=base.double().numpy(),
         data=_tokens(data, tokenizer) if tokenizer is not None else data.numpy(),
         feature_names=None if feature_names is None else list(feature_names),
-        output_names=_names(target, values.shape[-1]) if several else None,
+        # Of one target, plots of images take no name, and those of rows and texts a string.
+        output_names=_names(target, values.shape[-1] if several else None, class_names)
+        if several or data.ndim == 2
+        else None,
     )
 
 
 def _tokens(ids: Tensor, tokenizer: TokenizerLike) -> Any:
-    """The token of each id, as an array of objects."""
+    """The text of each id, as an array of objects."""
     if ids.is_floating_point():
         raise InputError("the explained input holds no token ids.", fix="leave tokenizer=None.")
     sentences = token_text(ids, ids, tokenizer).sentences
-    return np.array([[token for token, _ in one] for one in sentences], dtype=object)
+    return np.array([_texts([token for token, _ in one]) for one in sentences], dtype=object)
 
 
-def _names(target: Tensor | None, number: int) -> list[str]:
-    """Of each of several targets its class, if that is the same for all samples."""
+def _texts(tokens: Sequence[str]) -> list[str]:
+    """Tokens as plots set them beside each other, with the spaces between words."""
+    if any(token[:1] in _SPACES or token != token.strip() for token in tokens):
+        return [" " + t[1:] if t[:1] in _SPACES else t for t in tokens]
+    return [
+        token.removeprefix(_WITHIN) if token.startswith(_WITHIN) or k == 0 else f" {token}"
+        for k, token in enumerate(tokens)
+    ]
+
+
+def _names(
+    target: Tensor | None, number: int | None, names: Sequence[str] | Mapping[int, str] | None
+) -> list[str] | str | None:
+    """Of each target its class, if that is the same for all samples.
+
+    Args:
+        target: The classes, (N,) or (K, N), if they are known.
+        number: How many targets there are, None for one that is no dimension.
+        names: Of the classes.
+    """
+    if number is None:
+        if target is None or target.ndim != 1 or len({*target.tolist()}) != 1:
+            return None
+        return _name(int(target[0]), names)
     if target is None or target.ndim != 2 or not bool((target == target[:, :1]).all()):
         return [f"target {k}" for k in range(number)]
-    return [f"class {int(row[0])}" for row in target]
+    return [_name(int(row[0]), names) for row in target]
+
+
+def _name(index: int, names: Sequence[str] | Mapping[int, str] | None) -> str:
+    if names is None:
+        return f"class {index}"
+    try:
+        return str(names[index])
+    except LookupError as error:
+        raise InputError(
+            f"class_names has no name of class {index}.", fix="give one for each output."
+        ) from error

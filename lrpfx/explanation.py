@@ -281,6 +281,7 @@ class Explanation(Generic[_Form]):
         *,
         feature_names: Sequence[str] | None = None,
         tokenizer: TokenizerLike | None = None,
+        class_names: Sequence[str] | Mapping[int, str] | None = None,
     ) -> Any:
         """The explanation as SHAP has it, for its plots: ``shap.plots.waterfall(e.to_shap()[0])``.
 
@@ -290,16 +291,19 @@ class Explanation(Generic[_Form]):
         Args:
             feature_names: Of a table.
             tokenizer: Of token ids, see ``show_tokens``; without it the data are the ids.
+            class_names: Of the outputs, such as ``model.config.id2label``; by default "class 3".
 
         Returns:
-            A ``shap.Explanation``.
+            A ``shap.Explanation``; ``output_names`` has what is explained, if that is one class, or
+            the same several, for all samples.
 
         Raises:
-            InputError: Not exactly one input is explained, or samples share it.
+            InputError: Not exactly one input is explained, samples share it, or a class has no
+                name.
             ImportError: SHAP is not installed.
         """
         given = self.relevance, self.inputs, self.absorbed, self.target
-        return as_shap(*given, feature_names, tokenizer)
+        return as_shap(*given, feature_names, tokenizer, class_names)
 
     def _tokens(self, tokenizer: TokenizerLike) -> tuple[Tensor, Tensor]:
         """Relevance and ids of the explained tokens.

@@ -88,10 +88,31 @@ def test_text_is_drawn() -> None:
     ids = torch.tensor([[1, 3, 2], [4, 4, 0]])
     explanation = lrpfx.explain(Bag().eval(), ids, 1)
     found = explanation.to_shap(tokenizer=["<s>", "the", "old", "green", "ball", "rolls"])
-    assert found.data.tolist() == [["the", "green", "old"], ["ball", "ball", "<s>"]]
+    assert found.data.tolist() == [["the", " green", " old"], ["ball", " ball", " <s>"]]
+    assert found.output_names == "class 1"
     page = shap.plots.text(found[0], display=False)
     assert "green" in page
     assert explanation.to_shap().data.tolist() == ids.tolist()
+    for words, written in (
+        (
+            ["<s>", "rolls", "##er", "old", "ball", "s"],
+            [["rolls", " old", "er"], ["s", " s", " <s>"]],
+        ),
+        (["<s>", "\u2581a", "b", "\u0120c", "d", "."], [[" a", " c", "b"], ["d", "d", "<s>"]]),
+    ):
+        assert explanation.to_shap(tokenizer=words).data.tolist() == written
+
+
+def test_classes_have_names() -> None:
+    x, names = torch.randn(4, 5), ["cat", "dog", "cow"]
+    every = table()(x, "all").to_shap(class_names=names)
+    assert every.output_names == names
+    one = table()(x, 1).to_shap(class_names=dict(enumerate(names)))
+    assert one.output_names == one[0].output_names == "dog"
+    np.testing.assert_array_equal(every[:, :, "dog"].values, one.values)
+    assert table()(x, [0, 1, 2, 0]).to_shap(class_names=names).output_names is None
+    with pytest.raises(errors.InputError, match="no name of class 2"):
+        table()(x, 2).to_shap(class_names=["cat", "dog"])
 
 
 def test_what_shap_has_no_form_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
