@@ -154,7 +154,7 @@ def fold(text: str, width: int) -> list[str]:
     lines = []
     while len(text) > width:
         cut = max((text.rfind(mark, 0, width) + 1 for mark in " .,:;/_-("), default=0)
-        cut = cut if cut > width // 3 else width
+        cut = cut if cut >= width // 3 else width
         lines.append(text[:cut])
         text = text[cut:]
     return [*lines, text]
