@@ -86,12 +86,19 @@ def _tokens(ids: Tensor, tokenizer: TokenizerLike) -> Any:
     if ids.is_floating_point():
         raise InputError("the explained input holds no token ids.", fix="leave tokenizer=None.")
     sentences = token_text(ids, ids, tokenizer).sentences
-    return np.array([_texts([token for token, _ in one]) for one in sentences], dtype=object)
+    tokens = [[token for token, _ in one] for one in sentences]
+    spaced = any(t[:1] in _SPACES or t != t.strip() for one in tokens for t in one)
+    return np.array([_texts(one, spaced) for one in tokens], dtype=object)
 
 
-def _texts(tokens: Sequence[str]) -> list[str]:
-    """Tokens as plots set them beside each other, with the spaces between words."""
-    if any(token[:1] in _SPACES or token != token.strip() for token in tokens):
+def _texts(tokens: Sequence[str], spaced: bool) -> list[str]:
+    """Tokens as plots set them beside each other.
+
+    Args:
+        tokens: Of a sentence.
+        spaced: Whether they have the spaces between words themselves.
+    """
+    if spaced:
         return [" " + t[1:] if t[:1] in _SPACES else t for t in tokens]
     return [
         token.removeprefix(_WITHIN) if token.startswith(_WITHIN) or k == 0 else f" {token}"

@@ -96,7 +96,7 @@ def test_text_is_drawn() -> None:
     for words, written in (
         (
             ["<s>", "rolls", "##er", "old", "ball", "s"],
-            [["rolls", " old", "er"], ["s", " s", " <s>"]],
+            [["rolls", " old", "er"], ["ball", " ball", " <s>"]],
         ),
         (["<s>", "\u2581a", "b", "\u0120c", "d", "."], [[" a", " c", "b"], ["d", "d", "<s>"]]),
     ):
