@@ -124,7 +124,7 @@ class TargetError(LrpError, ValueError):
 
 
 class RuleError(LrpError, ValueError):
-    """A rule has illegal parameters, or is laid on an operation that it does not fit."""
+    """A rule has illegal parameters, or is assigned to an op that it does not fit."""
 
 
 class SelectorError(LrpError, ValueError):

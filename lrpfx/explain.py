@@ -76,20 +76,20 @@ def explain(
             output, used unchanged as the seed relevance. Negative indices count from the end. For
             the index forms the seed is one-hot times the output value; of a callable it is the
             gradient times output, which is its value where it picks or adds outputs, and noted
-            where it is another. A softmax or log-softmax at the output is left out: the seed is
-            laid on its logits. Several targets of each sample, as N lists of K classes, an integer
-            array (N, K), or "all" for every class of an output (N, C), share one forward pass:
-            every tensor of the explanation but ``output`` then has a leading dimension K, and no
-            ledger is kept.
-        rules: A composite or its name; entries of your own, laid over one:
+            where it is another. A softmax, log-softmax or sigmoid at the output is left out: its
+            logits are explained. Several targets of each sample, as N lists of K classes, an
+            integer array (N, K), or "all" for every class of an output (N, C), share one forward
+            pass: every tensor of the explanation but ``output`` then has a leading dimension K, and
+            no ledger is kept.
+        rules: A composite or its name; or entries of your own in front of one:
             ``EpsilonPlusFlat() + [("layer4.*", Gamma())]``, or the same as a list that ends with
-            what it is laid over, ``[("layer4.*", Gamma()), "epsilon_plus_flat"]``. Your own
-            entries come first, and the first match wins. A list without an end is laid over the
-            default, ``composites.Auto``, which None is by itself. An entry is a pair of selector
-            and rule. A selector is an op kind (``"conv"``), a module class, a module-path glob
-            (``"layer4.*"``), ``"*"``, a predicate on the node's record such as ``First()``, or a
-            tuple of these, any of which may match. A dict of entries, and a rule alone (for every
-            op that it fits), are taken as well.
+            the composite, ``[("layer4.*", Gamma()), "epsilon_plus_flat"]``. The first match wins.
+            A list that ends with no composite stands in front of the default,
+            ``composites.Auto``, which None is by itself. An entry is a pair of selector and rule. A
+            selector is an op kind (``"conv"``), a module class, a path glob (``"layer4.*"``),
+            ``"*"``, a predicate on the node's record such as ``First()``, or a tuple of these, any
+            of which may match. A dict of entries, and a rule alone (for every op that it fits), are
+            taken as well.
         layers: Module paths (globs allowed), or names of nodes in the report, whose relevance and
             activation are returned, too.
         create_graph: Keep the graph of the relevance, so that it can be differentiated with

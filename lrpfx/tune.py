@@ -147,7 +147,7 @@ def tune(
             Explanation that returns one number per sample, or one; more is better.
         budget: So many candidates are tried at most, of a list the first. Combinations of rules
             are all tried if there are not more, else one selector after the other.
-        over: Of combinations, what they are laid over; None for the default.
+        over: The composite that combinations stand in front of; None for the default.
         steps: Of ``perturbation``; so are ``fill``, ``patch`` and ``kind``.
         fill: See ``steps``.
         patch: See ``steps``.

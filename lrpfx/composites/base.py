@@ -32,16 +32,16 @@ NAMED: dict[str, type[Named]] = {}
 
 
 class Composite:
-    """An ordered list of (selector, rule), which may be laid over another one.
+    """An ordered list of (selector, rule), which may stand in front of another one.
 
-    ``EpsilonPlusFlat() + [("layer4.*", Gamma())]`` are the entries of one's own, which come first,
-    over those of the composite.
+    ``EpsilonPlusFlat() + [("layer4.*", Gamma())]`` are entries of your own, which come first, in
+    front of those of the composite.
 
     Args:
         entries: Pairs of selector and rule; the first match wins. A dict, a single pair, or a rule
             for every op that it fits, stand for such a list.
-        over: What the entries are laid over; None for the default. The named composites below are
-            complete, and laid over nothing.
+        over: The composite that the entries stand in front of; None for the default. The named
+            composites below are complete, and stand in front of nothing.
 
     Raises:
         RuleError: An entry is no pair of a selector and a rule.
@@ -85,7 +85,7 @@ class Offered(tuple[Selector, Rule]):
 
 
 class Named(Composite):
-    """A complete rule set: it is laid over no other, and on any model."""
+    """A complete rule set, for any model; it stands in front of no other."""
 
     def __init_subclass__(cls, name: str = "", **keywords: Any) -> None:
         """Take in a composite under its name; one of the user's own needs none."""
@@ -97,7 +97,7 @@ class Named(Composite):
         super().__init__(map(Offered, entries))
 
     def __add__(self, entries: Entries) -> Composite:
-        """Entries of one's own, laid over the composite."""
+        """Entries of your own in front of the composite."""
         return Composite(entries, over=self)
 
 
@@ -143,7 +143,7 @@ def _listed(given: Any) -> list[Any]:
         if isinstance(given, Named):
             name = type(given).__name__
             raise RuleError(
-                f"{name} is complete, and cannot be laid over another composite.",
+                f"{name} is complete, and cannot stand in front of another composite.",
                 fix=f"lay entries of your own over it: {name}() + [(selector, rule), ...].",
             )
         return list(given.entries)
@@ -161,13 +161,13 @@ _PAIRS = 'give pairs such as ("conv", lrpfx.ZPlus()) or ("layer4.*", lrpfx.Epsil
 
 
 def _entry(given: Any) -> Entry:
-    """An entry, if it is one; a rule by itself is laid on every op that it fits."""
+    """An entry, if it is one; a rule by itself is for every op that it fits."""
     if isinstance(given, Rule):
         return "*", given
     if isinstance(given, Composite):
         raise RuleError(
             f"{type(given).__name__} stands among entries.",
-            fix="put last what entries are laid over, or add them to it: composite + [...].",
+            fix="put last the composite, or add the entries to it: composite + [...].",
         )
     if not isinstance(given, (tuple, list)) or len(given) != 2:
         raise RuleError(f"{given!r} is no (selector, rule) pair.", fix=_PAIRS)

@@ -277,7 +277,7 @@ class Rule:
                     setattr(cls, name, vars(first)[name])
 
     def fits(self, op: Op) -> str:
-        """Return "" if the rule can be laid on ``op``, else the reason why it cannot."""
+        """Return "" if the rule can be assigned to ``op``, else the reason why it cannot."""
         raise NotImplementedError
 
     def propagate(
