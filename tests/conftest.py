@@ -27,7 +27,7 @@ from lrpfx.capture.front import capture
 
 # Derandomized, so that CI fails for changes of the code only; "nightly" looks for new examples:
 # pytest --hypothesis-profile nightly
-settings.register_profile("ci", derandomize=True, deadline=None, max_examples=30)
+settings.register_profile("ci", derandomize=True, deadline=None, max_examples=20)
 settings.register_profile("nightly", derandomize=False, deadline=None, max_examples=500)
 settings.load_profile("ci")
 
@@ -148,10 +148,13 @@ def each_way(request: pytest.FixtureRequest) -> Iterator[None]:
     scope="module", params=["record", pytest.param("export", marks=pytest.mark.nightly)]
 )
 def each_front(request: pytest.FixtureRequest) -> Iterator[None]:
-    """What an ``Explainer`` takes where the way of capture is not chosen; see ``each_way``."""
+    """What an ``Explainer`` takes, too; exports serve the whole session."""
+    once = request.param == "record"
+    front = sys.modules["lrpfx.explain"]
     with (
         traced_once(_OF_THE_SESSION),
-        mock.patch.object(lrpfx.Explainer, "_once", request.param == "record"),
+        mock.patch.object(front._OfOneCall, "_once", once),
+        mock.patch.object(lrpfx.Explainer, "_once", once),
     ):
         yield
 

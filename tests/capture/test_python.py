@@ -26,7 +26,7 @@ from tests.oracle.spellings import (
     normal,
 )
 
-pytestmark = pytest.mark.usefixtures("one_trace", "each_way")
+pytestmark = pytest.mark.usefixtures("each_front")
 
 
 def _looped(m: Any, x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from tests.oracle.spellings import (
     plain_net,
 )
 
-pytestmark = pytest.mark.usefixtures("one_trace", "each_way")
+pytestmark = pytest.mark.usefixtures("each_front")
 
 
 def _registered_backwards() -> nn.Module:

@@ -188,8 +188,12 @@ def block(kernel: str) -> nn.Module:
 
 @pytest.mark.parametrize(
     ("kernel", "rules"),
-    [(kernel, rules) for kernel in KERNELS for rules in ("attnlrp", "cplrp")]
-    + [each_way(kernel, DIVIDES, [DIVIDES] * (kernel in UNLIKE)) for kernel in KERNELS],
+    [(kernel, "attnlrp") for kernel in KERNELS]
+    + [
+        each_way(kernel, rules, [rules] * (kernel in UNLIKE))
+        for kernel in KERNELS
+        for rules in ("cplrp", DIVIDES)
+    ],
 )
 def test_attention(kernel: str, rules: Any) -> None:
     x = torch.randn(2, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

@@ -39,8 +39,8 @@ MODELS = {
     "resnet50": 48,
     "squeezenet1_1": 64,
 }
-#: Of blocks that two others have, which are small.
-LARGE = ("resnet18", "resnet50")
+#: Of layers and blocks that others have, which are small.
+LARGE = ("resnet18", "resnet50", "squeezenet1_1")
 SMALL = {"residual": zoo.residual, "bottlenecks": zoo.bottlenecks}
 
 REQUIRED = {"epsilon_gamma_box": {"low": -3.0, "high": 3.0}}
