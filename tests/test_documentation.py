@@ -1,5 +1,6 @@
 """README and pages: snippets run, reports are as shown, and what is named is there."""
 
+import dataclasses
 import doctest
 import pkgutil
 import re
@@ -209,7 +210,7 @@ def test_every_example_of_a_docstring_runs(
     running = SimpleNamespace(default=torch.ops.aten.special_bessel_j0.default)
     ops = SimpleNamespace(my_ops=SimpleNamespace(running_total=running))
     names = images(layer4=nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()))
-    names |= {"register_op": lrpfx.register_op, "sklearn": sklearn}
+    names |= {"dataclasses": dataclasses, "register_op": lrpfx.register_op, "sklearn": sklearn}
     names["points"] = np.random.default_rng(0).random((40, 3), dtype=np.float32)
     if name == "register_op":
         names["torch"] = SimpleNamespace(ops=ops)

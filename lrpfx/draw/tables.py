@@ -119,4 +119,5 @@ def _show(ax: Axes, labels: Sequence[str], lengths: Array, limit: float, left: f
         np.arange(count), labels=[cut(label, left - 0.1, 7) for label in labels], parse_math=False
     )
     if not limit:
+        ax.set_xticks([])
         ax.set_xlabel("zero everywhere", fontsize=7)

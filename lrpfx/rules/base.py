@@ -233,7 +233,24 @@ def _definer(cls: type, name: str) -> int:
 
 @dataclass(frozen=True)
 class Rule:
-    """Base of all rules: an immutable value whose fields are the rule's parameters."""
+    """Base of all rules: an immutable value whose fields are the rule's parameters.
+
+    A rule of your own is a frozen dataclass that overrides two methods: ``fits`` says which ops it
+    is for, and ``propagate`` returns the relevance of their inputs, as a ``Flow``. For
+    convolutions, linear layers and other ops that compute W x + b derive from ``AffineRule``
+    instead, and override ``terms``. The other methods say how a rule is computed fast, and may be
+    left alone.
+
+    Example:
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class Fade(lrpfx.Rule):
+        ...     share: float = 0.5
+        ...     def fits(self, op):
+        ...         return "" if op.family == "activation" else "Fade is for activations"
+        ...     def propagate(self, call, x, z, R):
+        ...         return lrpfx.Flow((self.share * R,))
+        >>> lrpfx.explain(model, x, rules=[("*", Fade()), "epsilon_plus"])
+    """
 
     #: Whether the rule reads the clean activations at the inputs / at the output of the node.
     reads_input: ClassVar[bool] = True
