@@ -62,6 +62,7 @@ def pictures(e: lrpfx.Explanation, x: Tensor, tokenizer: Any) -> None:
     e.plot("picture.png", titles="cat", clip=99, cmap="seismic", overlay=True, scale="shared")
     e.plot(feature_names=["age", "income"], top=10, sort=False, columns=2, limit=8)
     lrpfx.heatmap.heatmap(e.relevance, inputs=x, kind="sequence")
+    lrpfx.heatmap.grid(None, e)
     lrpfx.heatmap.grid(x, {"one": e, "two": e.relevance})
     lrpfx.heatmap.grid(None, [e, e], titles=["cat"], wrap=4)
     e.show_tokens(tokenizer, skip_special=True, scale="shared").to_html("tokens.html")
