@@ -1,6 +1,7 @@
 """Explanations as ONNX files: ``python -m benchmarks.exported``.
 
-A model of each family is exported with its relevance, and run by onnxruntime. Asked is whether
+A model of each family is exported with its relevance, and run by onnxruntime; minutes each, so that
+``--only=swin_t --write`` writes one row and leaves the others as they are. Asked is whether
 output and map are the Explainer's, how far both maps are from that in float64, how large the file
 is beside the weights, and what a call costs beside one of the Explainer.
 
@@ -27,7 +28,7 @@ from torch.utils import _pytree as pytree
 
 import lrpfx
 from benchmarks.coverage import randomize
-from benchmarks.measure import Table, command, interleaved, milliseconds, publish
+from benchmarks.measure import DOCS, Table, command, interleaved, milliseconds, publish
 from benchmarks.zoos import declare_missing_ops
 
 declare_missing_ops()
@@ -251,11 +252,28 @@ def table(names: Sequence[str], budget: float) -> Table:
     return made
 
 
+def with_earlier(made: Table, page: str) -> None:
+    """Add the rows of other models that the page has, in the order of the models.
+
+    Args:
+        made: The rows of some models.
+        page: That of all benchmarks, with these columns or others.
+    """
+    section = page.partition("<!-- exported -->")[2].partition("<!-- end of exported -->")[0]
+    lines = [line.strip("| ").split(" | ") for line in section.splitlines() if line[:1] == "|"]
+    rows = {cells[0]: cells for cells in lines[2:]} if lines[:1] == [list(COLUMNS)] else {}
+    rows.update((cells[0], list(cells)) for cells in made.rows)
+    made.rows = [rows[name] for name in CASES if name in rows]
+    made.notes.append("Models are measured one by one (`--only=`); the last command was")
+
+
 def main() -> int:
     """Print the table."""
     options = command("exported", __doc__).parse_args()
     warnings.simplefilter("ignore")
     made = table([name for name in CASES if options.only in name], options.seconds)
+    if options.only:
+        with_earlier(made, (DOCS / "performance.md").read_text())
     return publish("exported", made, options.write)
 
 

@@ -11,6 +11,7 @@ from benchmarks import (
     cost_vs_gradient,
     coverage,
     default_call,
+    exported,
     gpu,
     many_targets,
     measure,
@@ -188,3 +189,19 @@ def test_scan(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = scan.merging
     monkeypatch.setattr(scan, "merging", lambda: whole(2, 20, 5))
     assert_complete(scan.table((40,), rounds=1), 1)
+
+
+def test_rows_of_models_that_are_measured_one_by_one_stay_in_the_table() -> None:
+    def made(**rows: str) -> Table:
+        table = Table("Exported", exported.COLUMNS)
+        for name, cell in rows.items():
+            table.add(name, *[cell] * (len(exported.COLUMNS) - 1))
+        return table
+
+    page = f"<!-- exported -->\n{made(vgg11='1', alexnet='1').markdown()}\n<!-- end of exported -->"
+    found = made(vgg11="2", resnet18="2")
+    exported.with_earlier(found, page)
+    assert [row[:2] for row in found.rows] == [["alexnet", "1"], ["vgg11", "2"], ["resnet18", "2"]]
+    fresh = made(vgg11="2")
+    exported.with_earlier(fresh, page.replace("file, MB", "size"))  # other columns
+    assert [row[0] for row in fresh.rows] == ["vgg11"]
