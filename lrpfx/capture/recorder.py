@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import linecache
 import operator
 import os
@@ -14,9 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dispatch.python import enable_python_dispatcher
+from torch._dispatch.python import enable_python_dispatcher, no_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+from torch.fx.node import map_aggregate
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -130,19 +132,26 @@ class Recorder(ProxyTorchDispatchMode):
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call an op and write it down."""
-        flat, spec = pytree.tree_flatten((args, kwargs))
-        given = [self.node(t) if isinstance(t, Tensor) else t for t in flat]
-        if not self.passes and func._schema.is_mutable:  # what is written there has no gradient
-            given[1:] = [self._passes_not(n) for n in given[1:]]
-        given_args, given_kwargs = pytree.tree_unflatten(given, spec)
-        self.running = node = self._write(func, given_args, given_kwargs)
+        flat: list[Any] = []
+        # What is written there has no gradient.
+        cut = not self.passes and func._schema.is_mutable
+
+        def given(value: Any) -> Any:
+            first = not flat
+            flat.append(value)
+            node = self.node(value) if isinstance(value, Tensor) else value
+            return self._passes_not(node) if cut and not first else node
+
+        nodes: Any = map_aggregate((args, kwargs), given)
+        self.running = node = self._write(func, *nodes)
         try:
-            out = func(*args, **kwargs)
+            with no_python_dispatcher():  # as in a run of the model: only here it is a mode's
+                out = func(*args, **kwargs)
         except Exception:  # which the model may catch, and go another way
             self.graph.erase_node(node)
             raise
         self.read_by(func, flat)
-        self._cast(func, flat, spec, node, out)
+        self._cast(func, (args, kwargs), flat, node, out)
         if any(out is t for t in flat) and not func._schema.is_mutable:
             self.graph.erase_node(node)  # such as contiguous() of what is
         else:
@@ -151,7 +160,8 @@ class Recorder(ProxyTorchDispatchMode):
 
     def _write(self, target: Any, args: Any = (), kwargs: Any = None) -> fx.Node:
         name = getattr(getattr(target, "overloadpacket", target), "__name__", None)
-        node = self.graph.create_node("call_function", target, args, kwargs or {}, name)
+        node = self.graph.create_node("call_function", target, name=name)
+        node.args, node.kwargs = args, kwargs or {}  # given at once, each would be looked through
         node.meta["nn_module_stack"] = dict(self._stack)
         if line := _source():
             node.meta["stack_trace"] = line
@@ -178,8 +188,8 @@ class Recorder(ProxyTorchDispatchMode):
         """What the node's value will tell of the tensor, when the run is over."""
         _refuse_odd(tensor)
         memory = tensor.untyped_storage()
-        # Held weakly, its address is not given to another.
-        self._memories.setdefault(memory._cdata, (StorageWeakRef(memory), memory.nbytes()))
+        if memory._cdata not in self._memories:  # held weakly, its address is not given to another
+            self._memories[memory._cdata] = StorageWeakRef(memory), memory.nbytes()
         self._devices.add(tensor.device)
         return _Form(
             memory._cdata,
@@ -298,17 +308,18 @@ class Recorder(ProxyTorchDispatchMode):
         taken = {name.partition(".")[0] for name in self._names.values()} | set(self.attributes)
         return next(n for i in range(len(taken) + 1) if (n := f"{LIFTED}_{i}") not in taken)
 
-    def _cast(self, func: Any, flat: Sequence[Any], spec: Any, node: fx.Node, out: Any) -> None:
+    def _cast(self, func: Any, call: Any, flat: Sequence[Any], node: fx.Node, out: Any) -> None:
         """Write down the casts of autocast, which take place inside of an op.
 
         It casts all arguments or none; where the op gives another type without it, it has. Else an
         op of several steps may still have cast what one of them reads.
         """
-        floating = {i: t for i, t in enumerate(flat) if _is_floating(t)}
-        devices = {t.device.type for t in floating.values()}
+        devices = {t.device.type for t in flat if _is_floating(t)}
         casts = [torch.get_autocast_dtype(d) for d in devices if torch.is_autocast_enabled(d)]
         if not casts:
             return
+        flat, spec = pytree.tree_flatten(call)
+        floating = {i: t for i, t in enumerate(flat) if _is_floating(t)}
         given = [t.to("meta") if isinstance(t, Tensor) else t for t in flat]
         args, kwargs = pytree.tree_unflatten(given, spec)
         types = _types(out)
@@ -413,8 +424,11 @@ _DECIDING = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
 def takes_values(func: Any, flat: Sequence[Any]) -> bool:
     """Whether an op's result is a number, or of a size, that values of its arguments decide."""
-    if func is aten.index.Tensor:
-        return any(map(_is_mask, flat[1:]))
+    return any(map(_is_mask, flat[1:])) if func is aten.index.Tensor else _decides(func)
+
+
+@functools.cache
+def _decides(func: Any) -> bool:
     if not isinstance(func, torch._ops.OpOverload):
         return False
     known = func.namespace in ("aten", "prim", "prims") or func._schema.name in NAMED
@@ -440,7 +454,7 @@ class _Leaves(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if self._recorder.running is not None:
-            self._recorder.read_by(func, pytree.tree_leaves(args))
+            self._recorder.read_by(func, pytree.tree_leaves(args) if func in _MASKED else ())
         return func(*args, **kwargs or {})
 
 
@@ -542,13 +556,21 @@ def _source() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
-        if file.startswith(_OWN_CODE) and file != __file__:
+        if (kind := _kind_of(file)) == "own":
             return ""
-        if not file.startswith((_TORCH_CODE, "<")) and file != __file__:
+        if kind == "user's":
             line = linecache.getline(file, frame.f_lineno).strip()
             return f'File "{file}", line {frame.f_lineno}, in {frame.f_code.co_name}\n    {line}\n'
         frame = frame.f_back  # type: ignore[assignment]
     return ""
+
+
+@functools.cache
+def _kind_of(file: str) -> str:
+    """Whose code a file has: "own", "user's", or that of what is in between."""
+    if file == __file__ or file.startswith((_TORCH_CODE, "<")):
+        return "between"
+    return "own" if file.startswith(_OWN_CODE) else "user's"
 
 
 def source_of(trace: str) -> str:
