@@ -230,9 +230,9 @@ MUTANTS = [
     # -- passes
     Mutant(
         "batch norm is folded past zero padding",
-        "canonize/fold.py",
-        'return padding == "valid" or (padding != "same" and not any(padding))',
-        "return True",
+        "canonize/ahead.py",
+        'inside = padding == "valid" or (padding != "same" and not any(padding))',
+        "inside = True",
         "tests/canonize/test_passes.py",
         "batch_norm or fold",
     ),

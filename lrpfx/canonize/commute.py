@@ -20,6 +20,7 @@ from lrpfx.ops import (
     BATCH,
     CONVS,
     KEPT,
+    SHAPE_ONLY,
     bound_arguments,
     is_floating,
     is_reached,
@@ -35,6 +36,8 @@ TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input}
 TRANSPOSED |= {aten.conv_transpose3d.input}
 AFFINE = CONVS | TRANSPOSED | {aten.linear.default}
 PRODUCTS = {aten.matmul.default, aten.mm.default}
+#: What scales or shifts by another tensor.
+ARITHMETIC = {aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.div.Tensor}
 _CASTS = {aten.to.dtype, aten._to_copy.default}
 #: Kinds of ops that do not belong between a layer and its batch norm by design.
 _IN_BETWEEN = {"scale", "shift", "product", "where", "scatter", "clamp", "pad"}
@@ -47,10 +50,12 @@ class Way:
     Args:
         layers: Each with the product of the numbers behind it.
         moves: The nodes on the way, in order.
+        written: One that writes into another, if there is one.
     """
 
     layers: dict[fx.Node, float]
     moves: list[fx.Node]
+    written: fx.Node | None
 
 
 @dataclass(frozen=True)
@@ -68,29 +73,59 @@ class Blocked:
 
 def way_from_layers(end: fx.Node) -> Way | Blocked:
     """The way to ``end`` from the layers that it moves the outputs of, if nothing else reads it."""
+    factors = {end: 1.0}
     layers: dict[fx.Node, float] = {}
     moves: list[fx.Node] = []
-    stack = [(end, 1.0)]
-    while stack:
-        node, factor = stack.pop()
+    pending: set[fx.Node] = {end}
+    written: fx.Node | None = None
+
+    def blocked(why: str, by: fx.Node | None = None) -> Blocked:
+        if written is None:
+            return Blocked(why, by)
+        return Blocked(f"{name_of(written)} stands between it and a layer", written)
+
+    while pending:
+        node = max(pending)  # after all that reads it
+        pending.remove(node)
+        factor = factors[node]
         if node.target in AFFINE | PRODUCTS:
             layers[node] = factor
+        elif node is not end and _is_blank(node):
+            continue
         elif node.op != "call_function":
-            return Blocked("there is no layer before it")
-        if (times := len(readers(node))) != 1:
-            return Blocked(f"{name_of(node)} before it is read {times} times", node)
+            return blocked("there is no layer before it")
+        reading = readers(node)
+        if (len(reading) != 1) if node is end else any(n not in factors for n in reading):
+            return blocked(f"{name_of(node)} before it is read {len(reading)} times", node)
         if node in layers:
             continue
         inputs = [n for n in node.all_input_nodes if is_floating(n.meta["val"])]
         number = _number(node)
         op = ops.find(node.target, frozenset(live_names(node, inputs)))
         moved = node.target is operator.getitem or (op is not None and op.family == "move")
-        moved = moved and (op is None or op.kind not in _IN_BETWEEN - {"pad"})
+        moved = moved and (op is None or op.kind not in _IN_BETWEEN - {"pad", "scatter"})
+        written = written or (node if op is not None and op.kind == "scatter" else None)
         if number is None and not moved:
-            return Blocked(f"{name_of(node)} stands between it and a layer", node)
+            return blocked(f"{name_of(node)} stands between it and a layer", node)
         moves.append(node)
-        stack += [(n, factor * (1.0 if number is None else number)) for n in inputs]
-    return Way(layers, sorted(moves))
+        factor *= 1.0 if number is None else number
+        if any(factors.setdefault(n, factor) != factor for n in inputs):
+            return blocked(f"{name_of(node)} before it is scaled in several ways", node)
+        pending.update(inputs)
+    if not layers:
+        return blocked("there is no layer before it")
+    known, of_layers = set(layers), []
+    for move in sorted(moves):  # others make what is written into
+        if not known.isdisjoint(move.all_input_nodes):
+            known.add(move)
+            of_layers.append(move)
+    return Way(layers, of_layers, written)
+
+
+def _is_blank(node: fx.Node) -> bool:
+    """Whether a node is made of nothing, as a tensor that is written into."""
+    inputs = [n for n in node.all_input_nodes if is_floating(n.meta.get("val"))]
+    return node.op == "call_function" and (node.target in SHAPE_ONLY or not inputs)
 
 
 def readers(node: fx.Node) -> list[fx.Node]:
@@ -123,32 +158,37 @@ def note_of(node: fx.Node, blocked: Blocked) -> str:
     )
 
 
-def constants_behind_layers(module: fx.GraphModule) -> fx.GraphModule:
+def put_behind_layers(
+    module: fx.GraphModule, node: fx.Node, reached: dict[fx.Node, bool]
+) -> list[fx.Node]:
     """``bn(move(layer(x)))`` -> ``move(layer(x) * s + t)``, for moves that keep channels apart.
 
     Likewise for a constant per channel that is added or multiplied; a number that the layer has
     been multiplied by goes into s.
+
+    Args:
+        module: What the graph belongs to.
+        node: A batch norm, or a sum or product with a constant per channel.
+        reached: See ``ops.is_reached``.
+
+    Returns:
+        The scales and shifts in the place of ``node``; none if it stays.
     """
-    reached: dict[fx.Node, bool] = {}
-    for node in list(module.graph.nodes):
-        found = _changes_channels(node, reached)
-        if found is None:
-            continue
-        operand, dim, sign = found
-        way = way_from_layers(operand)
-        if isinstance(way, Blocked):
-            continue
-        trivial = not way.moves and sign == 1
-        same = all(n.meta["val"].dtype == node.meta["val"].dtype for n in way.layers)
-        if trivial or not same or any(is_reached(weight_of(n), reached) for n in way.layers):
-            continue
-        places = _places(module, way, operand, dim)
-        if isinstance(places, str):
-            node.meta[KEPT] = places
-            continue
-        with module.graph.inserting_before(node):
-            _write(node, way, places, sign, reached)
-    return module
+    if (found := changes_channels(node, reached)) is None:
+        return []
+    operand, dim, sign = found
+    way = way_from_layers(operand)
+    if isinstance(way, Blocked) or (not way.moves and sign == 1):
+        return []
+    same = all(n.meta["val"].dtype == node.meta["val"].dtype for n in way.layers)
+    if not same or any(is_reached(weight_of(n), reached) for n in way.layers):
+        return []
+    places = _places(module, way, operand, dim)
+    if isinstance(places, str):
+        node.meta[KEPT] = places
+        return []
+    with module.graph.inserting_before(node):
+        return _write(node, way, places, sign, reached)
 
 
 def weight_of(layer: fx.Node) -> fx.Node:
@@ -156,6 +196,19 @@ def weight_of(layer: fx.Node) -> fx.Node:
     _, weight, *_ = bound_arguments(layer).values()
     assert isinstance(weight, fx.Node)
     return weight
+
+
+def is_number(node: fx.Node) -> bool:
+    """Whether a node scales by a number, or casts."""
+    return _number(node) is not None
+
+
+def is_between(node: fx.Node) -> bool:
+    """Whether a node scales or shifts by constants."""
+    inputs = [n for n in node.all_input_nodes if is_floating(n.meta["val"])]
+    op = ops.find(node.target, frozenset(live_names(node, inputs[:1])))
+    norm = node.target is aten.batch_norm.default
+    return norm or (op is not None and op.kind in ("scale", "shift"))
 
 
 def _number(node: fx.Node) -> float | None:
@@ -171,7 +224,7 @@ def _number(node: fx.Node) -> float | None:
     return None
 
 
-def _changes_channels(
+def changes_channels(
     node: fx.Node, reached: dict[fx.Node, bool]
 ) -> tuple[fx.Node, int, int] | None:
     """What a batch norm or a constant scales or shifts by channel, along which dimension.
@@ -181,8 +234,7 @@ def _changes_channels(
     if node.target is aten.batch_norm.default:
         x = node.all_input_nodes[0]
         return None if bound_arguments(node)["running_mean"] is None else (x, 1, 1)
-    both = {aten.add.Tensor, aten.mul.Tensor}
-    if node.target not in both | {aten.sub.Tensor, aten.div.Tensor} or node.kwargs:
+    if node.target not in ARITHMETIC or node.kwargs:
         return None
     for i in (0, 1):
         operand, constant = node.args[i], node.args[1 - i]
@@ -232,23 +284,8 @@ def _places(
         spread = [-1 if d == channels else 1 for d in range(len(shape))]
         values[layer] = own.reshape(spread).expand(shape)
 
-    def value(node: fx.Node) -> Any:
-        if node in values:
-            return values[node]
-        if node.op == "get_attr":
-            return operator.attrgetter(str(node.target))(module).cpu()
-        return _size(node.meta["val"])
-
-    for node in way.moves:
-        if _number(node) is not None:
-            (before,) = (n for n in node.all_input_nodes if n in values)
-            values[node] = values[before]
-            continue
-        try:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
-            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        except Exception:  # it moves by values that are not known here
-            return f"{name_of(node)} before it moves values by others"
+    if (why := _move(module, values, way.moves)) is not None:
+        return why
     moved: Tensor = values[end]
     spread = [-1 if d == dim else 1 for d in range(moved.ndim)]
     place = torch.arange(moved.shape[dim]).reshape(spread).expand(moved.shape)
@@ -265,21 +302,63 @@ def _places(
     }
 
 
+def moved_numbers(
+    module: fx.GraphModule, node: fx.Node, dim: int, moves: Sequence[fx.Node]
+) -> Tensor | str:
+    """The numbers of a node's channels, from 1 on, where moves take them; or why not."""
+    shape = [_size(n) for n in node.meta["val"].shape]
+    spread = [-1 if d == dim else 1 for d in range(len(shape))]
+    values = {node: torch.arange(1, shape[dim] + 1).reshape(spread).expand(shape)}
+    why = _move(module, values, moves)
+    return values[moves[-1] if moves else node] if why is None else why
+
+
+def _move(
+    module: fx.GraphModule, values: dict[fx.Node, Any], moves: Sequence[fx.Node]
+) -> str | None:
+    """Enter what moves make of the numbers that are known; returned is why that is not known."""
+
+    def value(node: fx.Node) -> Any:
+        if node in values:
+            return values[node]
+        if is_floating(node.meta["val"]):
+            return torch.zeros([_size(n) for n in node.meta["val"].shape], dtype=torch.long)
+        if node.op == "get_attr":
+            return operator.attrgetter(str(node.target))(module).cpu()
+        if not isinstance(node.meta["val"], Tensor):
+            return _size(node.meta["val"])
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    for node in moves:
+        if _number(node) is not None:
+            (before,) = (n for n in node.all_input_nodes if n in values)
+            values[node] = values[before]
+            continue
+        try:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+            values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        except Exception:  # it moves by values that are not known here
+            return f"{name_of(node)} before it moves values by others"
+    return None
+
+
 def _write(
     node: fx.Node,
     way: Way,
     places: dict[fx.Node, list[int]],
     sign: int,
     reached: dict[fx.Node, bool],
-) -> None:
+) -> list[fx.Node]:
     """The moves of the layers, scaled and shifted, in the place of ``node``."""
-    scale, shift = _scale_and_shift(node, reached)
+    written: list[fx.Node] = []
+    scale, shift = scale_and_shift(node, reached)
     copies: dict[fx.Node, fx.Node] = {}
     for layer, own in places.items():
         by = [1] * layer.meta["val"].ndim
         by[layer.meta["val"].ndim - (weight_of(layer).meta["val"].ndim - 1)] = -1
         parts = [
-            None if vector is None else _taken(node, vector, own, neutral)
+            None if vector is None else taken(node, vector, own, neutral)
             for vector, neutral in ((scale, 1), (shift, 0))
         ]
         factor = way.layers[layer] * sign
@@ -292,6 +371,7 @@ def _write(
             if part is not None:
                 part = insert(node, aten.reshape.default, (_typed(part, layer), by))
                 new = insert(node, target, (new, part))
+                written.append(new)
         copies[layer] = new
     for move in way.moves:
         if _number(move) is None:
@@ -304,6 +384,7 @@ def _write(
     for old in [node, *reversed(way.moves)]:
         if not old.users:  # else its batch is what statistics are of
             node.graph.erase_node(old)
+    return written
 
 
 def _typed(node: fx.Node, like: fx.Node) -> fx.Node:
@@ -312,7 +393,7 @@ def _typed(node: fx.Node, like: fx.Node) -> fx.Node:
     return node if node.meta["val"].dtype == dtype else insert(node, aten.to.dtype, (node, dtype))
 
 
-def _scale_and_shift(
+def scale_and_shift(
     node: fx.Node, reached: dict[fx.Node, bool]
 ) -> tuple[fx.Node | None, fx.Node | None]:
     """By what a node scales and shifts channels, as vectors."""
@@ -341,7 +422,7 @@ def batch_norm_constants(bn: fx.Node) -> tuple[fx.Node, fx.Node]:
     return scale, insert(bn, aten.neg.default, (moved,))
 
 
-def _taken(like: fx.Node, vector: fx.Node, places: Sequence[int], neutral: int) -> fx.Node:
+def taken(like: fx.Node, vector: fx.Node, places: Sequence[int], neutral: int) -> fx.Node:
     """The entries of a vector at given places; a neutral number where that is -1."""
     size = vector.meta["val"].shape[0]
     if list(places) == list(range(size)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +12,16 @@ from torch import fx
 from lrpfx import ops
 from lrpfx.canonize.insert import copied
 from lrpfx.canonize.measure import Measured, alike
-from lrpfx.ops import FINAL, Composed, Final, is_floating, live_names, output_leaves
+from lrpfx.ops import (
+    FINAL,
+    Composed,
+    Final,
+    hardsigmoid,
+    is_floating,
+    live_names,
+    nodes_in,
+    output_leaves,
+)
 
 aten = torch.ops.aten
 
@@ -20,7 +30,12 @@ _LOG_SOFTMAXES = {aten.log_softmax.int, aten._log_softmax.default}
 _ENTRYWISE: dict[Any, str] = {
     aten.sigmoid.default: "sigmoid",
     aten.log_sigmoid.default: "log-sigmoid",
+    hardsigmoid: "sigmoid",
 }
+#: Ops of numbers that may stand behind one, such as a guard and a logarithm: larger stays larger.
+_RISING = {"scale", "shift", "clamp", "log"}
+#: No number that is added for the range is larger.
+_GUARD = 1e-3
 
 
 def leave_out_final(module: fx.GraphModule) -> fx.GraphModule:
@@ -38,27 +53,34 @@ def leave_out_final(module: fx.GraphModule) -> fx.GraphModule:
         copies: dict[fx.Node, Any] = {end: end.args[0] for end in ends}
         with graph.inserting_before(output):
             for node in sorted(way):
-                if node not in copies:
+                if node not in copies and _rises(node):
+                    copies[node] = copies[node.all_input_nodes[0]]
+                elif node not in copies:
                     copies[node] = copied(node, copies, node)
         logits, again, last = copies[leaf], None, ends[0]
+        behind = [_call_of(node) for node in sorted(way) if node is not last and _rises(node)]
         if len(ends) > 1:
             pass  # each is of its own logits only
         elif last.target in _ENTRYWISE:
-            again = partial(_called, last.target, (), {})
+            again = partial(_called, [(last.target, (), {}), *behind])
         elif len(way) == 1 and not isinstance(last.target, Composed):
-            again = partial(_called, last.target, last.args[1:], dict(last.kwargs))
+            again = partial(_called, [_call_of(last)])
         else:
             softmax = aten.log_softmax.int if last.target in _LOG_SOFTMAXES else aten.softmax.int
-            ways = (partial(softmax, dim=dim) for dim in range(leaf.meta["val"].ndim))
+            ways = (
+                partial(_called, [(softmax, (dim,), {}), *behind])
+                for dim in range(leaf.meta["val"].ndim)
+            )
             again = next((one for one in ways if measured.equals(leaf, one, logits)), None)
         leaf.meta[FINAL] = Final(" and ".join(dict.fromkeys(map(_name, ends))), logits, again)
     return module
 
 
 def way_to_final(leaf: Any) -> set[fx.Node]:
-    """From an output back over moves to the softmaxes or sigmoids that it is made of, these too.
+    """From an output back to the softmaxes or sigmoids that it is made of, these too.
 
-    Empty if it is made of anything else, or if something that relevance may come from reads one.
+    Between stand moves, guards, logarithms and scales. Empty if it is made of anything else, or if
+    something that relevance may come from reads one.
     """
     way, pending = set[fx.Node](), [leaf]
     while pending:
@@ -73,7 +95,7 @@ def way_to_final(leaf: Any) -> set[fx.Node]:
         inputs = [n for n in node.all_input_nodes if is_floating(n.meta.get("val"))]
         op = ops.find(node.target, frozenset(live_names(node, inputs)))
         picks = getattr(node.target, "__name__", "") == "getitem"
-        if not inputs or not (picks or (op is not None and op.family == "move")):
+        if not inputs or not (picks or _rises(node) or (op is not None and op.family == "move")):
             return set()
         pending += inputs
     for node in way:
@@ -96,5 +118,25 @@ def _name(node: fx.Node) -> str:
     return "log-softmax" if node.target in _LOG_SOFTMAXES else _ENTRYWISE.get(node.target, "")
 
 
-def _called(target: Any, args: Any, kwargs: dict[str, Any], x: Any) -> Any:
-    return target(x, *args, **kwargs)
+def _rises(node: fx.Node) -> bool:
+    """Whether a node is an op of one tensor and numbers by which larger entries stay larger."""
+    inputs, target = nodes_in((node.args, node.kwargs)), node.target
+    op = ops.find(target, frozenset(live_names(node, inputs)))
+    if op is None or op.kind not in _RISING or len(inputs) != 1 or node.args[0] is not inputs[0]:
+        return False
+    x = torch.tensor([1e-4, 0.1, 0.5, 0.9], dtype=torch.float64)
+    y = _called([_call_of(node)], x)
+    return bool((y.diff() > 0).all()) and (op.kind != "shift" or bool((y - x).max() < _GUARD))
+
+
+_Call = tuple[Any, tuple[Any, ...], dict[str, Any]]
+
+
+def _call_of(node: fx.Node) -> _Call:
+    return node.target, tuple(node.args[1:]), dict(node.kwargs)
+
+
+def _called(calls: Sequence[_Call], x: Any) -> Any:
+    for target, args, kwargs in calls:
+        x = target(x, *args, **kwargs)
+    return x

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from lrpfx.canonize.ahead import fold_ahead, scaled, typed_as
 from lrpfx.canonize.commute import (
     AFFINE,
     PRODUCTS,
     TRANSPOSED,
     Blocked,
+    Way,
     batch_norm_constants,
     name_of,
     note_of,
+    put_behind_layers,
     readers,
     way_from_layers,
     weight_of,
@@ -43,6 +45,8 @@ def fold_into_layers(module: fx.GraphModule) -> fx.GraphModule:
     Likewise ``conv(x, W, b) * s + t`` with constants per channel, as a batch norm whose statistics
     are frozen is written, or a bias that is added by itself; ``x @ W + t`` is a linear layer.
 
+    Moves between that keep channels apart commute with it, see ``commute.py``.
+
     W' and b' are computed in the graph from the live parameters, so nothing is copied and
     gradients reach the real weights. The unfolded conv and what was behind it stay as dead nodes:
     their values are what ``layers=`` reports as these modules' activations. Batch norm before zero
@@ -51,26 +55,33 @@ def fold_into_layers(module: fx.GraphModule) -> fx.GraphModule:
     reached: dict[fx.Node, bool] = {}
     finest = max(map(precision, output_leaves(module.graph)), default=0)
     for node in list(module.graph.nodes):
-        if node.target is not aten.batch_norm.default:
-            if (found := _constant_behind(node, finest, reached)) is not None:
-                _fold_constant(node, *found)
-            continue
-        source = node.args[0]
-        if bound_arguments(node)["running_mean"] is None:
-            continue  # it standardises a weight
-        if source.target in AFFINE and len(readers(source)) == 1 and _channels_match(source):
-            with node.graph.inserting_before(node):
-                _fold_back(node, source, *batch_norm_constants(node))
-        elif len(node.users) == 1 and _takes_shift(user := next(iter(node.users)), node):
-            _fold_ahead(node, user)
-        else:
-            _say_why(node, source)
+        for part in put_behind_layers(module, node, reached) or [node]:
+            _fold(module, part, finest, reached)
     return module
+
+
+def _fold(module: fx.GraphModule, node: fx.Node, finest: int, reached: dict[fx.Node, bool]) -> None:
+    if node.target is not aten.batch_norm.default:
+        if (found := _constant_behind(node, finest, reached)) is not None:
+            _fold_constant(node, *found)
+        else:
+            fold_ahead(module, node, reached)
+        return
+    source: Any = node.args[0]
+    if bound_arguments(node)["running_mean"] is None:
+        return  # it standardises a weight
+    if source.target in AFFINE and len(readers(source)) == 1 and _channels_match(source):
+        with node.graph.inserting_before(node):
+            _fold_back(node, source, *batch_norm_constants(node))
+    elif not fold_ahead(module, node, reached):
+        _say_why(node, source)
 
 
 def _say_why(bn: fx.Node, source: fx.Node) -> None:
     """Note why a batch norm stays by itself, for its row of the report."""
     way, (user, *more) = way_from_layers(source), (*bn.users, None)
+    if isinstance(way, Way) and way.written is not None:
+        way = Blocked(f"{name_of(way.written)} stands between it and a layer", way.written)
     if isinstance(way, Blocked):
         behind = way.why
         if note := note_of(bn, way):
@@ -129,7 +140,7 @@ def _is_per_channel(constant: fx.Node, layer: fx.Node) -> bool:
 def _fold_constant(node: fx.Node, layer: fx.Node, constant: fx.Node) -> None:
     """The layer with the constant in its weight, or in its bias."""
     with node.graph.inserting_before(node):
-        given = _like(layer, insert(node, aten.reshape.default, (constant, [-1])))
+        given = typed_as(layer, insert(node, aten.reshape.default, (constant, [-1])))
         if layer.target in PRODUCTS:
             x, weight = bound_arguments(layer).values()
             transposed = insert(node, aten.t.default, (weight,))
@@ -152,16 +163,6 @@ def _channels_match(node: fx.Node) -> bool:
     return bool(node.meta["val"].ndim == bound_arguments(node)["weight"].meta["val"].ndim)
 
 
-def _takes_shift(node: fx.Node, bn: fx.Node) -> bool:
-    """Whether the affine op ``node`` maps a per-channel shift of its input to a constant."""
-    if node.target is aten.linear.default:
-        return node.args[0] is bn and node.args[1] is not bn and node.meta["val"].ndim == 2
-    if node.target not in CONVS or node.args[0] is not bn or node.args[1] is bn:
-        return False
-    padding = bound_arguments(node)["padding"]
-    return padding == "valid" or (padding != "same" and not any(padding))
-
-
 def _fold_back(
     node: fx.Node, affine: fx.Node, scale: fx.Node | None, shift: fx.Node | None
 ) -> None:
@@ -170,16 +171,16 @@ def _fold_back(
     weight: fx.Node = arguments["weight"]
     bias: fx.Node | None = arguments["bias"]
     if scale is not None:
-        arguments.update(weight=_like(weight, _scaled_outputs(node, affine, scale)))
+        arguments.update(weight=typed_as(weight, _scaled_outputs(node, affine, scale)))
         bias = None if bias is None else insert(node, aten.mul.Tensor, (bias, scale))
     if shift is not None:
         bias = shift if bias is None else insert(node, aten.add.Tensor, (bias, shift))
-    arguments.update(bias=None if bias is None else _like(weight, bias))
+    arguments.update(bias=None if bias is None else typed_as(weight, bias))
     new = insert(affine, affine.target, tuple(arguments.values()))
     new.meta["folded_calls"] = (*affine.meta.get("folded_calls", ()), *module_calls(node))
     new.meta["stages"] = (*affine.meta.get("stages", (affine,)), node)
     new.meta["folded_ahead"] = affine.meta.get("folded_ahead", ())
-    node.replace_all_uses_with(_like(node, new))
+    node.replace_all_uses_with(typed_as(node, new))
 
 
 def _scaled_outputs(like: fx.Node, affine: fx.Node, scale: fx.Node) -> fx.Node:
@@ -191,57 +192,6 @@ def _scaled_outputs(like: fx.Node, affine: fx.Node, scale: fx.Node) -> fx.Node:
         groups = arguments["groups"]
         by_group = (groups, shape[0] // groups, *shape[1:])
         per_output = (groups, 1, shape[1]) + (1,) * (len(shape) - 2)
-        return _scaled(like, weight, scale, by_group, per_output, shape)
+        return scaled(like, weight, scale, by_group, per_output, shape)
     per_output = (shape[0],) + (1,) * (len(shape) - 1)
-    return _scaled(like, weight, scale, shape, per_output, shape)
-
-
-def _fold_ahead(bn: fx.Node, affine: fx.Node) -> None:
-    """W (scale x + shift) + b = (W scale) x + (W shift + b)."""
-    arguments = bound_arguments(affine)
-    weight: fx.Node = arguments["weight"]
-    shape = tuple(weight.meta["val"].shape)  # (out, in / groups, ...)
-    groups = arguments.get("groups", 1)
-    by_group = (groups, shape[0] // groups, *shape[1:])
-    per_input = (groups, 1, shape[1]) + (1,) * (len(shape) - 2)
-    with bn.graph.inserting_before(affine):
-        scale, shift = batch_norm_constants(bn)
-        folded = _scaled(bn, weight, scale, by_group, per_input, shape)
-        spread = _scaled(bn, weight, shift, by_group, per_input, shape)
-        bias = insert(bn, aten.sum.dim_IntList, (spread, list(range(1, len(shape)))))
-        if arguments["bias"] is not None:
-            bias = insert(bn, aten.add.Tensor, (bias, arguments["bias"]))
-        arguments.update(weight=_like(weight, folded), bias=_like(weight, bias))
-        name = next(iter(arguments))
-        arguments[name] = bn.args[0]
-        new = insert(affine, affine.target, tuple(arguments.values()))
-    new.meta["folded_calls"] = new.meta["folded_ahead"] = module_calls(bn)
-    affine.replace_all_uses_with(new)
-    affine.graph.erase_node(affine)
-    bn.graph.erase_node(bn)
-
-
-def _like(other: fx.Node, new: fx.Node) -> fx.Node:
-    """``new`` in the dtype of ``other``: autocast leaves the parameters of batch norm alone."""
-    dtype = other.meta["val"].dtype
-    if new.meta["val"].dtype == dtype:
-        return new
-    return insert(new, aten.to.dtype, (new, dtype))
-
-
-def _scaled(
-    like: fx.Node,
-    weight: fx.Node,
-    factor: fx.Node,
-    weight_shape: Sequence[int],
-    factor_shape: Sequence[int],
-    shape: Sequence[int],
-) -> fx.Node:
-    """weight * factor, each viewed in its own shape, the product in ``shape``."""
-    factor = insert(like, aten.reshape.default, (factor, list(factor_shape)))
-    if tuple(weight_shape) != tuple(shape):
-        weight = insert(like, aten.reshape.default, (weight, list(weight_shape)))
-    product = insert(like, aten.mul.Tensor, (weight, factor))
-    if tuple(weight_shape) != tuple(shape):
-        product = insert(like, aten.reshape.default, (product, list(shape)))
-    return product
+    return scaled(like, weight, scale, shape, per_output, shape)

@@ -151,6 +151,31 @@ class Measured:
             return None
         return Exponents(tuple(powers), _close(k, torch.ones_like(k)))
 
+    def sigmoid(self, end: fx.Node, entry: fx.Node) -> tuple[float, float] | None:
+        """Whether a node is a sigmoid of another, whatever numbers that has.
+
+        Args:
+            end: The node in question.
+            entry: The other; what else is read stays as it is.
+
+        Returns:
+            C and c, if ``end`` is C sigmoid(c entry).
+        """
+        try:
+            with torch.no_grad():
+                drawn = self.drawn(entry)
+                zero, one = (self._with(end, {entry: torch.full_like(drawn, n)}) for n in (0, 1))
+                scale = 2 * float(zero.flatten()[0])
+                power = float(torch.logit(one.flatten()[0].double() / scale))
+                power = round(power) if abs(power - round(power)) < 1e-5 else power
+                for x in (drawn, 3 * drawn, 30 * drawn):
+                    value, expected = self._with(end, {entry: x}), scale * (power * x).sigmoid()
+                    if not torch.allclose(value, expected, 0, _ROUNDED[x.itemsize] * abs(scale)):
+                        return None
+        except Exception:  # ops of the user's on values that mean nothing: nothing is known
+            return None
+        return scale, power
+
     def drawn(self, node: fx.Node, seed: int = 0) -> Tensor:
         """Numbers in the form of a node's value."""
         like: Tensor = node.meta["val"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import string
@@ -221,17 +222,15 @@ def _einsum(op: Writer, equation: str, tensors: Any, path: Any) -> fx.Node | Non
         kept = [letter for letter in term if letter in out]
         return op(aten.permute.default, x, [kept.index(letter) for letter in out])
     live = [op.changes(t) for t in tensors]
+    apart = all(len(set(term)) == len(term) and set(term) <= set(out) for term in terms)
+    if len(terms) > 1 and any(live) and apart and set(out) == set("".join(terms)):
+        factors = (_aligned(op, t, term, out) for t, term in zip(tensors, terms, strict=True))
+        return functools.reduce(op.mul, factors)
     if len(terms) != 2 or sum(live) != 1 or any(len(set(t)) != len(t) for t in terms):
         return None
     i = live.index(True)
     (a, b), (x, weight) = (terms[i], terms[1 - i]), (tensors[i], tensors[1 - i])
     summed = set(a + b) - set(out)
-    if not summed and set(b) <= set(a):  # a factor for each
-        weight = op(aten.permute.default, weight, [b.index(c) for c in a if c in b])
-        for dim in (i for i, c in enumerate(a) if c not in b):
-            weight = op(aten.unsqueeze.default, weight, dim)
-        scaled = op(aten.mul.Tensor, x, weight)
-        return op(aten.permute.default, scaled, [a.index(c) for c in out])
     if not summed or not summed <= set(a) & set(b):
         return None
     sizes = [dict(zip(t, tensors[k].meta["val"].shape, strict=True)) for k, t in enumerate(terms)]
@@ -242,6 +241,17 @@ def _einsum(op: Writer, equation: str, tensors: Any, path: Any) -> fx.Node | Non
         weight = op(aten.t.default, weight) if transposed else weight
         return op(aten.linear.default, x, weight)
     return op(einsum, f"{a},{b}->{out}", x, weight)
+
+
+def _aligned(op: Writer, t: Any, term: str, out: str) -> fx.Node:
+    """An operand with its dimensions where the output of an einsum has them."""
+    kept = [letter for letter in out if letter in term]
+    if "".join(kept) != term:
+        t = op(aten.permute.default, t, [term.index(letter) for letter in kept])
+    missing = [i for i, letter in enumerate(out) if letter not in term]
+    for dim in missing:
+        t = op(aten.unsqueeze.default, t, dim)
+    return t  # type: ignore[no-any-return]
 
 
 def _widened(op: Writer, t: Any, own: dict[str, Any], other: dict[str, Any]) -> Any:

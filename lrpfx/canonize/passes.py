@@ -15,7 +15,6 @@ from torch.utils import _pytree as pytree
 from lrpfx.canonize.attention import group_heads, open_attention
 from lrpfx.canonize.batch_norm import hold_batch_statistics, is_of_batch, write_out_batch_norm
 from lrpfx.canonize.by_hand import whole_functions, whole_lerps, whole_relus
-from lrpfx.canonize.commute import constants_behind_layers
 from lrpfx.canonize.compose import whole_activations, whole_quantisation
 from lrpfx.canonize.compounds import open_compounds
 from lrpfx.canonize.final import leave_out_final
@@ -26,6 +25,7 @@ from lrpfx.canonize.functionalize import (
     inline_no_grad,
     unlifted,
 )
+from lrpfx.canonize.grouped import factors_of_one_tensor
 from lrpfx.canonize.hold import hold_divisors, hold_statistics
 from lrpfx.canonize.insert import insert
 from lrpfx.canonize.measure import INPUTS
@@ -34,6 +34,7 @@ from lrpfx.canonize.norms import open_statistics
 from lrpfx.canonize.pairs import pair_complex
 from lrpfx.canonize.parts import one_name_each, open_parts
 from lrpfx.canonize.recurrent import open_recurrent
+from lrpfx.canonize.sigmoids import whole_sigmoids
 from lrpfx.canonize.softmaxes import (
     join_exponentials,
     one_exponential_each,
@@ -317,9 +318,10 @@ PASSES: tuple[Pass, ...] = (
     hold_statistics,
     open_statistics,
     whole_lerps,
+    factors_of_one_tensor,
     whole_activations,
+    whole_sigmoids,
     hold_divisors,
-    constants_behind_layers,
     fold_into_layers,
     write_out_batch_norm,
     leave_out_final,

@@ -148,6 +148,80 @@ def test_a_number_between_a_layer_and_its_constants_is_folded_too() -> None:
         same_relevance(spelled, plain, layer=layer)
 
 
+def fused_ahead(m: nn.Module, x: Tensor) -> Tensor:
+    scale, shift = constants(m.norm)
+    bias = m.behind.bias + (m.behind.weight * shift[:, None, None]).sum((1, 2, 3))
+    y = F.relu(m.layer(x))
+    return F.relu(F.conv2d(y, m.behind.weight * scale[:, None, None], bias))
+
+
+def constants(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    scale = (norm.weight / (norm.running_var + norm.eps).sqrt()).detach()
+    return scale, (norm.bias - norm.running_mean * scale).detach()
+
+
+def by_hand(m: nn.Module, y: Tensor) -> Tensor:
+    scale, shift = constants(m.norm)
+    return y * scale[:, None, None] + shift[:, None, None]
+
+
+AHEAD: dict[str, Form] = {
+    "batch norm": lambda m, x: m.behind(m.norm(F.relu(m.layer(x)))),
+    "behind a move": lambda m, x: m.behind(m.norm(F.relu(m.layer(x)).mT).mT),
+    "by hand": lambda m, x: m.behind(by_hand(m, F.relu(m.layer(x)))),
+    "padded by nothing": lambda m, x: m.behind(F.pad(m.norm(F.relu(m.layer(x))), (0,) * 4)),
+}
+
+
+@pytest.mark.parametrize("form", AHEAD.values(), ids=AHEAD)
+def test_what_scales_and_shifts_channels_before_a_convolution_is_part_of_it(form: Form) -> None:
+    members = {"layer": conv(4, 3), "norm": drawn(nn.BatchNorm2d(4))}
+    members["behind"] = drawn(nn.Conv2d(4, 5, 3), seed=6)
+    same_relevance(lambda m, x: F.relu(form(m, x)), fused_ahead, **members)
+
+
+def half_by_half(m: nn.Module, x: Tensor) -> Tensor:
+    y = x.new_zeros(2, 4, 4, 4)
+    y[:, :2], y[:, 2:] = (part.clone() for part in m.layer(x).chunk(2, 1))
+    return y
+
+
+#: Each scales and shifts in more than one step, or behind parts that are put together again.
+STEPS: dict[str, Form] = {
+    "in two steps behind a move": lambda m, x: (
+        m.layer(x).movedim(1, 3) * constants(m.norm)[0] + constants(m.norm)[1]
+    ).movedim(3, 1),
+    "behind chunks": lambda m, x: m.norm(torch.cat(m.layer(x).chunk(2, 1), 1)),
+    "behind writes": lambda m, x: by_hand(m, half_by_half(m, x)),
+    "by einsum": lambda m, x: (
+        torch.einsum("nchw,c->nchw", m.layer(x), constants(m.norm)[0])
+        + constants(m.norm)[1][:, None, None]
+    ),
+}
+
+
+@pytest.mark.parametrize("form", STEPS.values(), ids=STEPS)
+def test_constants_in_steps_are_those_of_the_fused_layer(form: Form) -> None:
+    layer, norm = conv(4, 3), drawn(nn.BatchNorm2d(4))
+    same_relevance(
+        lambda m, x: F.relu(form(m, x)),
+        lambda m, x: F.relu(m.fused(x)),
+        layer=layer,
+        norm=norm,
+        fused=fuse_conv_bn_eval(copy.deepcopy(layer).eval(), norm),
+    )
+
+
+def test_of_two_batch_norms_behind_moves_both_are_folded() -> None:
+    layer, norm, other = conv(4, 3), drawn(nn.BatchNorm2d(4)), drawn(nn.BatchNorm2d(4), seed=8)
+    fused = fuse_conv_bn_eval(fuse_conv_bn_eval(copy.deepcopy(layer).eval(), norm), other)
+    same_relevance(
+        lambda m, x: F.relu(m.other(m.norm(m.layer(x).mT).mT)),
+        lambda m, x: F.relu(m.fused(x)),
+        **{"layer": layer, "norm": norm, "other": other, "fused": fused},
+    )
+
+
 # -- what stays by itself says why ----------------------------------------------------------------
 
 KEPT: dict[str, tuple[Form, str]] = {

@@ -87,6 +87,32 @@ def test_what_is_explained_are_the_logits(end: Callable, function: Callable, nam
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
+#: Larger stays larger, but for the last, which are values of their own.
+BEHIND: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "log of a softmax": (lambda z: z.softmax(1).log(), True),
+    "guarded, moved": (lambda z: (z.softmax(1) + 1e-9).log()[:, :, None], True),
+    "in percent, clamped": (lambda z: (100 * z[:, None].softmax(2)).clamp(1e-6).flatten(1), True),
+    "of a tanh": (lambda z: 0.5 + 0.5 * torch.tanh(z / 2), True),
+    "one less": (lambda z: 1 - torch.sigmoid(-z), True),
+    "hard": (F.hardsigmoid, True),
+    "a range": (lambda z: 4 * z.sigmoid() + 1, False),
+    "falling": (lambda z: -z.softmax(1), False),
+}
+
+
+@pytest.mark.parametrize(("end", "left_out"), BEHIND.values(), ids=BEHIND)
+def test_logarithms_guards_and_scales_behind_are_left_out_with_it(
+    end: Callable, left_out: bool
+) -> None:
+    found, notes = relevance(end, 1 if end(X[:, :3]).ndim == 2 else (1, 0))
+    assert any("at the output is left out" in note for note in notes) == left_out
+    if left_out:
+        torch.testing.assert_close(found, relevance(itself, 1)[0])
+        found, _ = relevance(end, lambda out: out.flatten(1)[:, 1])
+        expected, _ = relevance(itself, lambda z: end(z).flatten(1)[:, 1])
+        torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize(
     "end", [lambda z: z.softmax(1)[:, 1], lambda z: z.softmax(1).split(1, 1)[1].squeeze(1)]
 )

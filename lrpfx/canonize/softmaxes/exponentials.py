@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import fx
 
 from lrpfx import ops
-from lrpfx.canonize.hold import is_inverse, live_values
+from lrpfx.canonize.hold import is_inverse
 from lrpfx.canonize.insert import copied, insert
 from lrpfx.canonize.measure import Measured
+from lrpfx.canonize.regions import is_pointwise, pointwise_regions
 from lrpfx.canonize.softmaxes.joined import is_sum, quotients_of, same_nodes
-from lrpfx.canonize.softmaxes.normalized import NORM, PROPORTIONAL, exponent_of
-from lrpfx.ops import live_names, output_leaves, precision
+from lrpfx.canonize.softmaxes.normalized import NORM
+from lrpfx.ops import live_names, output_leaves, precision, varying
 
 aten = torch.ops.aten
-
-#: More nodes, and more values that enter, than the formulas in use have.
-_LONGEST, _MOST = 8, 4
 
 
 def whole_exponentials(module: fx.GraphModule) -> fx.GraphModule:
@@ -33,7 +30,7 @@ def whole_exponentials(module: fx.GraphModule) -> fx.GraphModule:
     graph = module.graph
     if not any(node.target is aten.div.Tensor or is_inverse(node) for node in graph.nodes):
         return module
-    live, measured = live_values(graph), Measured(module)
+    live, measured = varying(graph), Measured(module)
     finest = max(map(precision, output_leaves(graph)), default=0)
     belows = {below for _, below in quotients_of(graph, live)}
     pending, seen, written = sorted(belows), set[fx.Node](), False
@@ -53,9 +50,9 @@ def whole_exponentials(module: fx.GraphModule) -> fx.GraphModule:
 
 def _make_whole(node: fx.Node, measured: Measured, live: set[fx.Node]) -> bool:
     """Write a node, and those that compute the same, as an exponential, if it is one."""
-    if not _is_pointwise(node) or _kind(node, live) == "scale":
+    if not is_pointwise(node) or _kind(node, live) == "scale":
         return False  # what it scales may be
-    for entries, inside in _regions(node, live):
+    for entries, inside in pointwise_regions(node, live):
         found = measured.exponents(node, entries)
         if found is not None:
             same = same_nodes(node.graph)
@@ -69,36 +66,6 @@ def _make_whole(node: fx.Node, measured: Measured, live: set[fx.Node]) -> bool:
                 other.replace_all_uses_with(new)
             return True
     return False
-
-
-def _regions(
-    end: fx.Node, live: Collection[fx.Node]
-) -> Iterator[tuple[list[fx.Node], list[fx.Node]]]:
-    """What enters the regions of pointwise ops that end in a node, and their nodes."""
-    inside, curved = {end}, _is_curved(end, live)
-    entries = {n for n in end.all_input_nodes if n in live}
-    while len(inside) <= _LONGEST:
-        if curved and len(entries) <= _MOST:
-            yield sorted(entries), sorted(inside)
-        if not (pointwise := list(filter(_is_pointwise, entries))):
-            return
-        last = max(pointwise)
-        inside.add(last)
-        curved = curved or _is_curved(last, live)
-        entries = (entries - {last}) | {n for n in last.all_input_nodes if n in live}
-
-
-def _is_pointwise(node: fx.Node) -> bool:
-    target: Any = node.target
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
-
-
-def _is_curved(node: fx.Node, live: Collection[fx.Node]) -> bool:
-    """Whether a node is a function other than powers, with which alone nothing grows as exp."""
-    op = ops.find(node.target, frozenset(live_names(node, live)))
-    if op is None or op.family != "activation" or op.kind in PROPORTIONAL:
-        return False
-    return not is_inverse(node) and exponent_of(node) is None
 
 
 def _kind(node: fx.Node, live: Collection[fx.Node]) -> str:

@@ -267,14 +267,17 @@ class _Exponential:
         way = [n for n in self._way(below) if self.powers[n] == 1]
         total = self._total(below)
         first = way.index(total) if total in way else len(way)
+        is_exp = self.node.target is aten.exp.default
         if total is not None and all(alike(n, self.node) for n in way[:first]):
             way, rest = way[: first + 1], way[first + 1 :]
             for node in rest:  # guards
                 if not alike(node, total) or self._kind(node) == "reshape":
                     break
                 way.append(node)
-        else:
+        elif is_exp or all(alike(n, self.node) or n.target in _PARTS for n in way[:first]):
             total = below  # parts are picked or summed up, and then their sums
+        else:  # the best of a softmax, such as a router has it
+            return False
         last = way[-1] if way else self.node
         with end.graph.inserting_before(end):
             groups = _handed_back(total, last, self.node, end)

@@ -1,0 +1,55 @@
+"""A node -> the regions of pointwise ops that end in it, from the smallest on."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from lrpfx import ops
+from lrpfx.canonize.hold import is_inverse
+from lrpfx.ops import live_names
+
+#: More nodes, and more values that enter, than the formulas in use have.
+_LONGEST, _MOST = 8, 4
+#: Kinds of which none grows otherwise than its input.
+_STRAIGHT = {"clamp", "max", "where", "abs", "relu", "sqrt", "square", "pow"}
+
+
+def pointwise_regions(
+    end: fx.Node, live: Collection[fx.Node]
+) -> Iterator[tuple[list[fx.Node], list[fx.Node]]]:
+    """What enters regions with a curved function, such as exp or tanh, and their nodes, in order.
+
+    Args:
+        end: What they end in.
+        live: The nodes that are followed; all else is constant.
+    """
+    inside, curved = {end}, is_curved(end, live)
+    entries = {n for n in end.all_input_nodes if n in live}
+    while len(inside) <= _LONGEST:
+        if curved and len(entries) <= _MOST:
+            yield sorted(entries), sorted(inside)
+        if not (pointwise := list(filter(is_pointwise, entries))):
+            return
+        last = max(pointwise)
+        inside.add(last)
+        curved = curved or is_curved(last, live)
+        entries = (entries - {last}) | {n for n in last.all_input_nodes if n in live}
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether each number of the result is computed from those at its place."""
+    target: Any = node.target
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+
+
+def is_curved(node: fx.Node, live: Collection[fx.Node]) -> bool:
+    """Whether a node is a function other than powers, of which no exponential can be made."""
+    names = live_names(node, live)
+    op = ops.find(node.target, frozenset(names))
+    if op is None or op.family != "activation" or is_inverse(node):
+        return False
+    return op.kind not in _STRAIGHT or "exponent" in names

@@ -1,0 +1,73 @@
+"""Factors and outputs that are sigmoids by what they compute -> ``sigmoid``, however written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from lrpfx import ops
+from lrpfx.canonize.insert import insert
+from lrpfx.canonize.measure import Measured
+from lrpfx.canonize.regions import is_pointwise, pointwise_regions
+from lrpfx.ops import live_names, output_leaves, precision, varying
+
+aten = torch.ops.aten
+
+
+def whole_sigmoids(module: fx.GraphModule) -> fx.GraphModule:
+    """``y * (1 + tanh(x)) / 2``, ``y * (1 - sigmoid(x))`` -> ``y * sigmoid(2 x)``, and so on.
+
+    So are gates, and outputs. Whether a node is C sigmoid(c x) is measured, with numbers that are
+    drawn for x. Its parts would hand relevance to their constants: 1 - sigmoid(x) more than all of
+    it where the gate is open, though it is the gate of -x.
+    """
+    graph = module.graph
+    live, measured = varying(graph), Measured(module)
+    finest = max(map(precision, output_leaves(graph)), default=0)
+    found = False
+    for node in dict.fromkeys(_candidates(graph, live)):
+        if precision(node) < finest or not is_pointwise(node):
+            continue
+        for entries, inside in pointwise_regions(node, live):
+            if len(entries) > 1 or len(inside) == 1 or precision(entries[0]) != precision(node):
+                continue
+            if (numbers := measured.sigmoid(node, entries[0])) is not None:
+                with graph.inserting_before(node):
+                    _replace(node, entries[0], *numbers)
+                found = True
+                break
+    if found:
+        graph.eliminate_dead_code()
+    return module
+
+
+def _candidates(graph: fx.Graph, live: set[fx.Node]) -> Iterator[fx.Node]:
+    """What gates another tensor, or is an output, but for moves and factors that are numbers."""
+    for node in graph.nodes:
+        if node.target is aten.mul.Tensor and len(live.intersection(node.all_input_nodes)) > 1:
+            yield from _sources(node.all_input_nodes, live)
+    yield from _sources([n for n in output_leaves(graph) if isinstance(n, fx.Node)], live)
+
+
+def _sources(nodes: list[fx.Node], live: set[fx.Node]) -> Iterator[fx.Node]:
+    """What nodes move or scale."""
+    pending, seen = [n for n in nodes if n in live], set[fx.Node]()
+    while pending:
+        node = pending.pop()
+        op = ops.find(node.target, frozenset(live_names(node, live)))
+        if op is None or (op.family != "move" and op.kind != "scale"):
+            yield node
+        elif node not in seen:
+            seen.add(node)
+            pending += [n for n in node.all_input_nodes if n in live]
+
+
+def _replace(node: fx.Node, x: fx.Node, scale: float, power: float) -> None:
+    if power == -1:
+        x = insert(node, aten.neg.default, (x,))
+    elif power != 1:
+        x = insert(node, aten.mul.Tensor, (x, power))
+    new = insert(node, aten.sigmoid.default, (x,))
+    node.replace_all_uses_with(new if scale == 1 else insert(node, aten.mul.Tensor, (new, scale)))

@@ -1,0 +1,88 @@
+"""Gates in other words: the relevance of ``sigmoid(a) * b``, and of ``silu(a) * b``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lrpfx
+from tests.conftest import Apply
+
+pytestmark = pytest.mark.usefixtures("each_way")
+
+Gate = Callable[[Tensor, Tensor], Tensor]
+
+
+def multiplied(a: Tensor, b: Tensor) -> Tensor:
+    return a.sigmoid() * b
+
+
+def odds(a: Tensor, b: Tensor) -> Tensor:
+    return b * (a.exp() / (1 + a.exp()))
+
+
+def highway(a: Tensor, b: Tensor) -> Tensor:
+    return a.sigmoid() * b + (-a).sigmoid() * b.flip(1)
+
+
+#: Each with its plain twin.
+GATES: dict[str, tuple[Gate, Gate]] = {
+    "of a tanh": (lambda a, b: b * (0.5 * (1 + (a / 2).tanh())), multiplied),
+    "one less": (lambda a, b: b * (1 - (-a).sigmoid()), multiplied),
+    "by odds": (odds, multiplied),
+    "einsum": (lambda a, b: torch.einsum("ni,ni->ni", b, 1 - (-a).sigmoid()), multiplied),
+    "highway": (lambda a, b: a.sigmoid() * b + (1 - a.sigmoid()) * b.flip(1), highway),
+    "highway, lerp": (lambda a, b: torch.lerp(b.flip(1), b, a.sigmoid()), highway),
+    "highway, stacked": (
+        lambda a, b: (torch.stack([g := a.sigmoid(), 1 - g]) * torch.stack([b, b.flip(1)])).sum(0),
+        highway,
+    ),
+    "swish, the value first": (lambda a, b: b * a * a.sigmoid(), lambda a, b: F.silu(a) * b),
+    "swish of three": (
+        lambda a, b: torch.einsum("ni,ni,ni->ni", a, b, a.sigmoid()),
+        lambda a, b: F.silu(a) * b,
+    ),
+    "gelu, the value first": (
+        lambda a, b: b * a * 0.5 * (1 + (a / math.sqrt(2)).erf()),
+        lambda a, b: F.gelu(a) * b,
+    ),
+}
+
+
+@pytest.mark.parametrize(("spelled", "plain"), GATES.values(), ids=GATES)
+def test_a_gate_in_other_words_is_that_gate(spelled: Gate, plain: Gate) -> None:
+    torch.manual_seed(0)
+    members = {"a": nn.Linear(4, 6), "b": nn.Linear(4, 6), "head": nn.Linear(6, 3)}
+    x = torch.randn(2, 4).double()
+    found, expected = (
+        lrpfx.explain(Apply(lambda m, x, f=f: m.head(f(m.a(x), m.b(x))), **members).double(), x, 1)
+        for f in (spelled, plain)
+    )
+    torch.testing.assert_close(found.output, expected.output)
+    torch.testing.assert_close(found.relevance, expected.relevance, rtol=1e-4, atol=1e-5)
+
+
+def test_an_open_gate_does_not_make_relevance_grow() -> None:
+    """1 - sigmoid(a) hands on -sigmoid(a) / (1 - sigmoid(a)) of what it gets if 1 has a share."""
+    x = torch.tensor([[12.0, 1.0]], dtype=torch.float64)
+    model = Apply(lambda m, x: (1 - x[:, :1].sigmoid()) * x[:, 1:])
+    torch.testing.assert_close(
+        lrpfx.explain(model, x, 0).relevance, model(x).expand(1, 2) / 2, rtol=1e-6, atol=0
+    )
+
+
+@pytest.mark.parametrize(
+    "gate", [lambda a: 1 + a.sigmoid(), lambda a: 1 + a.tanh() / 2, lambda a: 2 - a.exp()]
+)
+def test_other_sums_keep_the_share_of_their_constant(gate: Callable[[Tensor], Tensor]) -> None:
+    x = torch.tensor([[0.3, 2.0]], dtype=torch.float64)
+    model = Apply(lambda m, x: gate(x[:, :1]) * x[:, 1:])
+    half, whole = model(x) / 2, gate(x[:, :1])
+    one = 2.0 if gate(torch.zeros(1))[0] == 1 and gate(torch.ones(1))[0] < 1 else 1.0
+    expected = torch.cat([half * (whole - one) / whole, half], 1)
+    torch.testing.assert_close(lrpfx.explain(model, x, 0).relevance, expected, rtol=1e-5, atol=0)
