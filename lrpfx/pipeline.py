@@ -36,11 +36,17 @@ class Pipeline:
     def inputs(self, given: Any) -> Any:
         """Texts by the tokenizer, images by the processor; tensors as they are.
 
+        Args:
+            given: One text or image, several, or a pair of texts as pipelines take it, a dict of
+                "text" and "text_pair".
+
         Raises:
             InputError: The pipeline has none of the two.
         """
         several = isinstance(given, (list, tuple))
         first = given[0] if several and len(given) else given
+        if isinstance(given, Mapping) and given.get("text") is not None:
+            first = given["text"]
         if not isinstance(first, str) and not hasattr(first, "convert"):  # no image of PIL's either
             return given
         if isinstance(first, str):
@@ -52,7 +58,13 @@ class Pipeline:
                 f"the pipeline has nothing that takes a {type(first).__name__}.",
                 fix="give tensors, as its model takes them.",
             )
-        made = dict(process(list(given) if several else [given], return_tensors="pt", **options))
+        if isinstance(given, Mapping):
+            options |= {name: [text] for name, text in given.items()}
+            made = dict(process(return_tensors="pt", **options))
+        else:
+            made = dict(
+                process(list(given) if several else [given], return_tensors="pt", **options)
+            )
         device = next(self.model.parameters()).device
         made = pytree.tree_map(lambda t: t.to(device), made)
         return made | self._without_cache()

@@ -75,6 +75,14 @@ def test_an_explainer_takes_texts_of_any_length_and_tensors() -> None:
     assert explainer.model is pipe.model
 
 
+def test_a_pair_of_texts_is_taken_as_pipelines_take_it() -> None:
+    pair = {"text": "a good film", "text_pair": "very bad"}
+    found = lrpfx.explain(classifier(), pair, "POSITIVE", rules="cplrp")
+    inputs = tokenizer()("a good film", "very bad", return_tensors="pt")
+    assert torch.equal(found.inputs["input_ids"], inputs["input_ids"])
+    assert found.relevance["input_ids"].shape == inputs["input_ids"].shape
+
+
 def test_what_was_kept_of_an_explainer_takes_texts_and_labels(tmp_path: Path) -> None:
     pipe, path = classifier(), tmp_path / "e.lrpfx"
     explainer = lrpfx.Explainer(pipe, "a good film", "cplrp", capture="record")
