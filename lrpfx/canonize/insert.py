@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._prims_common import compute_elementwise_output_strides
 from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensor,
@@ -65,6 +66,32 @@ def value_of(target: Any, values: Any) -> Any:
         return target(*values[0], **values[1])
 
 
+def of_pointwise(target: torch._ops.OpOverload, values: Any) -> Any:
+    """What an op of single entries returns, as ``run_on_meta``; None if that is not known here.
+
+    PyTorch has what computes that in Python, and its first call imports a compiler for a second.
+    The dtype is that of the op on single numbers.
+    """
+    leaves = pytree.tree_leaves(values)
+    tensors = [t for t in leaves if isinstance(t, Tensor)]
+    if torch.Tag.pointwise not in target.tags or not tensors:
+        return None
+    if any(isinstance(leaf, torch.memory_format) for leaf in leaves):
+        return None
+    args, kwargs = pytree.tree_map_only(Tensor, _number, values)
+    with torch.no_grad():
+        number = target(*args, **kwargs)
+    if not isinstance(number, Tensor):
+        return None
+    shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+    stride = compute_elementwise_output_strides(*(t.expand(shape) for t in tensors))
+    return torch.empty_strided(shape, stride, dtype=number.dtype, device="meta")
+
+
+def _number(like: Tensor) -> Tensor:
+    return torch.ones([1] * like.ndim, dtype=like.dtype, device="cpu")
+
+
 def run_on_meta(target: Any, values: Any) -> Any:
     """The same of tensors on "meta", by running it."""
     with torch.no_grad():
@@ -119,7 +146,8 @@ def _built(key: Any) -> Any:
 @functools.lru_cache(4096)
 def _remembered(target: Any, key: Any, default: torch.dtype) -> Any:
     """The key of what a call returns; the default dtype is that of quotients of integers."""
-    found = _key(run_on_meta(target, _built(key)))
+    value = of_pointwise(target, _built(key))
+    found = _key(run_on_meta(target, _built(key)) if value is None else value)
     assert found is not None
     return found
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from lrpfx.canonize.insert import run_on_meta, value_of
+from lrpfx.canonize.insert import of_pointwise, run_on_meta, value_of
 
 aten = torch.ops.aten
 
@@ -53,3 +55,44 @@ def test_remembered_values_are_those_of_a_run(default: torch.dtype) -> None:
             assert one is not other
     finally:
         torch.set_default_dtype(before)
+
+
+def _layouts() -> list[tuple[Tensor, Tensor]]:
+    image = on_meta(2, 3, 4, 5)
+    last = image.to(memory_format=torch.channels_last)
+    return [
+        (image, on_meta(3, 1, 1)),
+        (last, last),
+        (last, on_meta()),
+        (image.transpose(1, 3), on_meta(1)),
+        (on_meta(3).expand(2, 3), on_meta(2, 1)),
+        (on_meta(0, 3), on_meta(3)),
+        (on_meta(2, 3, dtype=torch.float16), on_meta(dtype=torch.float64)),
+        (INTEGERS, X),
+    ]
+
+
+POINTWISE = [aten.relu.default, aten.rsqrt.default, aten.neg.default, aten.sigmoid.default]
+POINTWISE += [aten.gelu.default, aten.reciprocal.default, aten.exp.default, aten.silu.default]
+PAIRS = [aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.maximum.default]
+
+
+def test_values_of_pointwise_ops_are_those_of_pytorchs_meta_kernels() -> None:
+    for a, b in _layouts():
+        calls = [(op, (a, b)) for op in PAIRS]
+        calls += [(op, (a,)) for op in POINTWISE if a.is_floating_point()]
+        for op, args in calls:
+            found = of_pointwise(op, (args, {}))
+            assert form(found) == form(run_on_meta(op, (args, {}))), (op, a, b)
+
+
+def test_a_first_call_imports_no_compiler() -> None:
+    code = """
+import sys, torch, lrpfx
+from torch import nn
+model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Flatten(),
+                      nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 2)).eval()
+lrpfx.explain(model, torch.randn(1, 3, 4, 4), 0)
+assert not {"torch._dynamo", "torch._inductor"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
