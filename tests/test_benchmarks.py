@@ -46,9 +46,9 @@ def assert_complete(table: Table, rows: int) -> None:
 
 
 def test_cost_vs_gradient() -> None:
-    plan = [(resnet, ("epsilon_gamma_box",)), (small_llama, ("attnlrp", "cplrp"))]
+    plan = [(small_image, ("epsilon_gamma_box",)), (small_llama, ("attnlrp",))]
     table = cost_vs_gradient.table(plan, BUDGET)
-    assert_complete(table, 3)
+    assert_complete(table, 2)
     zennit, modified = (table.columns.index(name) for name in ("zennit", "modified gradient"))
     assert table.rows[0][zennit] and table.rows[1][modified]
     assert next(cost_vs_gradient.setup_seconds(small_image(), "epsilon_plus", 1)) > 0
