@@ -79,7 +79,7 @@ def rewrite(
         graph.call_module(f"follows_{number}", (values, [graph.get_attr(n) for n in names]))
     graph.output(outputs)
     _ask_for_sizes(graph)
-    return _finish(module, graph)
+    return _finish(module, graph, fx.GraphModule)
 
 
 def instrument(
@@ -158,7 +158,7 @@ def instrument(
             [_values(graph, statistics, clean) for statistics in found],
         )
     )
-    finished = _finish(module, graph)
+    finished = _finish(module, graph, _LazyGraphModule)  # its code may never be run
     return freeze(finished) if frozen and fast else finished
 
 
@@ -180,10 +180,10 @@ def _values(
     return clean(found.mean), clean(found.var), count
 
 
-def _finish(module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+def _finish(module: fx.GraphModule, graph: fx.Graph, kind: type[fx.GraphModule]) -> fx.GraphModule:
     graph.owning_module = module  # which knows the modules that are called for what they do
     graph.eliminate_dead_code()  # which lints it, too
-    rewritten = _unpicklable(_LazyGraphModule(module, graph))  # its code may never be run
+    rewritten = _unpicklable(kind(module, graph))
     rewritten.train(module.training)
     return rewritten
 

@@ -39,9 +39,10 @@ def whole_exponentials(module: fx.GraphModule) -> fx.GraphModule:
         if node in seen or node.target is aten.exp.default:
             continue
         seen.add(node)
-        if precision(node) >= finest and _make_whole(node, measured, live):
+        inverse = node in belows and is_inverse(node)
+        if not inverse and precision(node) >= finest and _make_whole(node, measured, live):
             written = True
-        elif node.target is NORM or is_sum(node, live) or (node in belows and is_inverse(node)):
+        elif node.target is NORM or is_sum(node, live) or inverse:
             pending += [n for n in node.all_input_nodes if n in live]
     if written:
         graph.eliminate_dead_code()
