@@ -122,6 +122,7 @@ def _name_sizes(model: Any, program: Program) -> None:
     pattern = re.compile(r"\b(" + "|".join(map(re.escape, named)) + r")\b")
     for value in values if named else ():
         for dim, size in enumerate(value.shape or ()):
-            if not isinstance(size, int):
+            # A size without a name is known to nobody, and no two of these are the same.
+            if not isinstance(size, int) and size.value is not None:
                 text = pattern.sub(lambda found: named[found[0]], str(size))
                 value.shape[dim] = text

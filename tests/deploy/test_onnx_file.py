@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import lrpfx
+from lrpfx.deploy.onnx_file import _name_sizes
 from lrpfx.errors import ExportError
 from tests.oracle import zoo
 
@@ -161,3 +163,12 @@ def test_a_file_says_what_it_was_made_of_and_that_is_data_only(tmp_path: Path) -
     onnx.save(changed, path)
     assert onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map["lrpfx"] == told
     assert all(map(torch.equal, run(path, x), expected))
+
+
+def test_sizes_without_a_name_stay_without_one() -> None:
+    """onnxruntime takes sizes of one name for equal, and shares memory by that."""
+    ir = pytest.importorskip("onnx_ir", reason="pip install -e '.[export]'")
+    x = ir.Value(name="x", shape=ir.Shape(["s77", None, "2*s77", 3]))
+    model = SimpleNamespace(graph=ir.Graph([x], [], nodes=[]))
+    _name_sizes(model, SimpleNamespace(letters=[{0: "N"}]))  # type: ignore[arg-type]
+    assert x.shape == ir.Shape(["N", None, "2*N", 3])
