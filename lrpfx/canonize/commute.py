@@ -246,6 +246,8 @@ def changes_channels(
         alike = str(operand.meta["val"].shape) == str(value.shape)
         if not alike or (i and node.target is aten.div.Tensor):
             continue
+        if not all(isinstance(size, int) for size in given.shape):
+            continue
         wide = [d - given.ndim for d, size in enumerate(given.shape) if size != 1]
         if len(wide) != 1 or is_reached(constant, reached):
             continue

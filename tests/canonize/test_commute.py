@@ -275,3 +275,18 @@ def test_a_hook_that_masks_before_a_batch_norm_is_noted_with_its_line() -> None:
         line = f"{__file__}:{hook.__code__.co_firstlineno}"
         (note,) = (n for n in report.notes if "1 is not folded" in n)
         assert f"{op} stands between" in note and note.endswith(f"{hook.__name__}, {line}")
+
+
+def test_a_constant_whose_size_is_read_from_values_is_no_error() -> None:
+    keep, weight = torch.tensor([True, False, True, True]), normal(4, seed=3)
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        at = keep.nonzero()[:, 0]
+        return (m.layer(x)[:, at] * weight[at]).sum(1)
+
+    model = Apply(forward, layer=drawn(nn.Linear(3, 4), seed=5))
+    found, expected = (
+        lrpfx.explain(model, normal(2, 3), rules=composites.EpsilonAll(1e-18), capture=by).relevance
+        for by in ("export", "record")
+    )
+    torch.testing.assert_close(found, expected)

@@ -182,7 +182,7 @@ def _dimension(softmax: fx.Node) -> int:
 def _is_one_along(node: fx.Node, dim: int) -> bool:
     """Whether a node has but one entry along a dimension that is counted from the last."""
     shape = node.meta["val"].shape
-    return -dim > len(shape) or shape[dim] == 1
+    return -dim > len(shape) or (isinstance(shape[dim], int) and shape[dim] == 1)
 
 
 def _is_linear(node: fx.Node, live: Container[fx.Node]) -> bool:
