@@ -100,7 +100,9 @@ def test_model_that_returns(
     started = explanation.seed != 0
     torch.testing.assert_close(explanation.seed[started], chosen[started])
     if len(tensors) > 1:
-        assert f"output {first}" in explanation.report.target
+        fields = expected if isinstance(expected, dict) else getattr(expected, "__dict__", {})
+        keys = [repr(key) for key, value in fields.items() if value is chosen]
+        assert f"output {(keys or [first])[0]}" in explanation.report.target
         assert f"first of {len(tensors)}" in explanation.report.target
     else:
         assert "first of" not in explanation.report.target

@@ -4,12 +4,16 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lrpfx
+from lrpfx.capture import front
+from lrpfx.capture.export import Trace
+from lrpfx.capture.record import record
 from lrpfx.errors import CaptureError, InputError
 from tests.conftest import Apply, assert_untouched
 
@@ -353,3 +357,27 @@ def test_a_step_with_rows_of_before_explains_them() -> None:
     recorded = lrpfx.explain(_model(step), (X, cached), 1, capture="record").relevance
     exported = lrpfx.explain(_model(step), (X, cached), 1, capture="export").relevance
     torch.testing.assert_close(recorded, exported, rtol=1e-10, atol=1e-12)
+
+
+def test_a_record_that_computes_something_else_is_no_graph_of_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """explain() compares the two by the run that explains, and exports what differs."""
+    model, x = _model(lambda self, x: self.head(self.a(x).relu())), X.clone()
+    right = lrpfx.explain(model, x, 0, capture="export").relevance
+
+    def wrong(model: nn.Module, inputs: Any) -> Trace:
+        trace = record(model, inputs)
+        return trace._replace(expected=[t + 1 for t in trace.expected])
+
+    monkeypatch.setattr(front, "record", wrong)
+    with pytest.raises(CaptureError, match="does not compute what the model computes"):
+        lrpfx.explain(model, x, 0, capture="record")
+    torch.testing.assert_close(lrpfx.explain(model, x, 0).relevance, right)
+
+
+def test_numbers_of_a_generator_of_its_own_are_no_constants() -> None:
+    drawn = np.random.default_rng(0)
+    model = _model(lambda self, x: self.head(self.a(x) * float(drawn.normal())))
+    with pytest.raises(CaptureError, match="does not compute what the model computes"):
+        lrpfx.explain(model, X, 0)
