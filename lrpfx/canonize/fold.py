@@ -64,8 +64,6 @@ def _fold(module: fx.GraphModule, node: fx.Node, finest: int, reached: dict[fx.N
     if node.target is not aten.batch_norm.default:
         if (found := _constant_behind(node, finest, reached)) is not None:
             _fold_constant(node, *found)
-        else:
-            fold_ahead(module, node, reached)
         return
     source: Any = node.args[0]
     if bound_arguments(node)["running_mean"] is None:

@@ -168,7 +168,6 @@ def by_hand(m: nn.Module, y: Tensor) -> Tensor:
 AHEAD: dict[str, Form] = {
     "batch norm": lambda m, x: m.behind(m.norm(F.relu(m.layer(x)))),
     "behind a move": lambda m, x: m.behind(m.norm(F.relu(m.layer(x)).mT).mT),
-    "by hand": lambda m, x: m.behind(by_hand(m, F.relu(m.layer(x)))),
     "padded by nothing": lambda m, x: m.behind(F.pad(m.norm(F.relu(m.layer(x))), (0,) * 4)),
 }
 
