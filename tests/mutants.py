@@ -231,8 +231,8 @@ MUTANTS = [
     Mutant(
         "batch norm is folded past zero padding",
         "canonize/ahead.py",
-        'inside = padding == "valid" or (padding != "same" and not any(padding))',
-        "inside = True",
+        'return padding == "valid" or (padding != "same" and not any(padding))',
+        "return True",
         "tests/canonize/test_passes.py",
         "batch_norm or fold",
     ),

@@ -71,7 +71,7 @@ def _fold(module: fx.GraphModule, node: fx.Node, finest: int, reached: dict[fx.N
     if source.target in AFFINE and len(readers(source)) == 1 and _channels_match(source):
         with node.graph.inserting_before(node):
             _fold_back(node, source, *batch_norm_constants(node))
-    elif not fold_ahead(module, node, reached):
+    elif not fold_ahead(node):
         _say_why(node, source)
 
 
