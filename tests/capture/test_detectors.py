@@ -156,12 +156,17 @@ def _at(
 ) -> nn.Module:
     """Twice the one entry of a table of scores that is the best box's.
 
-    Twice, as lrpfx would leave out a softmax that is the output.
+    Twice, by a sum, as lrpfx would leave out a softmax that is the output, also before a scale.
     """
     with torch.no_grad():
         table = of(scores(image[None]))
     row, column = ((table - found["scores"][0]).abs() == 0).nonzero()[0].tolist()
-    return Apply(lambda self, x: self.scores(x[None])[row : row + 1, column] * 2, scores=scores)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        score = self.scores(x[None])[row : row + 1, column]
+        return score + score
+
+    return Apply(forward, scores=scores)
 
 
 DETECTORS = {
