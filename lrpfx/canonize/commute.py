@@ -37,7 +37,7 @@ TRANSPOSED |= {aten.conv_transpose3d.input}
 AFFINE = CONVS | TRANSPOSED | {aten.linear.default}
 PRODUCTS = {aten.matmul.default, aten.mm.default}
 #: What scales or shifts by another tensor.
-ARITHMETIC = {aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.div.Tensor}
+_ARITHMETIC = {aten.add.Tensor, aten.mul.Tensor, aten.sub.Tensor, aten.div.Tensor}
 _CASTS = {aten.to.dtype, aten._to_copy.default}
 #: Kinds of ops that do not belong between a layer and its batch norm by design.
 _IN_BETWEEN = {"scale", "shift", "product", "where", "scatter", "clamp", "pad"}
@@ -174,7 +174,7 @@ def put_behind_layers(
     Returns:
         The scales and shifts in the place of ``node``; none if it stays.
     """
-    if (found := changes_channels(node, reached)) is None:
+    if (found := _changes_channels(node, reached)) is None:
         return []
     operand, dim, sign = found
     way = way_from_layers(operand)
@@ -198,19 +198,6 @@ def weight_of(layer: fx.Node) -> fx.Node:
     return weight
 
 
-def is_number(node: fx.Node) -> bool:
-    """Whether a node scales by a number, or casts."""
-    return _number(node) is not None
-
-
-def is_between(node: fx.Node) -> bool:
-    """Whether a node scales or shifts by constants."""
-    inputs = [n for n in node.all_input_nodes if is_floating(n.meta["val"])]
-    op = ops.find(node.target, frozenset(live_names(node, inputs[:1])))
-    norm = node.target is aten.batch_norm.default
-    return norm or (op is not None and op.kind in ("scale", "shift"))
-
-
 def _number(node: fx.Node) -> float | None:
     """The number that a node multiplies by; 1 for casts."""
     if node.target in _CASTS:
@@ -224,7 +211,7 @@ def _number(node: fx.Node) -> float | None:
     return None
 
 
-def changes_channels(
+def _changes_channels(
     node: fx.Node, reached: dict[fx.Node, bool]
 ) -> tuple[fx.Node, int, int] | None:
     """What a batch norm or a constant scales or shifts by channel, along which dimension.
@@ -234,7 +221,7 @@ def changes_channels(
     if node.target is aten.batch_norm.default:
         x = node.all_input_nodes[0]
         return None if bound_arguments(node)["running_mean"] is None else (x, 1, 1)
-    if node.target not in ARITHMETIC or node.kwargs:
+    if node.target not in _ARITHMETIC or node.kwargs:
         return None
     for i in (0, 1):
         operand, constant = node.args[i], node.args[1 - i]
@@ -304,17 +291,6 @@ def _places(
     }
 
 
-def moved_numbers(
-    module: fx.GraphModule, node: fx.Node, dim: int, moves: Sequence[fx.Node]
-) -> Tensor | str:
-    """The numbers of a node's channels, from 1 on, where moves take them; or why not."""
-    shape = [_size(n) for n in node.meta["val"].shape]
-    spread = [-1 if d == dim else 1 for d in range(len(shape))]
-    values = {node: torch.arange(1, shape[dim] + 1).reshape(spread).expand(shape)}
-    why = _move(module, values, moves)
-    return values[moves[-1] if moves else node] if why is None else why
-
-
 def _move(
     module: fx.GraphModule, values: dict[fx.Node, Any], moves: Sequence[fx.Node]
 ) -> str | None:
@@ -354,13 +330,13 @@ def _write(
 ) -> list[fx.Node]:
     """The moves of the layers, scaled and shifted, in the place of ``node``."""
     written: list[fx.Node] = []
-    scale, shift = scale_and_shift(node, reached)
+    scale, shift = _scale_and_shift(node, reached)
     copies: dict[fx.Node, fx.Node] = {}
     for layer, own in places.items():
         by = [1] * layer.meta["val"].ndim
         by[layer.meta["val"].ndim - (weight_of(layer).meta["val"].ndim - 1)] = -1
         parts = [
-            None if vector is None else taken(node, vector, own, neutral)
+            None if vector is None else _taken(node, vector, own, neutral)
             for vector, neutral in ((scale, 1), (shift, 0))
         ]
         factor = way.layers[layer] * sign
@@ -395,7 +371,7 @@ def _typed(node: fx.Node, like: fx.Node) -> fx.Node:
     return node if node.meta["val"].dtype == dtype else insert(node, aten.to.dtype, (node, dtype))
 
 
-def scale_and_shift(
+def _scale_and_shift(
     node: fx.Node, reached: dict[fx.Node, bool]
 ) -> tuple[fx.Node | None, fx.Node | None]:
     """By what a node scales and shifts channels, as vectors."""
@@ -424,7 +400,7 @@ def batch_norm_constants(bn: fx.Node) -> tuple[fx.Node, fx.Node]:
     return scale, insert(bn, aten.neg.default, (moved,))
 
 
-def taken(like: fx.Node, vector: fx.Node, places: Sequence[int], neutral: int) -> fx.Node:
+def _taken(like: fx.Node, vector: fx.Node, places: Sequence[int], neutral: int) -> fx.Node:
     """The entries of a vector at given places; a neutral number where that is -1."""
     size = vector.meta["val"].shape[0]
     if list(places) == list(range(size)):
