@@ -79,8 +79,11 @@ def of_pointwise(target: torch._ops.OpOverload, values: Any) -> Any:
     if any(isinstance(leaf, torch.memory_format) for leaf in leaves):
         return None
     args, kwargs = pytree.tree_map_only(Tensor, _number, values)
-    with torch.no_grad():
-        number = target(*args, **kwargs)
+    try:
+        with torch.no_grad():
+            number = target(*args, **kwargs)
+    except Exception:  # an op of the user's that takes no ones, or runs on other devices only
+        return None
     if not isinstance(number, Tensor):
         return None
     shape = torch.broadcast_shapes(*(t.shape for t in tensors))

@@ -251,7 +251,8 @@ def _aligned(op: Writer, t: Any, term: str, out: str) -> fx.Node:
     missing = [i for i, letter in enumerate(out) if letter not in term]
     for dim in missing:
         t = op(aten.unsqueeze.default, t, dim)
-    return t  # type: ignore[no-any-return]
+    found: fx.Node = t
+    return found
 
 
 def _widened(op: Writer, t: Any, own: dict[str, Any], other: dict[str, Any]) -> Any:

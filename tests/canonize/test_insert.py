@@ -96,3 +96,21 @@ lrpfx.explain(model, torch.randn(1, 3, 4, 4), 0)
 assert not {"torch._dynamo", "torch._inductor"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@torch.library.custom_op("lrpfx_tests::above_one", mutates_args=(), tags=[torch.Tag.pointwise])
+def above_one(x: Tensor) -> Tensor:
+    """An op of single entries that refuses what is not above one."""
+    if not bool((x > 1).all()):
+        raise ValueError("not above one")
+    return x.log()
+
+
+above_one.register_fake(torch.empty_like)
+
+
+def test_an_op_that_takes_no_ones_is_run_on_meta() -> None:
+    op = torch.ops.lrpfx_tests.above_one.default
+    assert torch.Tag.pointwise in op.tags
+    assert of_pointwise(op, ((X,), {})) is None
+    assert value_of(op, ((X,), {})).shape == (2, 3)
