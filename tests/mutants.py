@@ -175,7 +175,7 @@ MUTANTS = [
         "rules/terms.py",
         "self.padded(t.new_ones(()).expand(t.shape)) for t in self.inside",
         "t.new_ones(()).expand(t.shape) for t in self.all",
-        "tests/canonize/test_folding.py",
+        "tests/canonize/folding/test_folding.py",
         "padding",
     ),
     Mutant(
@@ -183,7 +183,7 @@ MUTANTS = [
         "rules/bilinear.py",
         "d = len(x) * z",
         "d = z",
-        "tests/canonize/test_attention.py",
+        "tests/canonize/opened/test_attention.py",
         "formulas",
     ),
     Mutant(
@@ -191,7 +191,7 @@ MUTANTS = [
         "rules/bilinear.py",
         'return R - y * R.sum(call.argument("dim"), keepdim=True)',
         "return R",
-        "tests/canonize/test_attention.py",
+        "tests/canonize/opened/test_attention.py",
         "formulas",
     ),
     Mutant(
@@ -199,7 +199,7 @@ MUTANTS = [
         "rules/bilinear.py",
         "counts = (1,) * len(site.live) if self.pairwise else site.factors",
         "counts = (1,) * len(site.live)",
-        "tests/canonize/test_attention.py",
+        "tests/canonize/opened/test_attention.py",
         "association",
     ),
     # -- ops and signs
@@ -230,7 +230,7 @@ MUTANTS = [
     # -- passes
     Mutant(
         "batch norm is folded past zero padding",
-        "canonize/ahead.py",
+        "canonize/folding/ahead.py",
         'return padding == "valid" or (padding != "same" and not any(padding))',
         "return True",
         "tests/canonize/test_passes.py",
@@ -238,34 +238,34 @@ MUTANTS = [
     ),
     Mutant(
         "what is written is not seen by other views",
-        "canonize/memory.py",
+        "canonize/writes/memory.py",
         "        if node not in self._source or time == latest:",
         "        if True:",
-        "tests/canonize/test_memory.py",
+        "tests/canonize/writes/test_memory.py",
         "writes",
     ),
     Mutant(
         "a folded bias is not scaled",
-        "canonize/fold.py",
+        "canonize/folding/fold.py",
         "bias = None if bias is None else insert(node, aten.mul.Tensor, (bias, scale))",
         "pass",
-        "tests/canonize/test_folding.py",
+        "tests/canonize/folding/test_folding.py",
         "folded",
     ),
     Mutant(
         "the mask of another tensor makes a ReLU",
-        "canonize/by_hand.py",
+        "canonize/whole/by_hand.py",
         "if is_zero(b) and sign(mask) == (a, 1):",
         "if is_zero(b) and sign(mask)[1] == 1:",
-        "tests/canonize/test_activations.py",
+        "tests/canonize/whole/test_activations.py",
         "another",
     ),
     Mutant(
         "a sigmoid by hand loses its sign",
-        "canonize/by_hand.py",
+        "canonize/whole/by_hand.py",
         "        x = insert(node, aten.neg.default, (x,))",
         "        pass",
-        "tests/canonize/test_activations.py",
+        "tests/canonize/whole/test_activations.py",
         "sigmoid",
     ),
     # -- shortcuts

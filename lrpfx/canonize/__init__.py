@@ -1,8 +1,8 @@
 """Any spelling of a graph -> one form: functional, folded, attention opened, functions whole."""
 
-from lrpfx.canonize.attention import FUSED, SDPA
-from lrpfx.canonize.batch_norm import BatchStatistics, batch_statistics
+from lrpfx.canonize.folding import BatchStatistics, batch_statistics
 from lrpfx.canonize.hold import DIVISOR, release
+from lrpfx.canonize.opened import FUSED, SDPA
 from lrpfx.canonize.passes import canonize
 
 __all__ = [

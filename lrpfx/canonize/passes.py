@@ -12,29 +12,26 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from lrpfx.canonize.attention import group_heads, open_attention
-from lrpfx.canonize.batch_norm import hold_batch_statistics, is_of_batch, write_out_batch_norm
-from lrpfx.canonize.by_hand import whole_functions, whole_lerps, whole_relus
-from lrpfx.canonize.compose import whole_activations, whole_quantisation
-from lrpfx.canonize.compounds import open_compounds
 from lrpfx.canonize.final import leave_out_final
-from lrpfx.canonize.fold import fold_into_layers
-from lrpfx.canonize.functionalize import (
-    copies_to_casts,
-    functionalize,
-    inline_no_grad,
-    unlifted,
+from lrpfx.canonize.folding import (
+    fold_into_layers,
+    hold_batch_statistics,
+    is_of_batch,
+    write_out_batch_norm,
 )
-from lrpfx.canonize.grouped import factors_of_one_tensor
 from lrpfx.canonize.hold import hold_divisors, hold_statistics
 from lrpfx.canonize.insert import insert
 from lrpfx.canonize.measure import INPUTS
-from lrpfx.canonize.memory import writes
-from lrpfx.canonize.norms import open_statistics
-from lrpfx.canonize.pairs import pair_complex
-from lrpfx.canonize.parts import one_name_each, open_parts
-from lrpfx.canonize.recurrent import open_recurrent
-from lrpfx.canonize.sigmoids import whole_sigmoids
+from lrpfx.canonize.opened import (
+    group_heads,
+    one_name_each,
+    open_attention,
+    open_compounds,
+    open_parts,
+    open_recurrent,
+    open_statistics,
+    pair_complex,
+)
 from lrpfx.canonize.softmaxes import (
     join_exponentials,
     one_exponential_each,
@@ -42,6 +39,22 @@ from lrpfx.canonize.softmaxes import (
     whole_entmax,
     whole_exponentials,
     whole_softmaxes,
+)
+from lrpfx.canonize.whole import (
+    factors_of_one_tensor,
+    whole_activations,
+    whole_functions,
+    whole_lerps,
+    whole_quantisation,
+    whole_relus,
+    whole_sigmoids,
+)
+from lrpfx.canonize.writes import (
+    copies_to_casts,
+    functionalize,
+    inline_no_grad,
+    unlifted,
+    writes,
 )
 from lrpfx.capture import Program
 from lrpfx.errors import CaptureError, TrainingModeError, counted

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import lrpfx
-from lrpfx.canonize import functionalize, memory, passes
+from lrpfx.canonize import passes
+from lrpfx.canonize.writes import functionalize, memory, unlifted
 from lrpfx.capture.front import capture
 from lrpfx.ops.graph import used_nodes, verify
 from tests.conftest import Apply
@@ -77,7 +78,7 @@ def test_every_pass_keeps_what_the_graph_computes() -> None:
     model, x = randomized(Everything()), torch.randn(3, 2, 6, 6, dtype=torch.float64)
     expected = model(x)
     program = capture(model, x).program
-    module = functionalize.functionalize(program, functionalize.unlifted(program))
+    module = functionalize(program, unlifted(program))
     for step in (None, *passes.PASSES):
         module = module if step is None else step(module)
         verify(module.graph)

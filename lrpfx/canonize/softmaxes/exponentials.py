@@ -11,9 +11,9 @@ from lrpfx import ops
 from lrpfx.canonize.hold import is_inverse
 from lrpfx.canonize.insert import copied, insert
 from lrpfx.canonize.measure import Measured
-from lrpfx.canonize.regions import is_pointwise, pointwise_regions
 from lrpfx.canonize.softmaxes.joined import is_sum, quotients_of, same_nodes
 from lrpfx.canonize.softmaxes.normalized import NORM
+from lrpfx.canonize.whole import is_pointwise, pointwise_regions
 from lrpfx.ops import live_names, output_leaves, precision, varying
 
 aten = torch.ops.aten

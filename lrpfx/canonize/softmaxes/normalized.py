@@ -17,12 +17,12 @@ import torch
 from torch import fx
 
 from lrpfx import ops
-from lrpfx.canonize.compose import compose
 from lrpfx.canonize.final import way_to_final
 from lrpfx.canonize.hold import DIVISOR, is_inverse, live_values
 from lrpfx.canonize.insert import copied, insert
 from lrpfx.canonize.measure import Measured, alike, between
 from lrpfx.canonize.softmaxes.scores import Scores, find_scores, without_influence
+from lrpfx.canonize.whole import compose
 from lrpfx.ops import (
     HELD,
     SHAPED,

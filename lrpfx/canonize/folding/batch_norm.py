@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lrpfx.canonize.commute import batch_norm_constants
+from lrpfx.canonize.folding.commute import batch_norm_constants
 from lrpfx.canonize.insert import insert
 from lrpfx.ops import BATCH, HALVES, HELD, bound_arguments, reachable
 

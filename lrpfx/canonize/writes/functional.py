@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from lrpfx.canonize.insert import insert
-from lrpfx.canonize.memory import Memory, writes
-from lrpfx.canonize.recurrent import RECURRENT, open_recurrent
+from lrpfx.canonize.opened import RECURRENT, open_recurrent
+from lrpfx.canonize.writes.memory import Memory, writes
 from lrpfx.capture import AUTOCAST, Program, first_line, tracing
 from lrpfx.errors import CaptureError
 from lrpfx.ops import nodes_in, source_line

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import lrpfx
-from lrpfx.canonize import functionalize, memory
+from lrpfx.canonize.writes import memory, unlifted
 from lrpfx.capture import capture
 from tests.conftest import Apply
 
@@ -72,7 +72,7 @@ def _program(seed: int) -> Any:
 def test_programs_of_views_and_writes_compute_what_pytorch_computes(seed: int) -> None:
     run = _program(seed)
     model, x = Apply(lambda self, x: run(x)), torch.randn(4, 3, 2, dtype=torch.float64)
-    module = functionalize.unlifted(capture(model, x, by="record").program)
+    module = unlifted(capture(model, x, by="record").program)
     known = memory.Memory(module.graph)
     assert known.known
     known.renew()

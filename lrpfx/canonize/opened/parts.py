@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lrpfx.canonize import embeddings, live_weights, norms, scatters
+from lrpfx.canonize.opened import embeddings, live_weights, norms, scatters
 from lrpfx.canonize.writer import Writer
 from lrpfx.ops import bound_arguments, einsum, hardsigmoid, precision, varying
 

@@ -10,7 +10,7 @@ from torch import fx
 from lrpfx import ops
 from lrpfx.canonize.insert import insert
 from lrpfx.canonize.measure import Measured
-from lrpfx.canonize.regions import is_pointwise, pointwise_regions
+from lrpfx.canonize.whole.regions import is_pointwise, pointwise_regions
 from lrpfx.ops import live_names, output_leaves, precision, varying
 
 aten = torch.ops.aten

@@ -7,7 +7,7 @@ from torch import fx
 
 from lrpfx.canonize.insert import insert
 from lrpfx.canonize.measure import alike
-from lrpfx.canonize.regions import pointwise_regions
+from lrpfx.canonize.whole.regions import pointwise_regions
 from lrpfx.ops import precision, varying
 
 aten = torch.ops.aten

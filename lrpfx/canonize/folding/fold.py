@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from lrpfx.canonize.ahead import fold_ahead, scaled, typed_as
-from lrpfx.canonize.commute import (
+from lrpfx.canonize.folding.ahead import fold_ahead, scaled, typed_as
+from lrpfx.canonize.folding.commute import (
     AFFINE,
     PRODUCTS,
     TRANSPOSED,

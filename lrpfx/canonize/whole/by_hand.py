@@ -11,7 +11,7 @@ from torch import fx
 
 from lrpfx.canonize.hold import inverted, live_values
 from lrpfx.canonize.insert import insert
-from lrpfx.canonize.parts import lerp
+from lrpfx.canonize.opened import lerp
 from lrpfx.canonize.writer import Writer
 from lrpfx.ops import (
     LIFTED,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import lrpfx
 from lrpfx import composites
-from lrpfx.canonize import recurrent
+from lrpfx.canonize.opened import recurrent
 from lrpfx.capture import By
 
 pytestmark = pytest.mark.usefixtures("each_way")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from lrpfx.canonize.commute import batch_norm_constants
+from lrpfx.canonize.folding.commute import batch_norm_constants
 from lrpfx.canonize.insert import insert
 from lrpfx.ops import CONVS, bound_arguments, module_calls
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import lrpfx
-from lrpfx.canonize.memory import functional
+from lrpfx.canonize.writes.memory import functional
 from lrpfx.composites import EpsilonAll
 from tests.conftest import Apply
 

@@ -1,0 +1,11 @@
+"""Ops that write into memory, and regions of no_grad and autocast -> plain functional ops."""
+
+from lrpfx.canonize.writes.functional import (
+    copies_to_casts,
+    functionalize,
+    inline_no_grad,
+    unlifted,
+)
+from lrpfx.canonize.writes.memory import writes
+
+__all__ = ["copies_to_casts", "functionalize", "inline_no_grad", "unlifted", "writes"]
