@@ -8,10 +8,12 @@ import torch
 from torch import fx
 
 from lrpfx import ops
+from lrpfx.canonize.forms import exponents
 from lrpfx.canonize.hold import is_inverse
 from lrpfx.canonize.insert import copied, insert
 from lrpfx.canonize.measure import Measured
-from lrpfx.canonize.softmaxes.joined import is_sum, quotients_of, same_nodes
+from lrpfx.canonize.same import Same
+from lrpfx.canonize.softmaxes.joined import is_sum, quotients_of
 from lrpfx.canonize.softmaxes.normalized import NORM
 from lrpfx.canonize.whole import is_pointwise, pointwise_regions
 from lrpfx.ops import live_names, output_leaves, precision, varying
@@ -54,16 +56,16 @@ def _make_whole(node: fx.Node, measured: Measured, live: set[fx.Node]) -> bool:
     if not is_pointwise(node) or _kind(node, live) == "scale":
         return False  # what it scales may be
     for entries, inside in pointwise_regions(node, live):
-        found = measured.exponents(node, entries)
+        found = exponents(measured, node, entries)
         if found is not None:
-            same = same_nodes(node.graph)
-            first, entries = same[node], [same[n] for n in entries]
+            same = Same(node.graph)
+            first, entries = same.first(node), [same.first(n) for n in entries]
             with node.graph.inserting_before(first):
                 new = _written(first, dict(zip(entries, found.powers, strict=True)), live)
                 if not found.plain:
-                    new = _times(new, first, entries, [same[n] for n in inside])
+                    new = _times(new, first, entries, [same.first(n) for n in inside])
             live.add(new)
-            for other in [n for n, its_first in same.items() if its_first is first]:
+            for other in same.group(node):
                 other.replace_all_uses_with(new)
             return True
     return False

@@ -13,6 +13,7 @@ from lrpfx import ops
 from lrpfx.canonize.hold import is_inverse, live_values
 from lrpfx.canonize.insert import copied, insert
 from lrpfx.canonize.measure import Measured, between
+from lrpfx.canonize.same import Same
 from lrpfx.canonize.softmaxes.normalized import PROPORTIONAL
 from lrpfx.canonize.softmaxes.scores import SHIFT, find_scores, without_influence
 from lrpfx.ops import HELD, live_names, output_leaves, precision, reachable
@@ -28,21 +29,11 @@ def one_exponential_each(module: fx.GraphModule) -> fx.GraphModule:
     """``exp(a - max(a)) / sum(exp(a - max(a)))`` with exponential and maximum once."""
     if sum(node.target in _TWICE for node in module.graph.nodes) < 2:
         return module
-    for node, first in same_nodes(module.graph).items():
-        if node is not first and node.target in _TWICE:
-            node.replace_all_uses_with(first)
+    same = Same(module.graph)
+    for node in module.graph.nodes:
+        if node.target in _TWICE and same.first(node) is not node:
+            node.replace_all_uses_with(same.first(node))
     return module
-
-
-def same_nodes(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """By node the first that calls the same of the same."""
-    first: dict[str, fx.Node] = {}
-    same: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        called = fx.node.map_arg((node.args, node.kwargs), same.__getitem__)
-        own = called if node.op == "call_function" else node.name if node.op != "get_attr" else ""
-        same[node] = first.setdefault(f"{node.op} {node.target} {own}", node)
-    return same
 
 
 def join_exponentials(module: fx.GraphModule) -> fx.GraphModule:

@@ -2,6 +2,7 @@
 
 from lrpfx.canonize.whole.by_hand import whole_functions, whole_lerps, whole_relus
 from lrpfx.canonize.whole.composed import compose, whole_activations, whole_quantisation
+from lrpfx.canonize.whole.gates import whole_gates
 from lrpfx.canonize.whole.grouped import factors_of_one_tensor
 from lrpfx.canonize.whole.regions import is_pointwise, pointwise_regions
 from lrpfx.canonize.whole.sigmoids import whole_sigmoids
@@ -13,6 +14,7 @@ __all__ = [
     "pointwise_regions",
     "whole_activations",
     "whole_functions",
+    "whole_gates",
     "whole_lerps",
     "whole_quantisation",
     "whole_relus",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from lrpfx import ops
+from lrpfx.canonize.same import Same
 from lrpfx.ops import Composed, op_name, varying
 
 aten = torch.ops.aten
@@ -28,17 +29,21 @@ def whole_activations(module: fx.GraphModule) -> fx.GraphModule:
 
     Source: Achtibat et al. 2024 (AttnLRP, arXiv 2402.05602), Prop. 3.1 is about f as a whole.
     """
-    changing = varying(module.graph)
-    for node in list(module.graph.nodes):
-        found = (
-            _region(node, changing) if node.target in (aten.mul.Tensor, aten.div.Tensor) else None
-        )
-        if found is None:
+    changing, same = varying(module.graph), Same(module.graph)
+    ends = [n for n in module.graph.nodes if n.target in (aten.mul.Tensor, aten.div.Tensor)]
+    shared = False
+    for node in ends:
+        if (found := _region(node, changing, same)) is None:
             continue
         entry, region = found
+        merged = same.merge(region)
         with module.graph.inserting_before(node):
             new = compose(module, node, entry, region)
         changing.add(new)
+        if merged:
+            same, shared = Same(module.graph), True
+    if shared:
+        module.graph.eliminate_dead_code()
     return module
 
 
@@ -57,27 +62,33 @@ def whole_quantisation(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
-def _operands(node: fx.Node, among: set[fx.Node]) -> list[fx.Node]:
-    """The inputs of a node that are among the given ones, as often as they are used."""
-    return [n for n in node.args if isinstance(n, fx.Node) and n in among]
+def _region(
+    end: fx.Node, changing: set[fx.Node], same: Same
+) -> tuple[fx.Node, set[fx.Node]] | None:
+    """The nearest region that ends in ``end`` and that one value enters, and that value.
 
+    What computes the same is one value.
+    """
 
-def _region(end: fx.Node, changing: set[fx.Node]) -> tuple[fx.Node, set[fx.Node]] | None:
-    """The nearest region that ends in ``end`` and that one value enters, and that value."""
-    if len(_operands(end, changing)) != 2:
+    def operands(node: fx.Node) -> list[fx.Node]:
+        """The inputs of a node that change, as often as they are used."""
+        return [same.first(n) for n in node.args if isinstance(n, fx.Node) and n in changing]
+
+    if len(operands(end)) != 2:
         return None
     region = {end}
-    frontier = set(_operands(end, changing))
+    frontier = set(operands(end))
     while len(frontier) > 1:
         node = max(frontier)
         if len(region) > _LONGEST or not _is_elementwise(node, end):
             return None
         region.add(node)
-        frontier = (frontier - {node}) | set(_operands(node, changing))
+        frontier = (frontier - {node}) | set(operands(node))
     if not frontier:
         return None
-    inside = all(user in region for node in region - {end} for user in node.users)
-    curved = len(set(_operands(end, changing))) == 1 or any(_is_activation(node) for node in region)
+    inner = {n for node in region - {end} for n in same.group(node)}
+    inside = all(same.first(user) in region | {same.first(end)} for n in inner for user in n.users)
+    curved = len(set(operands(end))) == 1 or any(_is_activation(node) for node in region)
     return (frontier.pop(), region) if inside and curved else None
 
 

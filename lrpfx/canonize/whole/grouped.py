@@ -7,6 +7,7 @@ from torch import fx
 
 from lrpfx.canonize.insert import insert
 from lrpfx.canonize.measure import alike
+from lrpfx.canonize.same import Same
 from lrpfx.canonize.whole.regions import pointwise_regions
 from lrpfx.ops import precision, varying
 
@@ -19,7 +20,7 @@ def factors_of_one_tensor(module: fx.GraphModule) -> fx.GraphModule:
     So x * sigmoid(x) is one activation, as it is where it is written first, and counts once beside
     y. The order in which numbers are multiplied makes no difference but for rounding.
     """
-    changing = varying(module.graph)
+    changing, same = varying(module.graph), Same(module.graph)
     products = [n for n in module.graph.nodes if n.target is aten.mul.Tensor and n in changing]
     inner = {n for node in products for n in _nested(node, changing) if n is not node}
     for node in products:
@@ -30,7 +31,7 @@ def factors_of_one_tensor(module: fx.GraphModule) -> fx.GraphModule:
             n for n in factors if isinstance(n, fx.Node) and n in changing and _is_like(n, node)
         ]
         for x in dict.fromkeys(live):
-            own = [n for n in live if n is x or _is_of(n, x, changing)]
+            own = [n for n in live if n is x or _is_of(n, x, changing, same)]
             if len(set(own)) == 1 or len(own) == len(live) or _is_one(nest, own, changing):
                 continue
             first, *more = own
@@ -60,9 +61,10 @@ def _is_like(node: fx.Node, other: fx.Node) -> bool:
     return alike(node, other) and precision(node) == precision(other)
 
 
-def _is_of(node: fx.Node, x: fx.Node, changing: set[fx.Node]) -> bool:
+def _is_of(node: fx.Node, x: fx.Node, changing: set[fx.Node], same: Same) -> bool:
     """Whether a node is a function of ``x``, number by number."""
-    return any(entries == [x] for entries, _ in pointwise_regions(node, changing))
+    regions = pointwise_regions(node, changing, same)
+    return any(entries == [same.first(x)] for entries, _ in regions)
 
 
 def _is_one(nest: list[fx.Node], own: list[fx.Node], changing: set[fx.Node]) -> bool:

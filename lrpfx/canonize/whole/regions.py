@@ -10,6 +10,7 @@ from torch import fx
 
 from lrpfx import ops
 from lrpfx.canonize.hold import is_inverse
+from lrpfx.canonize.same import Same
 from lrpfx.ops import live_names
 
 #: More nodes, and more values that enter, than the formulas in use have.
@@ -19,25 +20,34 @@ _STRAIGHT = {"clamp", "max", "where", "abs", "relu", "sqrt", "square", "pow"}
 
 
 def pointwise_regions(
-    end: fx.Node, live: Collection[fx.Node]
+    end: fx.Node,
+    live: Collection[fx.Node],
+    same: Same | None = None,
+    curved: bool = True,
 ) -> Iterator[tuple[list[fx.Node], list[fx.Node]]]:
-    """What enters regions with a curved function, such as exp or tanh, and their nodes, in order.
+    """What enters regions of pointwise ops, and their nodes, in order.
 
     Args:
         end: What they end in.
         live: The nodes that are followed; all else is constant.
+        same: What computes the same is one value then, that of the first.
+        curved: Whether only regions with a curved function, such as exp or tanh, are wanted.
     """
-    inside, curved = {end}, is_curved(end, live)
-    entries = {n for n in end.all_input_nodes if n in live}
+
+    def inputs(node: fx.Node) -> set[fx.Node]:
+        return {same.first(n) if same else n for n in node.all_input_nodes if n in live}
+
+    inside, bent = {end}, not curved or is_curved(end, live)
+    entries = inputs(end)
     while len(inside) <= _LONGEST:
-        if curved and len(entries) <= _MOST:
+        if bent and len(entries) <= _MOST:
             yield sorted(entries), sorted(inside)
         if not (pointwise := list(filter(is_pointwise, entries))):
             return
         last = max(pointwise)
         inside.add(last)
-        curved = curved or is_curved(last, live)
-        entries = (entries - {last}) | {n for n in last.all_input_nodes if n in live}
+        bent = bent or is_curved(last, live)
+        entries = (entries - {last}) | inputs(last)
 
 
 def is_pointwise(node: fx.Node) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from lrpfx import ops
+from lrpfx.canonize.forms import sigmoid
 from lrpfx.canonize.insert import insert
 from lrpfx.canonize.measure import Measured
 from lrpfx.canonize.whole.regions import is_pointwise, pointwise_regions
@@ -33,7 +34,7 @@ def whole_sigmoids(module: fx.GraphModule) -> fx.GraphModule:
         for entries, inside in pointwise_regions(node, live):
             if len(entries) > 1 or len(inside) == 1 or precision(entries[0]) != precision(node):
                 continue
-            if (numbers := measured.sigmoid(node, entries[0])) is not None:
+            if (numbers := sigmoid(measured, node, entries[0])) is not None:
                 with graph.inserting_before(node):
                     _replace(node, entries[0], *numbers)
                 found = True
