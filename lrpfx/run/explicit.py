@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -172,7 +174,9 @@ def _written_down(
         structure.append(spec_of_ends)
         return ends
 
-    with torch.no_grad():
+    # One mode for what is noted of all values: else PyTorch makes one for each, with its stack.
+    noted = TracingContext(FakeTensorMode(allow_fallback_kernels=True))
+    with torch.no_grad(), tracing(noted):
         graph = make_fx(explain)(*(values[i] for i in places))
     graph.graph.set_codegen(fx.graph.CodeGen())
     tidy(graph)
