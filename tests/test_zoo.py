@@ -161,6 +161,10 @@ def spectra(x: Tensor, w: Weight) -> Sequence[Tensor]:
         fft.irfft(half * c[:4], 6),
         fft.irfft2(fft.rfft2(x)),
         fft.hfft(fft.rfftn(x, **sizes), 6),
+        fft.hfft2(fft.rfftn(x, **sizes), (6, 6)),
+        fft.hfftn(fft.rfftn(x, **sizes), (6, 6)),
+        pairs(fft.ihfft2(x)),
+        pairs(fft.ihfftn(x, **sizes)),
     ]
     found += [fft.irfftn(fft.rfft2(x) * x[..., :4].detach(), **sizes)]
     found += [pairs(half.conj()), pairs(half.conj_physical() - half)]
@@ -310,6 +314,7 @@ def constants(x: Tensor, w: Weight) -> Sequence[Tensor]:
     steps = [x.sign(), x.floor(), x.ceil(), x.round(), x.trunc(), x.detach().sign()]
     steps += [x.round(decimals=1)]
     steps += [torch.div(x, y, rounding_mode="floor").detach() for y in (2, w(6))]
+    steps += [torch.heaviside(x, w(6)).detach()]
     steps += [aten.div.Scalar_mode(x, 2, rounding_mode="trunc").detach()]
     steps += [(x // 2).detach()]  # which autograd has no derivative of
     filled = [torch.zeros_like(x), torch.ones_like(x), torch.full_like(x, 2.0)]
@@ -430,6 +435,7 @@ def curves(x: Tensor, w: Weight) -> Sequence[Tensor]:
         *[function(part) for function in of_parts],
         *[function(size) for function in of_sizes],
         torch.acosh(size + 1),
+        torch.special.ndtr(x),
         torch.mvlgamma(size + 1, 2),
         torch.polygamma(1, size),
         x.fmod(0.7),
@@ -493,6 +499,11 @@ def of_one_sample(x: Tensor, w: Weight) -> Sequence[Tensor]:
         parts += [one[0].trace(), one.median(), one.nanmedian(), one[0, 0].prod()]
         parts.append(one.masked_select(torch.ones(4, 6, 6, dtype=torch.bool)))
         mask, fixed = w(4, 6, 6) > 0, w(4, 6, 6)
+        parts.append(one[0] * one.histc(6).detach())
+        parts.append(one.as_strided((4, 3), (36, 7)))
+        lines = one.flatten().sinh(), w(12), fixed.flatten()
+        for into, source in ((0, 0), (0, 1), (2, 0)):
+            parts.append(torch.as_strided_scatter(lines[into], lines[source][:12], (12,), (7,), 3))
         pairs = ((one, one.flip(0)), (one, fixed), (fixed, one))
         parts += [a.masked_scatter(mask, b) for a, b in pairs]
         parts += products_of(one)

@@ -31,6 +31,7 @@ _ENTRYWISE: dict[Any, str] = {
     aten.sigmoid.default: "sigmoid",
     aten.log_sigmoid.default: "log-sigmoid",
     hardsigmoid: "sigmoid",
+    aten.special_ndtr.default: "normal distribution function",
 }
 #: Ops of numbers that may stand behind one, such as a guard and a logarithm: larger stays larger.
 _RISING = {"scale", "shift", "clamp", "log"}

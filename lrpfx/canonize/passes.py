@@ -54,6 +54,7 @@ from lrpfx.canonize.writes import (
     copies_to_casts,
     functionalize,
     inline_no_grad,
+    places_of_strides,
     unlifted,
     writes,
 )
@@ -237,6 +238,7 @@ _IDENTITIES = {
     aten.contiguous.default,
     aten.clone.default,
     aten.alias.default,
+    aten.alias_copy.default,
     aten.positive.default,
     aten.lift_fresh_copy.default,
 }
@@ -312,6 +314,7 @@ PASSES: tuple[Pass, ...] = (
     whole_batch_norm,
     whole_quantisation,
     copies_to_casts,
+    places_of_strides,
     open_compounds,
     drop_noops,
     refuse_random,

@@ -58,7 +58,7 @@ from lrpfx.ops.graph import (
     verified,
     zero_padding,
 )
-from lrpfx.ops.own import einsum, entmax, hardsigmoid
+from lrpfx.ops.own import einsum, entmax, hardsigmoid, strided, strided_scatter
 from lrpfx.ops.table import find, kinds, register_op, rows
 from lrpfx.ops.table_moves import NAMED
 from lrpfx.ops.table_refused import why_not
@@ -119,6 +119,8 @@ __all__ = [
     "rows",
     "slot_nodes",
     "source_line",
+    "strided",
+    "strided_scatter",
     "used_nodes",
     "varying",
     "verified",

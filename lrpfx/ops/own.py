@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,35 @@ def einsum(equation: str, x: Tensor, weight: Tensor) -> Tensor:
         weight: With sizes, not ones that broadcast.
     """
     return torch.einsum(equation, x, weight)
+
+
+def strided(x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int) -> Tensor:
+    """``torch.as_strided`` of x as it lies in memory if it is contiguous.
+
+    Args:
+        x: Any tensor.
+        size: Of what is returned.
+        stride: In entries of x.
+        offset: Place of the first entry.
+    """
+    places = _places(x, size, stride, offset)
+    return x.reshape(-1).index_select(0, places.reshape(-1)).reshape(places.shape)
+
+
+def strided_scatter(
+    x: Tensor, src: Tensor, size: Sequence[int], stride: Sequence[int], offset: int
+) -> Tensor:
+    """x with ``src`` in the place of what ``strided`` reads of it."""
+    # The derivative of torch.as_strided_scatter is not that of what it computes.
+    places = _places(x, size, stride, offset)
+    return x.reshape(-1).scatter(0, places.reshape(-1), src.reshape(-1)).reshape(x.shape)
+
+
+def _places(x: Tensor, size: Sequence[int], stride: Sequence[int], offset: int) -> Tensor:
+    places = torch.full((), offset, device=x.device)
+    for n, step in zip(size, stride, strict=True):
+        places = places[..., None] + step * torch.arange(n, device=x.device)
+    return places
 
 
 def hardsigmoid(x: Tensor) -> Tensor:
@@ -100,4 +130,6 @@ OWN: dict[Any, list[str]] = {
     einsum: ["equation", "x", "weight"],
     hardsigmoid: ["x"],
     entmax: ["x", "dim", "power"],
+    strided: ["x", "size", "stride", "offset"],
+    strided_scatter: ["x", "src", "size", "stride", "offset"],
 }

@@ -76,7 +76,8 @@ _FOURIER = [aten.fft_fft.default, aten.fft_fft2.default, aten.fft_fftn.default]
 _FOURIER += [aten.fft_ifft.default, aten.fft_ifft2.default, aten.fft_ifftn.default]
 _FOURIER += [aten.fft_rfft.default, aten.fft_rfft2.default, aten.fft_rfftn.default]
 _FOURIER += [aten.fft_irfft.default, aten.fft_irfft2.default, aten.fft_irfftn.default]
-_FOURIER += [aten.fft_hfft.default, aten.fft_ihfft.default]
+_FOURIER += [aten.fft_hfft.default, aten.fft_hfft2.default, aten.fft_hfftn.default]
+_FOURIER += [aten.fft_ihfft.default, aten.fft_ihfft2.default, aten.fft_ihfftn.default]
 _FOURIER += [aten.stft.default, aten.stft.center, aten.istft.default]
 
 #: Affine ops without weights, of one tensor.

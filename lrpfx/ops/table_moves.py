@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lrpfx.ops.call import inherited
+from lrpfx.ops.own import strided, strided_scatter
 from lrpfx.ops.pools import Pool, pairs, reduced, windows
 from lrpfx.ops.row import Row, row
 
@@ -126,6 +127,8 @@ _INTO += [aten.diagonal_scatter.default]
 #: Relevance is carried.
 MOVES: list[Row] = [
     *row(_VIEWS, "reshape", "move", nonneg=inherited),
+    *row([strided], "reshape", "move", ["x"], nonneg=inherited),
+    *row([strided_scatter], "scatter", "move", ["x", "src", ("x", "src")]),
     *row(_LIKE, "reshape", "move", ["self", ("self", "other")]),
     *row(_CATS, "cat", "move", nonneg=inherited),
     *row([aten.pad.default, aten.constant_pad_nd.default], "pad", "move", nonneg=_padded),
@@ -151,7 +154,8 @@ MOVES: list[Row] = [
 _STEPS = [aten.detach.default, aten.sign.default]
 _STEPS += [aten.div.Tensor_mode, aten.div.Scalar_mode]  # without rounding they are quotients
 _STEPS += [aten.floor.default, aten.ceil.default, aten.round.default, aten.round.decimals]
-_STEPS += [aten.trunc.default, aten.floor_divide.default]
+_STEPS += [aten.trunc.default, aten.floor_divide.default, aten.heaviside.default]
+_STEPS += [aten.histc.default]
 _MADE = [aten.zeros_like.default, aten.ones_like.default, aten.full_like.default]
 _MADE += [aten.empty_like.default, aten.new_zeros.default, aten.new_ones.default]
 _MADE += [aten.new_full.default, aten.new_empty.default]

@@ -124,5 +124,6 @@ ACTIVATIONS: list[Row] = [
     ),
     *row([aten.pow.Scalar, aten.pow.Tensor_Tensor], "pow", "activation", ["exponent"]),
     *row([aten.polygamma.default], "special", "activation", ["self"]),
+    *row([aten.special_ndtr.default], "special", "activation", nonneg=always),
     *row([hardsigmoid], "hardsigmoid", "activation", ["x"], nonneg=always),
 ]

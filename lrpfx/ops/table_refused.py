@@ -29,6 +29,16 @@ _PLACES = [aten.grid_sampler, aten.grid_sampler_2d, aten.grid_sampler_3d]
 _PLACES += [aten.affine_grid_generator]
 _BAGS = [aten.embedding_bag, aten._embedding_bag]
 
+_CHEBYSHEV = [f"chebyshev_polynomial_{letter}" for letter in "tuvw"]
+_POLYNOMIALS = [*_CHEBYSHEV, *(f"shifted_{name}" for name in _CHEBYSHEV)]
+_POLYNOMIALS += ["hermite_polynomial_h", "hermite_polynomial_he"]
+_POLYNOMIALS += ["laguerre_polynomial_l", "legendre_polynomial_p"]
+_BESSEL = ["airy_ai", "bessel_j0", "bessel_j1", "bessel_y0", "bessel_y1", "spherical_bessel_j0"]
+_BESSEL += [f"modified_bessel_{name}" for name in ("i0", "i1", "k0", "k1")]
+_BESSEL += ["scaled_modified_bessel_k0", "scaled_modified_bessel_k1"]
+_UNDERIVED = [getattr(aten, f"special_{name}") for name in _POLYNOMIALS + _BESSEL]
+_UNDERIVED += [aten.igamma, aten.igammac, aten.special_zeta, aten.nextafter]
+
 #: By what the op is.
 _REASONS = (
     (
@@ -44,6 +54,11 @@ _REASONS = (
     (_MEMORY, "it reads memory as it lies, and not a tensor"),
     (_LOSSES, "a loss is explained by the output that it is computed from"),
     (_PLACES, "the places to read at depend on the input; .detach() makes them constants"),
+    (
+        _UNDERIVED,
+        "PyTorch has no derivative of it, or no second one; where relevance is to pass all the "
+        "same, register it as an activation",
+    ),
     (_BAGS, "bags of vectors that depend on the input are not taken apart"),
 )
 _WHY: dict[Any, str] = {

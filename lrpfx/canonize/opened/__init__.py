@@ -2,9 +2,10 @@
 
 from lrpfx.canonize.opened.attention import FUSED, SDPA, group_heads, open_attention
 from lrpfx.canonize.opened.compounds import open_compounds
+from lrpfx.canonize.opened.names import one_name_each
 from lrpfx.canonize.opened.norms import open_statistics
 from lrpfx.canonize.opened.pairs import pair_complex
-from lrpfx.canonize.opened.parts import lerp, one_name_each, open_parts
+from lrpfx.canonize.opened.parts import lerp, open_parts
 from lrpfx.canonize.opened.recurrent import RECURRENT, open_recurrent
 
 __all__ = [

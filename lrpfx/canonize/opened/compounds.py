@@ -21,7 +21,7 @@ from lrpfx.ops import nodes_in, varying
 aten = torch.ops.aten
 
 #: Whose parts have the rules that are meant. A name stands for all its overloads.
-_OPENED = [aten.diff, aten.gradient, aten.cov, aten.corrcoef, aten.kron, aten.addr]
+_OPENED = [aten.diff, aten.gradient, aten.kron, aten.addr]
 _OPENED += [aten.trapezoid, aten.trapz, aten.cumulative_trapezoid]
 _OPENED += [aten.column_stack, aten.pad_sequence, aten.cartesian_prod, aten.meshgrid]
 _OPENED += [aten.atleast_1d, aten.atleast_2d, aten.atleast_3d, aten.broadcast_tensors]
@@ -90,6 +90,12 @@ def _traced(node: fx.Node, inputs: Sequence[fx.Node]) -> fx.GraphModule | None:
     known: dict[Any, Any] = get_decompositions([node.target])
     with _numbers_allowed(mode), torch.no_grad(), enable_python_dispatcher():
         parts = make_fx(torch.func.functionalize(run), decomposition_table=known)(*values)
+        if any(
+            n.target._schema.is_mutable
+            for n in parts.graph.nodes
+            if isinstance(n.target, OpOverload)
+        ):
+            parts = make_fx(torch.func.functionalize(parts))(*values)  # of what the table wrote
     parts.graph.eliminate_dead_code()
     constants = [getattr(parts, str(n.target)) for n in parts.graph.nodes if n.op == "get_attr"]
     return parts if all(c.ndim == 0 for c in constants) else None

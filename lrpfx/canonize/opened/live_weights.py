@@ -16,9 +16,44 @@ def layer(op: Writer, input: Any, weight: Any, bias: Any, **rest: Any) -> fx.Nod
     """``conv(x, w, b)`` -> ``conv(x, w) + b``, where w or b is live; so of linear layers."""
     if bias is None or not op.changes(weight, bias):
         return None
-    product = op(op.node.target, input, weight, None, *rest.values())
+    target: Any = op.node.target
+    return _layer(op, target, input, weight, bias, *rest.values())
+
+
+_PLAIN = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
+_TRANSPOSED = {
+    1: aten.conv_transpose1d.default,
+    2: aten.conv_transpose2d.input,
+    3: aten.conv_transpose3d.input,
+}
+
+
+def convolution(op: Writer, input: Any, weight: Any, bias: Any, **rest: Any) -> fx.Node:
+    """``convolution(x, w, b, ...)`` -> the one of its number of dimensions."""
+    n = weight.meta["val"].ndim - 2
+    stride, padding, dilation = (rest[name] for name in ("stride", "padding", "dilation"))
+    groups = rest["groups"]
+    if rest["transposed"]:
+        last = rest["output_padding"], groups, dilation
+        return _layer(op, _TRANSPOSED[n], input, weight, bias, stride, padding, *last)
+    return _layer(op, _PLAIN[n], input, weight, bias, stride, padding, dilation, groups)
+
+
+def _layer(op: Writer, target: Any, input: Any, weight: Any, bias: Any, *rest: Any) -> fx.Node:
+    """The layer, with the bias by itself where it or the weight is live."""
+    if bias is None or not op.changes(weight, bias):
+        return op(target, input, weight, bias, *rest)
     images = weight.meta["val"].ndim - 2
-    return op.sum(product, op(aten.reshape.default, bias, [-1] + [1] * images) if images else bias)
+    shift = op(aten.reshape.default, bias, [-1] + [1] * images) if images else bias
+    return op.sum(op(target, input, weight, None, *rest), shift)
+
+
+def convolution_of_sequences(op: Writer, self: Any, weight: Any, bias: Any, pad: int) -> fx.Node:
+    """``conv_tbc(x, w, b)`` -> a convolution of x with time last."""
+    x = op(aten.permute.default, self, [1, 2, 0])
+    kernel = op(aten.permute.default, weight, [2, 1, 0])
+    out = _layer(op, aten.conv1d.default, x, kernel, bias, [1], [pad])
+    return op(aten.permute.default, out, [2, 0, 1])
 
 
 def norm_of_channels(op: Writer, input: Any, **rest: Any) -> fx.Node | None:

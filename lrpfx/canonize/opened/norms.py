@@ -148,3 +148,28 @@ def renorm(op: Writer, self: Any, p: Any, dim: int, maxnorm: Any) -> fx.Node | N
     size = op(aten.linalg_vector_norm.default, self, p, dims, True)
     times = op.div(op(aten.add.Tensor, size, 1e-7), maxnorm)  # as PyTorch has it
     return op.div(self, op(aten.clamp_min.default, times, 1))
+
+
+def covariances(
+    op: Writer, self: Any, correction: int, fweights: Any, aweights: Any
+) -> fx.Node | None:
+    """``cov(x)``, of rows: the products of what is left of them without their means."""
+    rank = self.meta["val"].ndim
+    if rank == 0 or fweights is not None or aweights is not None:
+        return None
+    rows = op(aten.unsqueeze.default, self, 0) if rank == 1 else self
+    rest = op(aten.sub.Tensor, rows, op(aten.mean.dim, rows, [1], True))
+    products = op(aten.matmul.default, rest, op(aten.t.default, rest))
+    ones = op(aten.select.int, op(aten.ones_like.default, rest), 0, 0)  # sizes may vary
+    number = op(aten.sub.Tensor, op(aten.sum.default, ones), correction)
+    found = op.div(products, number)
+    return op(aten.reshape.default, found, []) if rank == 1 else found
+
+
+def correlations(op: Writer, self: Any) -> fx.Node | None:
+    """``corrcoef(x)``: covariances over both deviations, which are statistics."""
+    if self.meta["val"].ndim != 2:
+        return None
+    rest = op(aten.sub.Tensor, self, op(aten.mean.dim, self, [1], True))
+    rows = op.div(rest, op(aten.linalg_vector_norm.default, rest, 2, [1], True))
+    return op(aten.matmul.default, rows, op(aten.t.default, rows))

@@ -1,4 +1,4 @@
-"""Ops that stand for several others, or that have two names -> the ops the table knows."""
+"""Ops that stand for several others -> the ops the table knows."""
 
 from __future__ import annotations
 
@@ -14,72 +14,9 @@ from torch import fx
 
 from lrpfx.canonize.opened import embeddings, live_weights, norms, scatters
 from lrpfx.canonize.writer import Writer
-from lrpfx.ops import bound_arguments, einsum, hardsigmoid, precision, varying
+from lrpfx.ops import bound_arguments, einsum, precision, varying
 
 aten = torch.ops.aten
-
-_ALIASES: dict[Any, Any] = {
-    aten.multiply.Tensor: aten.mul.Tensor,
-    aten.subtract.Tensor: aten.sub.Tensor,
-    aten.divide.Tensor: aten.div.Tensor,
-    aten.true_divide.Tensor: aten.div.Tensor,
-    aten.negative.default: aten.neg.default,
-    aten.absolute.default: aten.abs.default,
-    aten.clip.default: aten.clamp.default,
-    aten.concatenate.default: aten.cat.default,
-    aten.row_stack.default: aten.vstack.default,
-    aten.special_expit.default: aten.sigmoid.default,
-    aten.special_softmax.default: aten.softmax.int,
-    aten.linalg_matmul.default: aten.matmul.default,
-    aten.multiply.Scalar: aten.mul.Scalar,
-    aten.subtract.Scalar: aten.sub.Scalar,
-    aten.divide.Scalar: aten.div.Scalar,
-    aten.true_divide.Scalar: aten.div.Scalar,
-    aten.divide.Tensor_mode: aten.div.Tensor_mode,
-    aten.divide.Scalar_mode: aten.div.Scalar_mode,
-    aten.fix.default: aten.trunc.default,
-    aten.clip.Tensor: aten.clamp.Tensor,
-    aten.ger.default: aten.outer.default,
-    aten.native_channel_shuffle.default: aten.channel_shuffle.default,
-    aten.arccos.default: aten.acos.default,
-    aten.arccosh.default: aten.acosh.default,
-    aten.arcsin.default: aten.asin.default,
-    aten.arcsinh.default: aten.asinh.default,
-    aten.arctan.default: aten.atan.default,
-    aten.arctan2.default: aten.atan2.default,
-    aten.arctanh.default: aten.atanh.default,
-    aten.special_digamma.default: aten.digamma.default,
-    aten.special_erf.default: aten.erf.default,
-    aten.special_erfc.default: aten.erfc.default,
-    aten.special_erfinv.default: aten.erfinv.default,
-    aten.special_exp2.default: aten.exp2.default,
-    aten.special_expm1.default: aten.expm1.default,
-    aten.special_gammaln.default: aten.lgamma.default,
-    aten.special_i0.default: aten.i0.default,
-    aten.special_log1p.default: aten.log1p.default,
-    aten.special_log_softmax.default: aten.log_softmax.int,
-    aten.special_logit.default: aten.logit.default,
-    aten.special_logsumexp.default: aten.logsumexp.default,
-    aten.special_multigammaln.default: aten.mvlgamma.default,
-    aten.special_polygamma.default: aten.polygamma.default,
-    aten.special_psi.default: aten.digamma.default,
-    aten.special_round.default: aten.round.decimals,
-    aten.special_sinc.default: aten.sinc.default,
-    aten.special_xlogy.default: aten.xlogy.Tensor,
-    aten.special_xlogy.self_scalar: aten.xlogy.Scalar_Self,
-    aten.special_xlogy.other_scalar: aten.xlogy.Scalar_Other,
-    aten.conj.default: aten._conj.default,
-    aten.hardsigmoid.default: hardsigmoid,
-    aten.mv.default: aten.matmul.default,
-    aten.dot.default: aten.matmul.default,
-}
-
-
-def one_name_each(module: fx.GraphModule) -> fx.GraphModule:
-    """``multiply(a, b)`` -> ``mul(a, b)``: the names that PyTorch has twice."""
-    for node in module.graph.nodes:
-        node.target = _ALIASES.get(node.target, node.target)
-    return module
 
 
 def open_parts(module: fx.GraphModule) -> fx.GraphModule:
@@ -289,6 +226,25 @@ def _xlogy(op: Writer, self: Any, other: Any) -> fx.Node:
     return op.mul(op(aten.log.default, other), self)
 
 
+def _xlog1py(op: Writer, self: Any, other: Any) -> fx.Node:
+    """x log(1 + y), likewise."""
+    if isinstance(other, fx.Node):
+        return _xlogy(op, self, op(aten.add.Scalar, other, 1))
+    return _xlogy(op, self, 1 + other)
+
+
+def _heaviside(op: Writer, self: Any, values: Any) -> fx.Node | None:
+    """A step; what it is at zero may depend on the input."""
+    if not op.changes(values):
+        return None
+    step = op(aten.to.dtype, op(aten.gt.Scalar, self, 0), self.meta["val"].dtype)
+    return op(aten.where.self, op(aten.eq.Scalar, self, 0), values, step)
+
+
+def _round(op: Writer, self: Any, decimals: int) -> fx.Node:
+    return op(aten.round.decimals, self, decimals=decimals)
+
+
 def _sign(op: Writer, self: fx.Node) -> fx.Node | None:
     """Of a complex number it is its direction, and no constant."""
     return None if self.meta["val"].is_complex() else op(aten.sign.default, self)
@@ -348,8 +304,19 @@ _PARTS: dict[Any, Parts] = {
     **dict.fromkeys(_NORMS, norms.norm),
     aten.logsumexp.default: _logsumexp,
     aten.cdist.default: norms.distances,
+    aten.cov.default: norms.covariances,
+    aten.corrcoef.default: norms.correlations,
     aten.renorm.default: norms.renorm,
     aten.hypot.default: _hypot,
+    aten.convolution.default: live_weights.convolution,
+    aten._convolution.default: live_weights.convolution,
+    aten._convolution.deprecated: live_weights.convolution,
+    aten.conv_tbc.default: live_weights.convolution_of_sequences,
+    aten.heaviside.default: _heaviside,
+    aten.special_round.default: _round,
+    aten.special_xlog1py.default: _xlog1py,
+    aten.special_xlog1py.self_scalar: _xlog1py,
+    aten.special_xlog1py.other_scalar: _xlog1py,
     aten.xlogy.Tensor: _xlogy,
     aten.xlogy.Scalar_Self: _xlogy,
     aten.xlogy.Scalar_Other: _xlogy,

@@ -7,5 +7,13 @@ from lrpfx.canonize.writes.functional import (
     unlifted,
 )
 from lrpfx.canonize.writes.memory import writes
+from lrpfx.canonize.writes.strides import places_of_strides
 
-__all__ = ["copies_to_casts", "functionalize", "inline_no_grad", "unlifted", "writes"]
+__all__ = [
+    "copies_to_casts",
+    "functionalize",
+    "inline_no_grad",
+    "places_of_strides",
+    "unlifted",
+    "writes",
+]

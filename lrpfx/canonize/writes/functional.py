@@ -167,7 +167,10 @@ def copies_to_casts(module: fx.GraphModule) -> fx.GraphModule:
     for node in [n for n in module.graph.nodes if n.target is aten.copy.default]:
         into, source = node.args[:2]
         with module.graph.inserting_before(node):
-            new = insert(node, aten.expand_as.default, (source, into))
+            if isinstance(source, fx.Node):
+                new = insert(node, aten.expand_as.default, (source, into))
+            else:
+                new = insert(node, aten.full_like.default, (into, source))
             if new.meta["val"].dtype != node.meta["val"].dtype:
                 new = insert(node, aten.to.dtype, (new, node.meta["val"].dtype))
         node.replace_all_uses_with(new)

@@ -64,6 +64,9 @@ class Memory:
         for node in self._graph.nodes:
             if node not in self._source and isinstance(node.meta.get("val"), Tensor):
                 roots[storage(node)] = roots.get(storage(node), 0) + 1
+        written = {storage(node) for node in self._writes}
+        if any(n.target is aten.as_strided.default and storage(n) in written for n in self._source):
+            return False
         for node in self._writes:
             target = node.args[0] if node.args else None
             if not isinstance(target, fx.Node) or not _writes_first(node):
@@ -126,9 +129,11 @@ class Memory:
         op = functional(node.target)  # type: ignore[arg-type]
         assert op is not None
         names = argument_names(op)
-        if names == argument_names(node.target) or names[0] == "input":
+        required = [a for a in op._schema.arguments if not a.has_default_value()]
+        enough = len(node.args) + len(node.kwargs) >= len(required)
+        if names[0] == "input" or (enough and names == argument_names(node.target)):
             new = self._insert(node, op, node.args, node.kwargs)
-        else:  # polygamma has its tensor last
+        else:  # polygamma has its tensor last, and some take by default what others must be given
             new = self._insert(node, op, (), bound_arguments(node))
         dtype = node.meta["val"].dtype
         if new.meta["val"].dtype != dtype:  # in-place ops keep their dtype
