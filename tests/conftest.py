@@ -39,9 +39,14 @@ declare_missing_ops()
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 
+#: Of the CPU alone where there is nothing else: for each device that may come, torch notes the
+#: whole stack.
+_seeded = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
+
+
 def seed() -> None:
     """Seed what models are drawn with: else torch begins every process somewhere else."""
-    torch.manual_seed(0)
+    _seeded(0)
     random.seed(0)
     np.random.seed(0)
 
@@ -54,6 +59,7 @@ def leave_to_stay() -> None:
 
 def pytest_collection_finish() -> None:
     leave_to_stay()
+    gc.set_threshold(50_000, 20, 20)  # graphs are many small objects, of which few are garbage
 
 
 def pytest_collectstart() -> None:

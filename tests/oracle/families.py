@@ -83,6 +83,8 @@ KIN = {"qwen2", "qwen3", "mistral", "gemma", "phi3", "gpt_neox", "opt", "roberta
 KIN |= {"swin"}
 
 
+#: Not exported, as if with eager attention: a program of all experts takes long.
+RECORDED = ("mixtral",)
 #: Whose eager attention is that of Llama, BERT or T5.
 EAGER_AS_OTHERS = {"mixtral", "gpt2", "vit", "clip"}
 
@@ -162,7 +164,7 @@ _TRACES: Traces = {}
 def explainer_of(
     family: str, implementation: str, rules: str, dtype: torch.dtype = torch.float64
 ) -> lrpfx.Explainer:
-    """Return an Explainer; those with the best attention take any length."""
+    """Return an Explainer; those with the best attention are exported and take any length."""
     return _explainer_of(family, implementation, rules, dtype)
 
 
@@ -171,10 +173,12 @@ def _explainer_of(
     family: str, implementation: str, rules: str, dtype: torch.dtype
 ) -> lrpfx.Explainer:
     model = model_of(family, implementation, dtype)
-    any_length = implementation == best(family) and family in OF_ANY_LENGTH
-    dynamic = (1,) if any_length else ()
+    inputs = inputs_of(family, dtype=dtype)
+    if implementation != best(family) or family in RECORDED:
+        return lrpfx.Explainer(model, inputs, RULES[rules], capture="record")
     with traced_once(_TRACES):
-        return lrpfx.Explainer(model, inputs_of(family, dtype=dtype), RULES[rules], dynamic=dynamic)
+        dynamic = (1,) if family in OF_ANY_LENGTH else ()
+        return lrpfx.Explainer(model, inputs, RULES[rules], dynamic=dynamic)
 
 
 def explained(

@@ -22,7 +22,7 @@ from tests.oracle.spellings import (
     normal,
 )
 
-pytestmark = pytest.mark.usefixtures("one_trace", "each_way")
+pytestmark = pytest.mark.usefixtures("each_front")
 
 
 def _frozen(bn: nn.BatchNorm2d, x: Tensor) -> Tensor:

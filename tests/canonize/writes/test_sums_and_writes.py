@@ -20,7 +20,7 @@ from tests.oracle.spellings import (
     normal,
 )
 
-pytestmark = pytest.mark.usefixtures("one_trace", "each_way")
+pytestmark = pytest.mark.usefixtures("each_front")
 
 
 def _slice_added_to(m: Any, x: Tensor) -> Tensor:
