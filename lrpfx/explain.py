@@ -224,7 +224,8 @@ class Explainer:
         self._parameters = versions(dict(self.model.named_parameters()))
         self._in_other_modes: dict[tuple[bool, ...], Explainer] = {}
         self._runs: Runs[Explainer] | None = None
-        trim()
+        if self._engine.captured.decisions is None:
+            trim()  # of the trace; a record leaves none
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Model, rules, and example inputs; the copy captures the model anew."""

@@ -86,8 +86,8 @@ MUTANTS = [
     Mutant(
         "gamma favours the same sign below zero",
         "rules/affine.py",
-        "down = f.with_weight(lambda w: w + g * negative(w),",
-        "down = f.with_weight(lambda w: w + g * positive(w),",
+        "down = f.with_weight(lambda w: torch.add(w, negative(w), alpha=g),",
+        "down = f.with_weight(lambda w: torch.add(w, positive(w), alpha=g),",
         PEER,
         SIGNED,
     ),

@@ -193,6 +193,8 @@ def hold_divisors(module: fx.GraphModule) -> fx.GraphModule:
     routing weights over their sum, linear attention over its normaliser. So it is where its inverse
     is multiplied with, ``x * (1 / y)``.
     """
+    if not any(n.target is aten.div.Tensor or is_inverse(n) for n in module.graph.nodes):
+        return module
     _hold_quotients(module)
     live = live_values(module.graph)
     turned = inverted(module.graph, live)

@@ -57,10 +57,10 @@ def value_of(target: Any, values: Any) -> Any:
         target: What is called.
         values: Positional and keyword arguments, with tensors on "meta" or fake tensors.
     """
+    if isinstance(target, torch._ops.OpOverload) and (key := _key(values)) is not None:
+        return _built(_remembered(target, key, torch.get_default_dtype()))
     mode = fake_mode(values)
     if mode is None:
-        if isinstance(target, torch._ops.OpOverload) and (key := _key(values)) is not None:
-            return _built(_remembered(target, key, torch.get_default_dtype()))
         return run_on_meta(target, values)
     with torch.no_grad(), mode, enable_python_dispatcher():
         return target(*values[0], **values[1])

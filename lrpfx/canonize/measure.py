@@ -31,7 +31,7 @@ class Measured:
     """
 
     def __init__(self, module: fx.GraphModule) -> None:
-        self._interpreter = fx.Interpreter(module)
+        self._interpreter = fx.Interpreter(module, garbage_collect_values=False)
         self._graph = module.graph
         arguments = [n for n in module.graph.nodes if n.op == "placeholder"]
         self._values: dict[fx.Node, Any] = dict(

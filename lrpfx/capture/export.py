@@ -231,10 +231,6 @@ def _forms(program: ExportedProgram, leaves: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(forms)
 
 
-def _state(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]
-
-
 def _dispatches(t: Tensor) -> bool:
     """Whether a tensor's class says itself what ops do."""
     return type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__
@@ -257,14 +253,15 @@ def _refuse_untraceable(model: nn.Module) -> None:
             f"model must be a torch.nn.Module, not {type(model).__name__}.",
             fix="give an instance; wrap a function into the forward() of a module.",
         )
-    lazy = [n for n, t in _state(model) if nn.parameter.is_lazy(t)]
+    state = [*model.named_parameters(), *model.named_buffers()]
+    lazy = [n for n, t in state if nn.parameter.is_lazy(t)]
     if lazy:
         raise InputError(
             "the model has parameters that are not initialised yet.",
             where=some(lazy),
             fix="run the model once on some input first.",
         )
-    classes = [f"{name} ({type(t).__name__})" for name, t in _state(model) if _dispatches(t)]
+    classes = [f"{name} ({type(t).__name__})" for name, t in state if _dispatches(t)]
     if classes:
         raise CaptureError(
             "the model has parameters that are no plain tensors: their class says what ops make of "
@@ -273,21 +270,21 @@ def _refuse_untraceable(model: nn.Module) -> None:
             fix="put plain tensors in their place, such as weight.dequantize(), or explain the "
             "model as it was before quantisation.",
         )
-    empty = [name for name, t in _state(model) if t.is_meta]
+    empty = [name for name, t in state if t.is_meta]
     if empty:
         raise InputError(
             "the model has parameters without values, on the meta device.",
             where=some(empty),
             fix="load the weights onto a real device first.",
         )
-    made = [name for name, t in _state(model) if t.is_inference()]
+    made = [name for name, t in state if t.is_inference()]
     if made:
         raise CaptureError(
             "the model was made in inference mode; what is made there never works with autograd.",
             where=some(made),
             fix="make or load it outside torch.inference_mode(), or copy.deepcopy(model) there.",
         )
-    odd = [repr(name) for name, _ in _state(model) if _breaks_code(name)]
+    odd = [repr(name) for name, _ in state if _breaks_code(name)]
     if odd:
         raise CaptureError(
             "parameters have names that cannot stand in code, and a graph is code.",

@@ -35,7 +35,7 @@ from lrpfx.capture.lines import first_line, raised_at
 from lrpfx.capture.opened import PLAIN, opened
 from lrpfx.capture.outputs import AsDict, is_dataclass, tensors_in
 from lrpfx.capture.preserve import preserved
-from lrpfx.capture.recorder import Read, Recorder
+from lrpfx.capture.recorder import Recorder
 from lrpfx.capture.running import run_given
 from lrpfx.errors import CaptureError
 
@@ -91,7 +91,13 @@ def record(model: nn.Module, inputs: Inputs) -> Trace:
         expected = copies(tensors_in(output))
         traced = AsDict(model) if any(map(is_dataclass, pytree.tree_leaves(output))) else None
         bring_back()  # what a model counts or keeps is part of the run
-        program, reads = _record(traced or model, leaves, spec)
+        recorder, arguments, out_spec = _record(traced or model, leaves, spec)
+    decisions = recorder.reads()
+    with torch.inference_mode(False):
+        graph = recorder.finish()
+    graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(arguments, spec, out_spec)))
+    module = _LazyGraphModule(recorder.attributes, graph)  # its code is not run
+    module.train(model.training)
     captured = Captured(
         model=model,
         signature=Signature(
@@ -103,10 +109,11 @@ def record(model: nn.Module, inputs: Inputs) -> Trace:
         ),
         training=tuple((module, module.training) for module in model.modules()),
         output=output if traced else None,
-        decisions=reads,
+        decisions=decisions,
         own_backwards=tuple(backwards),
     )
-    return Trace(captured, program, expected)
+    args, kwargs = pytree.tree_unflatten(copies(leaves), spec)
+    return Trace(captured, Recording(module, args, kwargs), expected)
 
 
 def _refuse_objects(leaves: Sequence[Any], who: str, fix: str) -> None:
@@ -124,8 +131,8 @@ def _draw() -> None:
 
 def _record(
     model: nn.Module, leaves: Sequence[Any], spec: pytree.TreeSpec
-) -> tuple[Recording, tuple[Read, ...]]:
-    """The graph of a run, and where values were read."""
+) -> tuple[Recorder, list[str], pytree.TreeSpec]:
+    """What has recorded a run, the names of the model's arguments, and the form of its output."""
     given = copies(leaves)
     args, kwargs = pytree.tree_unflatten(given, spec)
     recorder = Recorder(model)
@@ -143,10 +150,7 @@ def _record(
                 "return tensors only, from a wrapper module; of a language model give "
                 "use_cache=False with the inputs.",
             )
-            reads = recorder.reads()
             recorder.returns(output)
-        with torch.inference_mode(False):
-            graph = recorder.finish()
     except CaptureError:
         raise
     except Exception as error:  # whatever the model makes of being watched
@@ -155,11 +159,7 @@ def _record(
             where=raised_at(error) or [type(model).__name__],
             fix="rewrite that line with torch ops, or explain a wrapper module around the rest.",
         ) from error
-    out_spec = pytree.tree_structure(output)
-    graph.set_codegen(_PyTreeCodeGen(_PyTreeInfo(arguments, spec, out_spec)))
-    module = _LazyGraphModule(recorder.attributes, graph)  # its code is not run
-    module.train(model.training)
-    return Recording(module, *pytree.tree_unflatten(copies(leaves), spec)), reads
+    return recorder, arguments, pytree.tree_structure(output)
 
 
 def _positional(model: nn.Module, count: int) -> list[str]:

@@ -211,7 +211,7 @@ class Recorder(ProxyTorchDispatchMode):
 
         They share memory where those of the run did. Fake tensors, which know devices, are made
         only where there are several: these import a compiler, which takes a second. To be asked for
-        when nothing is recorded any more, as each tensor would be looked at.
+        when no mode watches any more, as each tensor would be looked at.
         """
         for node in reversed(self.graph.nodes):
             if node.op in ("call_function", "get_attr") and not node.users and not _acts(node):
@@ -314,6 +314,8 @@ class Recorder(ProxyTorchDispatchMode):
         It casts all arguments or none; where the op gives another type without it, it has. Else an
         op of several steps may still have cast what one of them reads.
         """
+        if not torch._C._is_any_autocast_enabled():
+            return
         devices = {t.device.type for t in flat if _is_floating(t)}
         casts = [torch.get_autocast_dtype(d) for d in devices if torch.is_autocast_enabled(d)]
         if not casts:

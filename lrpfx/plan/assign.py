@@ -93,8 +93,8 @@ def assign(
                 which = ("modules " if _is_path(selector) else "") + describe(selector)
                 notes.append(f"{composite.name} lays {rule} on {which}, and here are none")
             decided = [r for r in matched if not reasons[r.name] and r.name not in chosen]
-            for r in decided:
-                chosen[r.name] = Assignment(r, rule, f"{composite.name}: {_why(selector)}")
+            why = f"{composite.name}: {_why(selector)}"
+            chosen |= {r.name: Assignment(r, rule, why) for r in decided}
             if own and not decided:
                 notes.append(
                     f"({describe(selector)}, {rule}) decides nothing: entries before it match first"

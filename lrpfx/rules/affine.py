@@ -183,7 +183,7 @@ class Gamma(AffineRule):
     def terms(self, x: Input, f: AffineMap, z: Tensor) -> Sequence[Term]:
         """Outputs above zero favour positive contributions, outputs below zero negative ones."""
         g = self.gamma
-        up = f.with_weight(lambda w: w + g * positive(w), f"up {g}")
+        up = f.with_weight(lambda w: torch.add(w, positive(w), alpha=g), f"up {g}")
         bias_up = f.bias_part(lambda b: b + g * positive(b), f"up {g}")
         epsilon = self.added(z)
         exact = not self.zero_params and not callable(self.stabilizer)
@@ -191,7 +191,7 @@ class Gamma(AffineRule):
             d = denominator([(x.all, up)], bias_up, added=epsilon).clamp_min_(epsilon)
             known = Term([(x.all, up)], bias_up)
             return [known._replace(stable=d) if epsilon else known._replace(total=d)]
-        down = f.with_weight(lambda w: w + g * negative(w), f"down {g}")
+        down = f.with_weight(lambda w: torch.add(w, negative(w), alpha=g), f"down {g}")
         bias_down = f.bias_part(lambda b: b + g * negative(b), f"down {g}")
         over = Term([(x.pos, up), (x.neg, down)], bias_up)
         under = Term([(x.pos, down), (x.neg, up)], bias_down)

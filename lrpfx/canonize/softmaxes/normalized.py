@@ -39,6 +39,7 @@ aten = torch.ops.aten
 NORMALISER = "normaliser of a softmax"
 
 _SOFTMAXES = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
+_EXPONENTIALS = {*_SOFTMAXES, aten.exp.default}
 _LOG_SOFTMAXES = {aten.log_softmax.int, aten._log_softmax.default}
 NORM = aten.linalg_vector_norm.default
 #: What takes parts that stand side by side.
@@ -58,6 +59,8 @@ def whole_softmaxes(module: fx.GraphModule) -> fx.GraphModule:
     output is the logarithm of a softmax.
     """
     graph, measured = module.graph, Measured(module)
+    if not any(node.target in {*_EXPONENTIALS, *_LOG_SOFTMAXES} for node in graph.nodes):
+        return module
     finest = max(map(precision, output_leaves(graph)), default=0)
     live = live_values(graph)
     for node in [n for n in graph.nodes if n in live]:
@@ -66,7 +69,7 @@ def whole_softmaxes(module: fx.GraphModule) -> fx.GraphModule:
             if scores.free:
                 with graph.inserting_before(node):
                     node.update_arg(0, scores.write(node)[0])
-        if node.target in {*_SOFTMAXES, aten.exp.default}:
+        if node.target in _EXPONENTIALS:
             # In a coarser type more may change than the round-off of what the model returns.
             _Exponential(module, node, measured, live, precision(node) < finest).make_whole()
     graph.eliminate_dead_code()

@@ -123,6 +123,8 @@ def whole_lerps(module: fx.GraphModule) -> fx.GraphModule:
     PyTorch write the steps of a GRU, whose equation is the latter. For a constant w, such as the
     inverse of a divisor, the two are one linear map.
     """
+    if not any(map(_lerp_of, module.graph.nodes)):
+        return module
     changing = varying(module.graph)
     turned = inverted(module.graph, live_values(module.graph))
     for node in list(module.graph.nodes):
