@@ -112,10 +112,11 @@ def _draws(measured: Measured, entries: Sequence[fx.Node], *sizes: float) -> Ite
     return ({n: size * t for n, t in plain.items()} for size in sizes)
 
 
-def _rounded(number: float, parts: int = 1) -> float:
-    """A number, as a fraction if it is near one: what is measured has round-off."""
+def _rounded(measured: Tensor, parts: int = 1) -> float:
+    """The mean of what is measured, as a fraction if it is near one: it has round-off."""
+    number = float(measured.double().mean())
     whole = round(parts * number) / parts
-    return whole if abs(number - whole) < 1e-5 else number
+    return whole if abs(number - whole) < max(1e-5, ROUNDED[measured.itemsize] / 2) else number
 
 
 @_known_or_none
@@ -133,7 +134,7 @@ def exponents(measured: Measured, end: fx.Node, entries: Sequence[fx.Node]) -> E
     powers = []
     for n in entries:
         grown = (measured.value_with(end, {**zeros, n: zeros[n] + 1}) / k)[counts].log()
-        powers.append(_rounded(float(grown.double().mean()), 12))  # of roots, too
+        powers.append(_rounded(grown, 12))  # of roots, too
 
     def formula(values: Values) -> Tensor:
         terms = [c * values[n] for n, c in zip(entries, powers, strict=True)]
@@ -148,14 +149,12 @@ def exponents(measured: Measured, end: fx.Node, entries: Sequence[fx.Node]) -> E
 
 @_known_or_none
 def sigmoid(measured: Measured, end: fx.Node, entry: fx.Node) -> tuple[float, float] | None:
-    """Of an ``end`` that is C sigmoid(c x), x the entry, C and c; see ``exponents``."""
+    """C and c, where ``end`` is C times the sigmoid of c times the entry; see ``exponents``."""
     like = measured.drawn(entry)
     zero, one = (
-        measured.value_with(end, {entry: torch.full_like(like, n)}).flatten()[0].double()
-        for n in (0, 1)
+        measured.value_with(end, {entry: torch.full_like(like, n)}).flatten()[0] for n in (0, 1)
     )
-    scale = 2 * float(zero)
-    power = _rounded(float(torch.logit(one / scale)))
+    scale, power = _rounded(2 * zero), _rounded(torch.logit(one / (2 * zero)))
 
     def formula(values: Values) -> Tensor:
         return scale * (power * values[entry]).sigmoid()
@@ -169,10 +168,9 @@ def power(measured: Measured, end: fx.Node, entry: fx.Node) -> Power | None:
     """How ``end`` is a power of a positive number, if it is one; see ``exponents``."""
     drawn = measured.drawn(entry).abs() + 0.1
     one, four = (
-        measured.value_with(end, {entry: torch.full_like(drawn, n)}).flatten()[0].double()
-        for n in (1, 4)
+        measured.value_with(end, {entry: torch.full_like(drawn, n)}).flatten()[0] for n in (1, 4)
     )
-    found = Power(_rounded(float(one)), _rounded(float((four / one).log2()) / 2, 12))
+    found = Power(_rounded(one), _rounded((four / one).log2() / 2, 12))
 
     def formula(values: Values) -> Tensor:
         return found.scale * values[entry] ** found.power
@@ -239,11 +237,10 @@ def _summand(
     if bent and not close(zero, one):
         shape, c = "open", 2 * zero
         there = c.abs() > ROUNDED[c.itemsize]
-        power = _rounded(float(torch.logit((one / c)[there].double()).mean()))
+        power = _rounded(torch.logit((one / c)[there]))
     elif close(zero, none):
         shape, c = "as it is", one
     elif close(one, none):
         shape = "shut"
-    number = float(c.flatten()[0])
-    uniform = close(c, torch.full_like(c, number))
-    return Gated(own, shape, power, _rounded(number) if uniform else None), c
+    uniform = close(c, c.flatten()[0].expand_as(c))
+    return Gated(own, shape, power, _rounded(c) if uniform else None), c

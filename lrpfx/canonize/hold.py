@@ -41,8 +41,9 @@ _STEPS |= {
 _GUARDS = {aten.add.Tensor, aten.clamp_min.default, aten.clamp.default}
 #: Kinds that make inverses of inverses.
 _OF_INVERSES = ("scale", "product", "pow", "square", "sqrt")
-_PRODUCTS = {aten.mul.Tensor, aten.einsum.default, aten.matmul.default}
-_PRODUCTS |= {aten.mm.default, aten.bmm.default}
+#: Products of several tensors.
+PRODUCTS = {aten.mul.Tensor, aten.einsum.default, aten.matmul.default}
+PRODUCTS |= {aten.mm.default, aten.bmm.default}
 
 
 def hold_statistics(module: fx.GraphModule) -> fx.GraphModule:
@@ -199,7 +200,7 @@ def hold_divisors(module: fx.GraphModule) -> fx.GraphModule:
     live = live_values(module.graph)
     turned = inverted(module.graph, live)
     for node in list(module.graph.nodes):
-        if node.target not in _PRODUCTS:
+        if node.target not in PRODUCTS:
             continue
         factors = {n for n in node.all_input_nodes if n in live}
         if factors <= turned:

@@ -17,6 +17,8 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils import _pytree as pytree
 
+from lrpfx.ops import HELD, precision
+
 
 def insert(
     like: fx.Node,
@@ -177,3 +179,30 @@ def copied(node: fx.Node, other: Mapping[fx.Node, fx.Node], like: fx.Node) -> fx
     """A node's call with others in the place of some of its inputs, as ``insert`` makes it."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: other.get(n, n))
     return insert(like, node.target, args, kwargs, node.meta["val"])
+
+
+#: Why what rounding makes is held.
+ROUND_OFF = "round-off"
+
+
+def replace(node: fx.Node, new: fx.Node, finest: int = 0) -> fx.Node:
+    """Let what reads a node read another of the same value; at an insert point behind both.
+
+    Args:
+        node: The node.
+        new: The other.
+        finest: Bytes of a number in what the graph returns. Where a node has fewer, other ops
+            round to other numbers than the model's own, by more than what it returns is rounded
+            by: then their difference is added again, as a constant.
+
+    Returns:
+        What is read now.
+    """
+    if precision(node) < finest:
+        more = insert(node, torch.ops.aten.sub.Tensor, (node, new))
+        held = insert(node, torch.ops.aten.alias.default, (more,))
+        held.meta[HELD] = ROUND_OFF
+        new = insert(node, torch.ops.aten.add.Tensor, (new, held))
+    for user in [n for n in node.users if new < n]:
+        user.replace_input_with(node, new)
+    return new

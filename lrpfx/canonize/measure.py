@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from lrpfx.canonize.insert import ROUND_OFF
 from lrpfx.canonize.same import Same
-from lrpfx.ops import reachable
+from lrpfx.ops import HELD, precision, reachable
 
 aten = torch.ops.aten
 
@@ -106,6 +107,36 @@ class Measured:
 
         return self._same(end, without)
 
+    def commutes(self, end: fx.Node, x: fx.Node, function: Callable[[Tensor], Tensor]) -> bool:
+        """Whether a node of x is the same before and behind a function of positive numbers."""
+        try:
+            with torch.no_grad():
+                drawn = self.drawn(x).abs() + 0.1
+                before, behind = (self.value_with(end, {x: t}) for t in (function(drawn), drawn))
+        except Exception:  # ops of the user's on values that mean nothing: nothing is known
+            return False
+        return close(before, function(behind))
+
+    def excess(self, more: fx.Node, less: fx.Node) -> float | None:
+        """By what number a node is more than another, whatever the inputs; None if by none."""
+        inputs = [n for n in self._values if n.op == "placeholder"]
+        floating = [n for n in inputs if precision(n)]
+        found: float | None = None
+        try:
+            with torch.no_grad():
+                for changed in ({}, {n: self.drawn(n, i) for i, n in enumerate(floating)}):
+                    a, b = (self.value_with(n, changed) for n in (more, less))
+                    number = float((a - b).double().mean())
+                    if found is not None and abs(number - found) > ROUNDED[a.itemsize]:
+                        return None
+                    size = float(b.abs().max())
+                    if not close(a - b, torch.full_like(a, number), size):
+                        return None
+                    found = 0.0 if abs(number) < ROUNDED[a.itemsize] * max(size, 1) else number
+        except Exception:  # ops of the user's on values that mean nothing: nothing is known
+            return None
+        return found
+
     def drawn(self, node: fx.Node, seed: int = 0) -> Tensor:
         """Numbers in the form of a node's value."""
         like: Tensor = node.meta["val"]
@@ -127,9 +158,14 @@ class Measured:
 
     def value_with(self, end: fx.Node, changed: Mapping[fx.Node, Any]) -> Any:
         """The value of ``end`` if some nodes, and what computes the same, have others."""
+        if not changed:
+            return self.value(end)
         others = {n: value for start, value in changed.items() for n in self.same.group(start)}
         others.update(changed)
         for node in sorted({n for start in others for n in between(start, end)} - {*others}):
+            if node.meta.get(HELD) == ROUND_OFF:
+                others[node] = self.value(node)
+                continue
             own = {n: others[n] if n in others else self.value(n) for n in node.all_input_nodes}
             others[node] = self._call(node, own)
         return others[end]

@@ -2,6 +2,7 @@
 
 from lrpfx.canonize.softmaxes.exponentials import whole_exponentials
 from lrpfx.canonize.softmaxes.joined import join_exponentials, one_exponential_each
+from lrpfx.canonize.softmaxes.logarithms import open_exponentials
 from lrpfx.canonize.softmaxes.normalized import whole_softmaxes
 from lrpfx.canonize.softmaxes.side_by_side import products_with_parts
 from lrpfx.canonize.softmaxes.simplex import whole_entmax
@@ -9,6 +10,7 @@ from lrpfx.canonize.softmaxes.simplex import whole_entmax
 __all__ = [
     "join_exponentials",
     "one_exponential_each",
+    "open_exponentials",
     "products_with_parts",
     "whole_entmax",
     "whole_exponentials",

@@ -4,6 +4,7 @@ from lrpfx.canonize.whole.by_hand import whole_functions, whole_lerps, whole_rel
 from lrpfx.canonize.whole.composed import compose, whole_activations, whole_quantisation
 from lrpfx.canonize.whole.gates import whole_gates
 from lrpfx.canonize.whole.grouped import factors_of_one_tensor
+from lrpfx.canonize.whole.powers import whole_inverses
 from lrpfx.canonize.whole.regions import is_pointwise, pointwise_regions
 from lrpfx.canonize.whole.sigmoids import whole_sigmoids
 
@@ -15,6 +16,7 @@ __all__ = [
     "whole_activations",
     "whole_functions",
     "whole_gates",
+    "whole_inverses",
     "whole_lerps",
     "whole_quantisation",
     "whole_relus",

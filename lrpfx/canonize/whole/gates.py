@@ -12,7 +12,7 @@ from torch import fx
 
 from lrpfx import ops
 from lrpfx.canonize.forms import Gated, gated
-from lrpfx.canonize.insert import copied, insert
+from lrpfx.canonize.insert import copied, insert, replace
 from lrpfx.canonize.measure import Measured, alike, between
 from lrpfx.canonize.same import Same
 from lrpfx.canonize.whole.regions import is_curved, pointwise_regions
@@ -49,7 +49,7 @@ def whole_gates(module: fx.GraphModule) -> fx.GraphModule:
     finest = max(map(precision, output_leaves(graph)), default=0)
     found = False
     for node in [n for n in graph.nodes if n in live and n.target in _ARITHMETIC]:
-        if precision(node) >= finest and _make_whole(node, measured, live):
+        if precision(node) and _make_whole(node, measured, live, finest):
             found = True
     if found:
         graph.eliminate_dead_code()
@@ -79,12 +79,13 @@ class _Region:
         own = module_calls(self.end)
         return all(module_calls(n) == own for n in self.inside if n.target in _ARITHMETIC)
 
-    def is_multiplied_out(self) -> bool:
-        """Whether something enters twice, or is divided: else each factor is there once."""
+    def is_multiplied_out(self, gate: fx.Node) -> bool:
+        """Whether a signal enters twice, or is divided, or a gate is more than sigmoids."""
         nodes = [n for node in self.inside for n in nodes_in(node.args) if n in self.live]
         read = [self.same.first(n) for n in nodes]
         divided = any(n.target is aten.div.Tensor and n.args[1] in self.live for n in self.inside)
-        return divided or any(read.count(n) > 1 for n in self.entries)
+        curved = any(is_curved(n, self.live) and n.target not in _SIGMOIDS for n in self.inside)
+        return divided or any(read.count(n) > 1 for n in self.entries if curved or n is not gate)
 
     def has_shift(self) -> bool:
         """Whether there is a constant summand, as in ``1 - z``."""
@@ -167,27 +168,22 @@ class _Region:
         return copies[self.end]
 
 
-def _make_whole(node: fx.Node, measured: Measured, live: set[fx.Node]) -> bool:
+def _make_whole(node: fx.Node, measured: Measured, live: set[fx.Node], finest: int) -> bool:
     for entries, inside in pointwise_regions(node, live, measured.same, curved=False):
         if len(entries) < 2 or len(inside) < 2:
             continue
         region = _Region(node, entries, inside, measured.same, live)
         if not region.is_of_one_module():
             return False  # what a module returns stays as it is
-        out = region.is_multiplied_out()
-        ways: list[tuple[fx.Node, fx.Node | None]] = []
-        if out or region.has_shift():
-            ways += region.sigmoids()
-        if out:
-            ways += [(n, None) for n in region.bent()]
-        for gate, sigmoid in ways:
+        for gate, sigmoid in [*region.sigmoids(), *((n, None) for n in region.bent())]:
+            left = sigmoid is not None and region.has_shift()
+            if not left and not region.is_multiplied_out(gate):
+                continue
             signals = [n for n in entries if n is not gate]
             summands = gated(measured, node, signals, gate, bent=sigmoid is None)
             if summands is not None and any(s.shape in ("open", "shut") for s in summands):
-                with node.graph.inserting_before(node):
-                    new = _written(region, summands, gate, sigmoid)
-                for user in [n for n in node.users if n is not new]:
-                    user.replace_input_with(node, new)
+                with node.graph.inserting_before(node.next):
+                    live.add(replace(node, _written(region, summands, gate, sigmoid), finest))
                 return True
     return False
 
@@ -218,4 +214,7 @@ def _written(
             term = write(aten.mul.Tensor, term, scale)
         total = term if total is None else write(aten.add.Tensor, total, term)
     assert total is not None
-    return total if alike(total, region.end) else write(aten.expand_as.default, total, region.end)
+    if alike(total, region.end):
+        return total
+    like = insert(region.end, aten.zeros_like.default, (region.end,))
+    return write(aten.expand_as.default, total, like)

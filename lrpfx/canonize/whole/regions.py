@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -48,6 +48,21 @@ def pointwise_regions(
         inside.add(last)
         bent = bent or is_curved(last, live)
         entries = (entries - {last}) | inputs(last)
+
+
+def sources(
+    nodes: Iterable[fx.Node], live: Collection[fx.Node], kinds: Collection[str] = ("scale",)
+) -> Iterator[fx.Node]:
+    """What nodes move, or do one of some kinds of ops to."""
+    pending, seen = [n for n in nodes if n in live], set[fx.Node]()
+    while pending:
+        node = pending.pop()
+        op = ops.find(node.target, frozenset(live_names(node, live)))
+        if op is None or (op.family != "move" and op.kind not in kinds):
+            yield node
+        elif node not in seen:
+            seen.add(node)
+            pending += [n for n in node.all_input_nodes if n in live]
 
 
 def is_pointwise(node: fx.Node) -> bool:

@@ -7,12 +7,11 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from lrpfx import ops
 from lrpfx.canonize.forms import sigmoid
-from lrpfx.canonize.insert import insert
+from lrpfx.canonize.insert import insert, replace
 from lrpfx.canonize.measure import Measured
-from lrpfx.canonize.whole.regions import is_pointwise, pointwise_regions
-from lrpfx.ops import live_names, output_leaves, precision, varying
+from lrpfx.canonize.whole.regions import is_pointwise, pointwise_regions, sources
+from lrpfx.ops import output_leaves, precision, varying
 
 aten = torch.ops.aten
 
@@ -29,14 +28,14 @@ def whole_sigmoids(module: fx.GraphModule) -> fx.GraphModule:
     finest = max(map(precision, output_leaves(graph)), default=0)
     found = False
     for node in dict.fromkeys(_candidates(graph, live)):
-        if precision(node) < finest or not is_pointwise(node):
+        if not precision(node) or not is_pointwise(node) or node.target is aten.sigmoid.default:
             continue
         for entries, inside in pointwise_regions(node, live):
             if len(entries) > 1 or len(inside) == 1 or precision(entries[0]) != precision(node):
                 continue
             if (numbers := sigmoid(measured, node, entries[0])) is not None:
-                with graph.inserting_before(node):
-                    _replace(node, entries[0], *numbers)
+                with graph.inserting_before(node.next):
+                    live.add(replace(node, _written(node, entries[0], *numbers), finest))
                 found = True
                 break
     if found:
@@ -48,27 +47,14 @@ def _candidates(graph: fx.Graph, live: set[fx.Node]) -> Iterator[fx.Node]:
     """What gates another tensor, or is an output, but for moves and factors that are numbers."""
     for node in graph.nodes:
         if node.target is aten.mul.Tensor and len(live.intersection(node.all_input_nodes)) > 1:
-            yield from _sources(node.all_input_nodes, live)
-    yield from _sources([n for n in output_leaves(graph) if isinstance(n, fx.Node)], live)
+            yield from sources(node.all_input_nodes, live)
+    yield from sources([n for n in output_leaves(graph) if isinstance(n, fx.Node)], live)
 
 
-def _sources(nodes: list[fx.Node], live: set[fx.Node]) -> Iterator[fx.Node]:
-    """What nodes move or scale."""
-    pending, seen = [n for n in nodes if n in live], set[fx.Node]()
-    while pending:
-        node = pending.pop()
-        op = ops.find(node.target, frozenset(live_names(node, live)))
-        if op is None or (op.family != "move" and op.kind != "scale"):
-            yield node
-        elif node not in seen:
-            seen.add(node)
-            pending += [n for n in node.all_input_nodes if n in live]
-
-
-def _replace(node: fx.Node, x: fx.Node, scale: float, power: float) -> None:
+def _written(like: fx.Node, x: fx.Node, scale: float, power: float) -> fx.Node:
     if power == -1:
-        x = insert(node, aten.neg.default, (x,))
+        x = insert(like, aten.neg.default, (x,))
     elif power != 1:
-        x = insert(node, aten.mul.Tensor, (x, power))
-    new = insert(node, aten.sigmoid.default, (x,))
-    node.replace_all_uses_with(new if scale == 1 else insert(node, aten.mul.Tensor, (new, scale)))
+        x = insert(like, aten.mul.Tensor, (x, power))
+    new = insert(like, aten.sigmoid.default, (x,))
+    return new if scale == 1 else insert(like, aten.mul.Tensor, (new, scale))

@@ -123,6 +123,14 @@ ATTENTION: dict[str, tuple[Scores, Scores]] = {
         softmax,
     ),
     "less logsumexp": (lambda a, v: (a - a.logsumexp(-1, keepdim=True)).exp() @ v, softmax),
+    "less the logarithm of a mean": (
+        lambda a, v: (a - a.exp().mean(-1, keepdim=True).log() - math.log(5)).exp() @ v,
+        softmax,
+    ),
+    "less a logarithm of one more": (
+        lambda a, v: (a - torch.log1p(total(a.exp()))).exp() @ v,
+        beside_one,
+    ),
     "exp of log_softmax": (lambda a, v: a.log_softmax(-1).exp() @ v, softmax),
     "masked by a product": (
         lambda a, v: (b := e(a) * MASK) / (total(b) + 1e-13) @ v,
@@ -262,7 +270,28 @@ def number_by_number(s: Tensor) -> Tensor:
     return torch.stack([e[i] / sums[to] for i, to in enumerate(TARGET.tolist())])
 
 
+def logarithm(s: Tensor, e: Tensor) -> Tensor:
+    """Of the sums over the edges into each node."""
+    return zeros(s).scatter_add(0, places(s), e).log()
+
+
 GROUPS: dict[str, Callable[[Tensor], Tensor]] = {
+    "less a logarithm": lambda s: (s - logarithm(s, s.exp())[TARGET]).exp(),
+    "less a logarithm, in range": lambda s: (
+        (t := s - largest(s)) - logarithm(s, t.exp()).gather(0, places(s))
+    ).exp(),
+    "less logsumexp, the largest found twice": lambda s: (
+        s - logarithm(s, (s - largest(s.detach())).exp())[TARGET] - largest(s)
+    ).exp(),
+    "less a logarithm by a matrix": lambda s: (
+        s - F.one_hot(TARGET, 4).to(s) @ logarithm(s, s.exp())
+    ).exp(),
+    "times an exponential of a logarithm": lambda s: (
+        s.exp() * (-logarithm(s, s.exp())).exp()[TARGET]
+    ),
+    "a power of two, less its logarithm": lambda s: torch.exp2(
+        s / math.log(2) - (logarithm(s, s.exp()) / math.log(2))[TARGET]
+    ),
     "scatter_add": lambda s: (
         (b := (s - largest(s)).exp()) / (zeros(s).scatter_add(0, places(s), b) + 1e-16)[TARGET]
     ),

@@ -63,6 +63,22 @@ ROWS: dict[str, Case] = {
             "pooled": lambda x: torch.rsqrt(F.adaptive_avg_pool1d(x * x, 1) + 1e-6),
         }.items()
     },
+    **{
+        f"rms norm by hand, {name}": (
+            lambda m, x, inverse=inverse: (
+                m.rms.weight * (x * inverse(x.square().mean(-1, keepdim=True) + 1e-6))
+            ),
+            lambda m, x: m.rms(x),
+        )
+        for name, inverse in {
+            "through a logarithm": lambda v: (-0.5 * v.log()).exp(),
+            "through that of a root": lambda v: (-v.sqrt().log()).exp(),
+            "through powers of ten": lambda v: 10 ** (torch.log10(v) / -2),
+            "to the power of a tensor": lambda v: torch.pow(v, torch.tensor(-0.5).to(v)),
+            "a root over its square": lambda v: v.sqrt() / v,
+            "a product of powers": lambda v: v.pow(-0.75) * v.pow(0.25),
+        }.items()
+    },
     "layer norm by moments": (
         lambda m, x: (
             (x - x.mean(-1, keepdim=True))

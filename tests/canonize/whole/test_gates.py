@@ -181,3 +181,23 @@ def test_other_sums_keep_the_share_of_their_constant(gate: Callable[[Tensor], Te
     one = 2.0 if gate(torch.zeros(1))[0] == 1 and gate(torch.ones(1))[0] < 1 else 1.0
     expected = torch.cat([half * (whole - one) / whole, half], 1)
     torch.testing.assert_close(lrpfx.explain(model, x, 0).relevance, expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", ["one less", "less a part", "highway, multiplied out"])
+def test_gates_in_halves_are_gates_in_a_model_that_returns_more(name: str) -> None:
+    """What other ops round to is added as a constant: the output is the model's to the last bit."""
+    torch.manual_seed(0)
+    members = {"a": nn.Linear(4, 6), "b": nn.Linear(4, 6), "head": nn.Linear(6, 3)}
+
+    def forward(m: Apply, x: Tensor, gate: Gate) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return m.head(gate(m.a(x), m.b(x))).float()
+
+    spelled, plain = GATES[name]
+    x = torch.randn(2, 4)
+    model = Apply(lambda m, x: forward(m, x, spelled), **members)
+    found = lrpfx.explain(model, x, 1)
+    expected = lrpfx.explain(Apply(lambda m, x: forward(m, x, plain), **members), x, 1)
+    torch.testing.assert_close(found.output, model(x), rtol=0, atol=0)
+    error = (found.relevance - expected.relevance).norm() / expected.relevance.norm()
+    assert error < 0.05
