@@ -113,7 +113,7 @@ class _Opened:
         return [n for n in read if n in self.live]
 
     def _factor(self, node: fx.Node, operand: fx.Node) -> float:
-        """What an operand is multiplied by in a sum, a scale or a move; 0 if there is more to it."""
+        """What an operand is multiplied by in a sum, a scale or a move; 0 if it does more."""
         number: Any = node.args[1] if len(node.args) > 1 else None
         if node.kwargs:
             return 0
