@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from lrpfx import ops
-from lrpfx.canonize.insert import copied
+from lrpfx.canonize.insert import copied, insert
 from lrpfx.canonize.measure import Measured, alike
 from lrpfx.ops import (
     FINAL,
@@ -52,18 +52,25 @@ def leave_out_final(module: fx.GraphModule) -> fx.GraphModule:
             continue
         ends = [node for node in sorted(way) if _name(node)]
         copies: dict[fx.Node, Any] = {end: end.args[0] for end in ends}
+        falls = False
         with graph.inserting_before(output):
             for node in sorted(way):
-                if node not in copies and _rises(node):
+                if node in copies:
+                    continue
+                if (slope := _slope(node)) > 0:
                     copies[node] = copies[node.all_input_nodes[0]]
-                elif node not in copies:
+                elif slope < 0:
+                    falls, x = True, copies[node.all_input_nodes[0]]
+                    copies[node] = insert(node, aten.neg.default, (x,))
+                else:
                     copies[node] = copied(node, copies, node)
         logits, again, last = copies[leaf], None, ends[0]
-        behind = [_call_of(node) for node in sorted(way) if node is not last and _rises(node)]
-        if len(ends) > 1:
-            pass  # each is of its own logits only
+        behind = [_call_of(node) for node in sorted(way) if node is not last and _slope(node)]
+        if len(ends) > 1 or falls:
+            pass  # each is of its own logits only, or of their negatives
         elif last.target in _ENTRYWISE:
-            again = partial(_called, [(last.target, (), {}), *behind])
+            once = partial(_called, [(last.target, (), {}), *behind])
+            again = once if len(way) == 1 or measured.equals(leaf, once, logits) else None
         elif len(way) == 1 and not isinstance(last.target, Composed):
             again = partial(_called, [_call_of(last)])
         else:
@@ -73,17 +80,23 @@ def leave_out_final(module: fx.GraphModule) -> fx.GraphModule:
                 for dim in range(leaf.meta["val"].ndim)
             )
             again = next((one for one in ways if measured.equals(leaf, one, logits)), None)
-        leaf.meta[FINAL] = Final(" and ".join(dict.fromkeys(map(_name, ends))), logits, again)
+        name = " and ".join(dict.fromkeys(map(_name, ends))) + " with its sign turned" * falls
+        leaf.meta[FINAL] = Final(name, logits, again)
     return module
 
 
 def way_to_final(leaf: Any) -> set[fx.Node]:
     """From an output back to the softmaxes or sigmoids that it is made of, these too.
 
-    Between stand moves, guards, logarithms and scales. Empty if it is made of anything else, or if
-    something that relevance may come from reads one.
+    Between stand moves, guards, logarithms and scales, and beside them constants. Empty if it is
+    made of anything else, or if something that relevance may come from reads one.
     """
     way, pending = set[fx.Node](), [leaf]
+    if not isinstance(leaf, fx.Node):
+        return way
+    live = _live(leaf.graph)
+    if leaf not in live:
+        return way
     while pending:
         node = pending.pop()
         if not isinstance(node, fx.Node) or not is_floating(node.meta.get("val")):
@@ -93,10 +106,10 @@ def way_to_final(leaf: Any) -> set[fx.Node]:
         way.add(node)
         if _name(node):
             continue
-        inputs = [n for n in node.all_input_nodes if is_floating(n.meta.get("val"))]
+        inputs = [n for n in node.all_input_nodes if n in live]
         op = ops.find(node.target, frozenset(live_names(node, inputs)))
         picks = getattr(node.target, "__name__", "") == "getitem"
-        if not inputs or not (picks or _rises(node) or (op is not None and op.family == "move")):
+        if not inputs or not (picks or _slope(node) or (op is not None and op.family == "move")):
             return set()
         pending += inputs
     for node in way:
@@ -119,15 +132,31 @@ def _name(node: fx.Node) -> str:
     return "log-softmax" if node.target in _LOG_SOFTMAXES else _ENTRYWISE.get(node.target, "")
 
 
-def _rises(node: fx.Node) -> bool:
-    """Whether a node is an op of one tensor and numbers by which larger entries stay larger."""
+def _live(graph: fx.Graph) -> set[fx.Node]:
+    """The floating nodes that depend on the inputs, but by what is constant between its steps."""
+    live = set[fx.Node]()
+    for node in graph.nodes:
+        inputs = [n for n in node.all_input_nodes if n in live]
+        op = ops.find(node.target, frozenset(live_names(node, inputs))) if inputs else None
+        ends = op is not None and op.family == "constant"
+        if node.op == "placeholder" or (inputs and not ends):
+            if is_floating(node.meta.get("val")):
+                live.add(node)
+    return live
+
+
+def _slope(node: fx.Node) -> int:
+    """1 for an op of one tensor and numbers by which larger entries stay larger, -1 for smaller."""
     inputs, target = nodes_in((node.args, node.kwargs)), node.target
     op = ops.find(target, frozenset(live_names(node, inputs)))
     if op is None or op.kind not in _RISING or len(inputs) != 1 or node.args[0] is not inputs[0]:
-        return False
+        return 0
     x = torch.tensor([1e-4, 0.1, 0.5, 0.9], dtype=torch.float64)
     y = _called([_call_of(node)], x)
-    return bool((y.diff() > 0).all()) and (op.kind != "shift" or bool((y - x).max() < _GUARD))
+    if bool((y.diff() < 0).all()):
+        return -1
+    rises = bool((y.diff() > 0).all())
+    return int(rises and (op.kind != "shift" or bool((y - x).max() < _GUARD)))
 
 
 _Call = tuple[Any, tuple[Any, ...], dict[str, Any]]

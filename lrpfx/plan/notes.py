@@ -11,6 +11,7 @@ from lrpfx.capture import Captured, Read
 from lrpfx.errors import some
 from lrpfx.ops import HELD, KEPT_NOTE, downstream, final, module_calls, output_leaves, used_nodes
 from lrpfx.plan.ends import end_notes
+from lrpfx.plan.outputs import output_notes
 from lrpfx.plan.starts import unplaced
 
 #: Of the function that the model ends in.
@@ -39,6 +40,7 @@ def notes_of(
                 f"the {name}, of which a part is the output, is left out: explained are its "
                 "logits, which a callable target gets, too"
             )
+    yield from output_notes(graph)
     used = used_nodes(graph)
     kept = [n.meta[KEPT_NOTE] for n in graph.nodes if KEPT_NOTE in n.meta]
     yield from dict.fromkeys(note + _hooks_at(by, captured) for note, by in kept)

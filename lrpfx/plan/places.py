@@ -208,6 +208,7 @@ def _leaves_a_way(
 def _preparing(graph: fx.Graph, known: Known, starts: Iterable[fx.Node]) -> set[fx.Node]:
     """What shifts or scales an input by channel before its first layers, by batch norm maybe.
 
+    Before that an input may be moved, resized and clamped, or its logarithm taken.
     Tokens that are shifted by their positions are none, nor is an input without such a layer.
     """
     inputs = {node for node in starts if node.op == "placeholder"}
@@ -218,12 +219,18 @@ def _preparing(graph: fx.Graph, known: Known, starts: Iterable[fx.Node]) -> set[
         changes = _kind(node, known) in ("shift", "scale", "batch_norm")
         if changes and _is_by_channel(node, known):
             found.add(node)
-        elif not _passes(node, known, "pad") or _kind(node, known).endswith("norm"):
+        elif not _prepares(node, known):
             continue
         before.add(node)
     layers = {n for n in known if _kind(n, known) in ("conv", "linear")}
     read = {n for layer in layers for n in layer.all_input_nodes} & before
     return found & reachable(read, lambda n: [] if n in inputs else n.all_input_nodes)
+
+
+def _prepares(node: fx.Node, known: Known) -> bool:
+    """Whether a node moves, resizes or limits an image, or is the logarithm of a spectrum."""
+    passes = _passes(node, known, "pad", "interpolate", "avg_pool", "clamp", "hardtanh", "log")
+    return passes and not _kind(node, known).endswith("norm")
 
 
 def _is_by_channel(node: fx.Node, known: Known) -> bool:
@@ -250,7 +257,8 @@ def _varying(node: fx.Node) -> set[int]:
     if not isinstance(value, Tensor) or node.target in _FILLED:
         return set()
     wide = {d for d in range(-value.ndim, 0) if value.shape[d] != 1}
-    copies = len(inputs) == 1 and str(inputs[0].meta["val"].shape) == str(value.shape)
+    shapes = [str(getattr(n.meta["val"], "shape", "")) for n in inputs]
+    copies = shapes == [str(value.shape)]
     if node.target in _REPEATED:
         return _varying(inputs[0])
     if copies or torch.Tag.pointwise in getattr(node.target, "tags", ()):

@@ -124,6 +124,52 @@ def test_of_one_probability_the_logit_is_explained_whatever_the_target(end: Call
         assert notes[0].endswith("explained are its logits, which a callable target gets, too")
 
 
+@pytest.mark.parametrize("end", [lambda z: -z.log_softmax(1), lambda z: 1 - 2 * z.softmax(1)])
+def test_where_larger_becomes_smaller_the_negative_logit_is_explained(end: Callable) -> None:
+    found, notes = relevance(end, 1)
+    torch.testing.assert_close(found, relevance(lambda z: -z, 1)[0])
+    assert "with its sign turned, of which a part is the output, is left out" in notes[0]
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda z: torch.cat([torch.zeros_like(z[:, :1]), z.softmax(1)], 1),
+        lambda z: torch.cat([torch.full((2, 1), 0.5).double(), z.log_softmax(1)], 1),
+        lambda z: torch.cat([z.round()[:, :1], z.sigmoid()], 1),
+        lambda z: F.pad(z.sigmoid(), (1, 0)),
+    ],
+)
+def test_classes_that_are_constants_are_none_of_the_softmax(end: Callable) -> None:
+    found, notes = relevance(end, 2)
+    torch.testing.assert_close(found, relevance(itself, 1)[0])
+    assert any("of which a part is the output, is left out" in note for note in notes)
+
+
+PROBABILITIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "of an ensemble": lambda z: (z.softmax(1) + (2 * z).softmax(1)) / 2,
+    "of two classes": lambda z: z.softmax(1)[:, :2].sum(1, keepdim=True),
+    "the largest": lambda z: z.softmax(1).topk(2, 1)[0],
+    "of the best place": lambda z: z.sigmoid().amax(1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("end", PROBABILITIES.values(), ids=PROBABILITIES)
+def test_probabilities_that_are_explained_are_told_of(end: Callable) -> None:
+    assert any("not their logits: " in note and __file__ in note for note in relevance(end, 0)[1])
+
+
+@pytest.mark.parametrize("end", [torch.exp, F.softplus, lambda z: z.flip(1).exp()[:, None]])
+def test_an_output_that_is_positive_whatever_its_logit_is_told_of(end: Callable) -> None:
+    notes = relevance(end, lambda out: out.flatten(1)[:, 0])[1]
+    assert any("positive where its logit is negative" in note for note in notes)
+
+
+@pytest.mark.parametrize("end", [torch.relu, torch.tanh, torch.abs, F.elu, lambda z: z.exp() @ z.T])
+def test_other_functions_at_the_output_are_not(end: Callable) -> None:
+    assert not any("positive where" in n for n in relevance(end, lambda out: out[:, 0])[1])
+
+
 def test_a_softmax_beside_its_own_argmax_is_left_out() -> None:
     both = model(lambda z: {"p": (p := z.softmax(1)), "class": p.argmax(1)})
     expected, _ = relevance(itself, 1)

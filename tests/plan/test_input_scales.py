@@ -34,6 +34,11 @@ FORMS: dict[str, Callable[[Tensor], Tensor]] = {
     "to -1 and 1": lambda x: x * 2 - 1,
     "by 255": lambda x: x / 255,
     "inverted": lambda x: 1 - x,
+    "channel by channel": lambda x: torch.cat(
+        [(c - m) / s for c, m, s in zip(x.split(1, 1), MEAN, STD.split(1), strict=True)], 1
+    ),
+    "of samples, by vmap": torch.vmap(lambda x: (x - spread(MEAN)) / spread(STD)),
+    "clamped before": lambda x: (x.clamp(0, 1) - spread(MEAN)) / spread(STD),
 }
 RULES = {
     "flat": composites.EpsilonPlusFlat(1e-12, 1e-12),
@@ -82,6 +87,23 @@ def test_a_batch_norm_that_padding_keeps_from_being_folded_belongs_to_the_input(
     model = nn.Sequential(norm, core()).eval()
     for rules in RULES.values():
         torch.testing.assert_close(relevance(model, X, rules), relevance(model[1], norm(X), rules))
+
+
+def test_an_image_that_is_resized_before_takes_all_that_the_first_layer_hands_on() -> None:
+    """To which it gives what it gives the first layer's input, by what each pixel adds."""
+    plain = core()
+    form = FORMS["by mean and deviation"]
+
+    def resized(x: Tensor) -> Tensor:
+        return nn.functional.interpolate(x, scale_factor=2, mode="bilinear")
+
+    model = Apply(lambda m, x: m.core(form(resized(x))), core=plain)
+    for rules in RULES.values():
+        x = resized(X).requires_grad_()
+        expected = relevance(plain, form(x.detach()), rules)
+        small = X.clone().requires_grad_()
+        (shares,) = torch.autograd.grad(resized(small), small, expected / x)
+        torch.testing.assert_close(relevance(model, X, rules), X * shares, rtol=1e-4, atol=1e-5)
 
 
 def test_the_report_says_what_was_laid_on_the_shift() -> None:

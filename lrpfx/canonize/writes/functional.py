@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 
 def functionalize(program: Program, module: fx.GraphModule) -> fx.GraphModule:
-    """``y = relu_(x)`` -> ``y = relu(x)``; writes into views -> scatters.
+    """``y = relu_(x)`` -> ``y = relu(x)``; writes into views -> scatters; no vmap.
 
     Tensors that share memory are views of one another, each by an op. What is written into one is
     put into what it is a view of, and so on; others are viewed anew where they are read. Where a
@@ -30,7 +30,8 @@ def functionalize(program: Program, module: fx.GraphModule) -> fx.GraphModule:
         module: The same, ``unlifted``.
     """
     bodies = [m for m in module.modules() if isinstance(m, fx.GraphModule)]
-    regions = any(_is_region(node, "autocast") for body in bodies for node in body.graph.nodes)
+    nodes = [node for body in bodies for node in body.graph.nodes]
+    regions = any(_is_region(node, "autocast") or _transforms(node) for node in nodes)
     inner = [body for body in bodies if body is not module]
     regions = regions or any(writes(node) for body in inner for node in body.graph.nodes)
     if not regions:
@@ -130,6 +131,11 @@ def _is_region(node: fx.Node, word: str = "") -> bool:
     """Whether the node calls a subgraph, as ``torch.no_grad`` and ``torch.autocast`` make them."""
     name = getattr(node.target, "__name__", "")
     return node.op == "call_function" and name.startswith("wrap_with_") and word in name
+
+
+def _transforms(node: fx.Node) -> bool:
+    """Whether a node begins or ends a transform of torch.func, such as vmap."""
+    return getattr(node.target, "__module__", "").startswith("torch._functorch.")
 
 
 def inline_no_grad(module: fx.GraphModule) -> fx.GraphModule:
