@@ -8,7 +8,7 @@ import operator
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -326,7 +326,8 @@ class Recorder(ProxyTorchDispatchMode):
         args, kwargs = pytree.tree_unflatten(given, spec)
         types = _types(out)
         try:
-            if not types or _types(func(*args, **kwargs)) == types:
+            alike = not types or _types(func(*args, **kwargs)) == types
+            if alike and not (types and _casts_to(types[0], func, floating.values())):
                 node.meta[AUTOCAST] = casts[0]
                 return
         except Exception:  # of types that do not go together
@@ -547,6 +548,17 @@ def _is_floating(value: Any) -> bool:
 def _types(out: Any) -> list[torch.dtype]:
     """The types of the floating tensors in a result."""
     return [t.dtype for t in pytree.tree_leaves(out) if _is_floating(t)]
+
+
+def _casts_to(dtype: torch.dtype, func: Any, given: Collection[Tensor]) -> bool:
+    """Whether autocast has a kernel for the op, and what is given is of this type in part only.
+
+    On "meta" a convolution without a bias takes weights of any type.
+    """
+    keys = {f"Autocast{t.device.type.upper()}" for t in given}
+    return any(t.dtype != dtype for t in given) and any(
+        torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key) for key in keys
+    )
 
 
 def _type_name(module: nn.Module) -> str:

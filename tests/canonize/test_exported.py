@@ -1,4 +1,4 @@
-"""A spelling of each table, exported: the tables are recorded, and exported whole in ``make nightly``."""
+"""A spelling of each table is exported; the whole tables are recorded, and exported in nightly."""
 
 import pytest
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 import lrpfx
+from lrpfx.capture import By
+from tests.oracle.models import NIGHTLY
 from tests.oracle.reference import Array, Node
 from tests.oracle.strategies import Network, to_torch
 
@@ -149,12 +151,14 @@ def _scale_and_shift(node: Node) -> tuple[Array, Array]:
 
 
 def explainer(
-    network: Network, spelling: str = "modules", wrong: Wrong = lambda rule: rule
+    network: Network,
+    spelling: str = "modules",
+    wrong: Wrong = lambda rule: rule,
+    capture: By = "export" if NIGHTLY else "record",
 ) -> lrpfx.Explainer:
-    """The network in torch under its own rules."""
-    return lrpfx.Explainer(
-        to_torch(network, spelling), tensors(network), rules=entries(network, wrong) or None
-    )
+    """The network in torch under its own rules; exports take most of the time."""
+    rules = entries(network, wrong) or None
+    return lrpfx.Explainer(to_torch(network, spelling), tensors(network), rules, capture=capture)
 
 
 def tensors(network: Network) -> tuple[Tensor, ...]:
@@ -181,7 +185,8 @@ def expected(case: Case) -> list[Array]:
 
 def equals_reference(case: Case, spelling: str, wrong: Wrong = lambda rule: rule) -> float:
     """Relevance is what the dense float64 oracle says."""
-    return relative(explained(case, explainer(case.network, spelling, wrong)), expected(case))
+    subject = explainer(case.network, spelling, wrong, capture="export")
+    return relative(explained(case, subject), expected(case))
 
 
 def is_linear_in_the_seed(case: Case, subject: lrpfx.Explainer) -> float:

@@ -112,6 +112,7 @@ def fused(explainer: lrpfx.Explainer, fuse: Fuse) -> list[Any]:
     ]
 
 
+@pytest.mark.usefixtures("one_trace")
 @planted
 @every_model
 def test_an_exception_in_any_nodes_backward(name: str, error: BaseException) -> None:
@@ -262,6 +263,7 @@ def test_what_is_left_changed_is_seen(meddle: Callable[[], Any]) -> None:
             TRACING.release()
 
 
+@pytest.mark.usefixtures("one_trace")
 @pytest.mark.parametrize("deterministic", [True, False])
 @every_model
 def test_the_same_call_gives_the_same_bits(name: str, deterministic: bool) -> None:

@@ -88,10 +88,19 @@ def test_what_was_kept_explains_other_batches_as_before(way: Way, tmp_path: Path
     assert (again.model is model) is (way is filed)
 
 
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.value, self.score, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, src: Tensor) -> Tensor:
+        return self.head((self.score(src) @ src.mT).softmax(-1) @ self.value(src))
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_options_are_kept(way: Way, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).eval()
+    model = Tokens().eval()
     explainer = lrpfx.Explainer(model, {"src": torch.rand(2, 3, 4)}, "cplrp", dynamic=(1,))
     again = way(explainer, tmp_path)
     x = {"src": torch.rand(1, 7, 4)}  # another number of tokens
