@@ -1,6 +1,7 @@
 """Every error says what happened, where, and what to do; and leaves the user's things alone.
 
-A case is a call that must fail: by the right error, of a model in use that is left as it was. Errors about ``target=`` are in test_targets.py.
+A case is a call that must fail: by the right error, and a model in use is left as it was. Errors
+about ``target=`` are in test_targets.py.
 """
 
 import copy
