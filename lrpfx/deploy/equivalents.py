@@ -228,6 +228,18 @@ def _scattered(grad: Tensor, like: Tensor, indices: Tensor, n: int) -> Tensor:
     return zeros.scatter_add(-1, indices.flatten(-n), grad.flatten(-n)).reshape(like.shape)
 
 
+def unfold_backward(
+    grad_in: Tensor, input_sizes: Ints, dim: int, size: int, step: int
+) -> Tensor:
+    """Each gradient at the place that its window read."""
+    dim = dim % len(input_sizes)
+    windows = torch.arange(grad_in.shape[dim], device=grad_in.device)
+    places = windows[:, None] * step + torch.arange(size, device=grad_in.device)
+    grad = grad_in.movedim(dim, -2).flatten(-2)
+    zeros = grad.new_zeros([*grad.shape[:-1], input_sizes[dim]])
+    return zeros.scatter_add(-1, places.flatten().expand(grad.shape), grad).movedim(-1, dim)
+
+
 def _max_pool_backward(n: int) -> Callable[..., Tensor]:
     def backward(grad_output: Tensor, self: Tensor, *rest: Any) -> Tensor:
         return _scattered(grad_output, self, rest[-1], n)
@@ -307,6 +319,7 @@ EQUIVALENTS: dict[Any, Callable[..., Any]] = {
     aten.replication_pad3d_backward.default: _replicated_backward(3),
     aten.adaptive_max_pool2d.default: _adaptive_max_pool(2),
     aten.adaptive_max_pool3d.default: _adaptive_max_pool(3),
+    aten.unfold_backward.default: unfold_backward,
     aten.copysign.Tensor: copysign,
     aten.hardshrink_backward.default: hardshrink_backward,
     **{

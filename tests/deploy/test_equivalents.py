@@ -128,6 +128,14 @@ def adaptive_maxima() -> Iterator[Case]:
     yield aten.adaptive_max_pool3d.default, (draw(2, 3, 5, 6, 7), [2, 4, 3])
 
 
+def windows() -> Iterator[Case]:
+    """That overlap, leave gaps and a rest, in each dimension."""
+    for dim, size, step in itertools.product((0, 1, -1), (1, 3), (1, 2, 4)):
+        x = draw(7, 6, 9)
+        z = x.unfold(dim, size, step)
+        yield aten.unfold_backward.default, (torch.randn_like(z), list(x.shape), dim, size, step)
+
+
 def signs() -> Iterator[Case]:
     other = draw(50)
     yield aten.copysign.Tensor, (torch.tensor(1e-3, dtype=torch.float64), other)
@@ -151,6 +159,7 @@ KINDS: list[Callable[[], Iterator[Case]]] = [
     interpolations,
     replicated,
     adaptive_maxima,
+    windows,
     signs,
     shrunk,
 ]
