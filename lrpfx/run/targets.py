@@ -161,17 +161,23 @@ def make_seed(
             fix="explain a wrapper module that returns the score in question.",
         )
     output: Tensor = leaves[index]
+    alone = not _is_seed(target) and output.numel() > 1 and not batched(index)
+    one = _entry(output, target) if alone else None
     if _is_seed(target):
         seed, classes, description = _given(output, target), None, "the given seed relevance"
     else:
-        mask, classes, description, form = _picked(output, target)
+        if one is not None:
+            mask, description = _at_index(output[None], one)[0], f"output{list(one)}"
+            classes, form = None, ", times output"
+        else:
+            mask, classes, description, form = _picked(output, target)
         value = output if times else torch.ones_like(output)
         # where and not *, as 0 times infinity is NaN
         seed = torch.where(mask, value, torch.zeros_like(output))
         description += form if times else ""
     notes = []
-    if not _is_seed(target) and output.numel() > 1 and not batched(index):
-        notes.append(_without_batch(output, target))
+    if alone:
+        notes.append(_without_batch(output, target, one))
     if target is None and output.ndim > 2:
         notes.append(_one_entry(output, seed))
     tensors = [t for t in leaves if isinstance(t, Tensor)]
@@ -194,7 +200,14 @@ def _is_seed(target: Any) -> bool:
     return isinstance(target, (Tensor, np.ndarray)) and "float" in str(target.dtype)
 
 
-def _without_batch(output: Tensor, target: Any) -> str:
+def _entry(output: Tensor, target: Any) -> tuple[Any, ...] | None:
+    """The index of one entry, or of some, of an output without samples; None if it is not said."""
+    whole = isinstance(target, (int, np.integer)) and not isinstance(target, bool)
+    index = (target,) if whole else target
+    return index if isinstance(index, tuple) and len(index) == output.ndim else None
+
+
+def _without_batch(output: Tensor, target: Any, one: tuple[Any, ...] | None) -> str:
     """The note of an output whose first dimension is not the samples'; an error for None."""
     shape = tuple(output.shape)
     if target is None:
@@ -204,6 +217,8 @@ def _without_batch(output: Tensor, target: Any) -> str:
             fix="give a batch of one, x[None]; or say what is explained: an index (tuple), a "
             "callable, or the seed.",
         )
+    if one is not None:
+        return f"the output {shape} has no dimension of samples: explained is output{list(one)}"
     return (
         f"dimension 0 of the output {shape} is not the samples': all of its entries are explained"
     )
@@ -299,7 +314,9 @@ def _at_index(output: Tensor, index: tuple[Any, ...]) -> Tensor:
         raise TargetError(
             f"target {index!r} is no index into a sample's output {tuple(output.shape[1:])}: "
             f"{error}.",
-            fix="a tuple indexes one sample's output; give a list for one class per sample.",
+            fix="a tuple indexes one sample's output; give a list for one class per sample"
+            + ", or a batch of one, x[None], if this is one sample." * (len(index) >= output.ndim)
+            + "." * (len(index) < output.ndim),
         ) from error
     return mask
 

@@ -189,6 +189,20 @@ def test_one_sample_alone_is_explained_where_the_target_is_said() -> None:
     batch = lrpfx.explain(model, x[None], 1, rules=EXACT).relevance[0]
     torch.testing.assert_close(explainer(x, lambda out: out[1]).relevance, batch)
     torch.testing.assert_close(explainer(x, torch.eye(3)[1] * model(x)).relevance, batch)
+    for target in (1, (1,), -2):
+        e = explainer(x, target)
+        torch.testing.assert_close(e.relevance, batch)
+        assert any("has no dimension of samples: explained is output" in n for n in e.report.notes)
+    with pytest.raises(errors.TargetError, match="out of range"):
+        explainer(x, 3)
+
+
+def test_one_sequence_alone_is_told_to_be_given_as_a_batch_of_one() -> None:
+    """Its positions are taken for samples, as nothing tells that they are none."""
+    x, model = draw(5, 4), Apply(lambda m, x: m.body(x).cumsum(-2), body=linear(4, 6, 4)).double()
+    with pytest.raises(errors.TargetError, match=r"x\[None\]"):
+        lrpfx.explain(model, x, (-1, 3))
+    assert lrpfx.explain(model, x[None], (-1, 3)).relevance.any()
 
 
 @pytest.mark.parametrize(
