@@ -84,6 +84,7 @@ def assign(
             selector, rule = entry
             if isinstance(rule, Stop) and not stop:
                 continue
+            type(rule).settle()
             matched = [r for r in records if _matches(selector, r, model)]
             reasons = {r.name: rule.fits(r.op) for r in matched}
             own = not isinstance(entry, Offered) and again is None

@@ -91,12 +91,30 @@ def test_a_formula_of_a_base_beside_is_obeyed(build: Any) -> None:
     assert_obeyed(build, own, lrpfx.Pass())
 
 
-def test_a_fast_form_by_itself_is_refused() -> None:
-    def relevance(self: Any, *args: Any) -> Any:
-        return lrpfx.ZPlus.relevance(self, *args)
+@pytest.mark.parametrize("cls", [lrpfx.ZPlus, lrpfx.Pass], ids=lambda cls: cls.__name__)
+def test_what_is_set_once_the_class_is_made_is_obeyed(build: Any, cls: type) -> None:
+    own = made(cls)
+
+    def propagate(self: Any, *args: Any) -> Any:
+        flow = cls.propagate(self, *args)  # type: ignore[attr-defined]
+        return lrpfx.Flow(tuple(2 * r for r in flow.relevance))
+
+    type(own).propagate = propagate  # type: ignore[method-assign]
+    assert_obeyed(build, own, made(cls))
+
+
+@pytest.mark.parametrize("name", ["relevance", "multiply", "weigh"])
+@pytest.mark.parametrize("cls", [lrpfx.ZPlus, lrpfx.Taylor], ids=lambda cls: cls.__name__)
+def test_a_fast_form_by_itself_is_refused(build: Any, cls: type, name: str) -> None:
+    def own(self: Any, *args: Any) -> Any:
+        return getattr(cls, name)(self, *args)
 
     with pytest.raises(lrpfx.errors.RuleError, match="override propagate instead"):
-        type("Own", (lrpfx.ZPlus,), {"relevance": relevance})
+        type("Own", (cls,), {name: own})
+    late = made(cls)
+    setattr(type(late), name, own)
+    with pytest.raises(lrpfx.errors.RuleError, match="override propagate instead"):
+        build(late)
 
 
 def test_what_says_no_formula_keeps_its_fast_form(build: Any) -> None:
