@@ -31,7 +31,8 @@ from lrpfx.capture.opened import leaves_in, opened, tensors_of
 from lrpfx.capture.outputs import from_dicts, tensors_in, to_dicts
 from lrpfx.capture.preserve import preserved
 from lrpfx.capture.quiet import quiet
-from lrpfx.capture.recorder import AUTOCAST, Read
+from lrpfx.capture.reads import Read
+from lrpfx.capture.recorder import AUTOCAST
 from lrpfx.capture.release import lines_forgotten, trim
 from lrpfx.capture.running import run_given, run_model
 from lrpfx.capture.state import State, Versions, state_of, versions

@@ -38,7 +38,7 @@ from lrpfx.capture.inputs import (
 from lrpfx.capture.lines import first_line, raised_at, sizes_fixed
 from lrpfx.capture.outputs import AsDict, from_dicts, is_dataclass, tensors_in
 from lrpfx.capture.preserve import preserved, reachable_only
-from lrpfx.capture.recorder import Read
+from lrpfx.capture.reads import Read
 from lrpfx.capture.release import released
 from lrpfx.capture.running import run_twice
 from lrpfx.errors import CaptureError, InputError, some

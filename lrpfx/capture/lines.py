@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import linecache
 import os
+import sys
 import sysconfig
 import traceback
 from collections.abc import Iterable, Iterator
@@ -15,9 +18,10 @@ import torch
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 #: With the separator: other packages' names may begin alike.
-_NOT_THE_USERS = tuple(
-    str(folder) + os.sep for folder in (Path(torch.__file__).parent, Path(__file__).parents[1])
-)
+_TORCH_CODE = str(Path(torch.__file__).parent) + os.sep
+_OWN_CODE = str(Path(__file__).parents[1]) + os.sep
+#: What stands between an op and the line that calls it while a run is recorded.
+_BETWEEN = {str(Path(__file__).with_name(f"{n}.py")) for n in ("lines", "recorder", "watched")}
 #: Packages are installed inside.
 _PYTHON = sysconfig.get_path("stdlib") + os.sep
 
@@ -26,7 +30,7 @@ def _is_users(file: str) -> bool:
     """Whether a file is neither PyTorch's, nor this library's, nor Python's."""
     if file.startswith(_PYTHON) and "-packages" not in file:
         return False
-    return not file.startswith((*_NOT_THE_USERS, "<"))
+    return not file.startswith((_TORCH_CODE, _OWN_CODE, "<"))
 
 
 def innermost(stack: Iterable[traceback.FrameSummary]) -> list[str]:
@@ -58,3 +62,34 @@ def sizes_fixed() -> Iterator[list[str]]:
 def first_line(error: BaseException) -> str:
     """What an exception says, or is, cut to one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def called_at() -> str:
+    """The innermost line outside torch, as a traceback shows it; "" if there is none."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if (kind := _kind_of(file)) == "own":
+            return ""
+        if kind == "user's":
+            line = linecache.getline(file, frame.f_lineno).strip()
+            return f'File "{file}", line {frame.f_lineno}, in {frame.f_code.co_name}\n    {line}\n'
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+@functools.cache
+def _kind_of(file: str) -> str:
+    """Whose code a file has: "own", "user's", or that of what is in between."""
+    if file in _BETWEEN or file.startswith((_TORCH_CODE, "<")):
+        return "between"
+    return "own" if file.startswith(_OWN_CODE) else "user's"
+
+
+def source_of(trace: str) -> str:
+    """As messages show it."""
+    if not trace:
+        return ""
+    head, _, code = trace.partition("\n")
+    _, file, rest = head.split('"')
+    return f"{file}:{rest.split()[2].rstrip(',')}   {code.strip()}"

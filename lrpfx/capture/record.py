@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import random
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ from lrpfx.capture.outputs import AsDict, is_dataclass, tensors_in
 from lrpfx.capture.preserve import preserved
 from lrpfx.capture.recorder import Recorder
 from lrpfx.capture.running import run_given
+from lrpfx.capture.watched import recording
 from lrpfx.errors import CaptureError
 
 
@@ -92,6 +94,10 @@ def record(model: nn.Module, inputs: Inputs) -> Trace:
         traced = AsDict(model) if any(map(is_dataclass, pytree.tree_leaves(output))) else None
         bring_back()  # what a model counts or keeps is part of the run
         recorder, arguments, out_spec = _record(traced or model, leaves, spec)
+        if recorder.strange:  # what another thread or library makes of the inputs is seen by others
+            bring_back()
+            with contextlib.suppress(CaptureError):
+                recorder.compare(_record(traced or model, list(map(_moved, leaves)), spec)[0])
     decisions = recorder.reads()
     with torch.inference_mode(False):
         graph = recorder.finish()
@@ -122,6 +128,15 @@ def _refuse_objects(leaves: Sequence[Any], who: str, fix: str) -> None:
         raise CaptureError(f"{who} a {odd[0]}, which a recorded graph cannot hold.", fix=fix)
 
 
+def _moved(leaf: Any) -> Any:
+    """Numbers close by, for which hardly a branch is another; integers in another order."""
+    if not isinstance(leaf, Tensor) or not leaf.ndim:
+        return leaf
+    if leaf.is_floating_point():
+        return leaf + (1 + leaf.abs()) / 1024
+    return leaf.roll(1, -1)
+
+
 def _draw() -> None:
     """Let every generator go on by one number."""
     random.random()
@@ -142,7 +157,7 @@ def _record(
     ):
         recorder.take(name, leaf)
     try:
-        with tracing(), recorder.recording(model):
+        with tracing(), recording(recorder, model):
             output = opened(model(*args, **kwargs))
             _refuse_objects(
                 pytree.tree_leaves(output),

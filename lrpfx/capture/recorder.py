@@ -2,58 +2,32 @@
 
 from __future__ import annotations
 
-import functools
-import linecache
 import operator
-import os
-import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
-from torch._dispatch.python import enable_python_dispatcher, no_python_dispatcher
+from torch._dispatch.python import no_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.fx.node import map_aggregate
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lrpfx.capture.lines import called_at, source_of
+from lrpfx.capture.reads import HOW, MASKED, Read, is_mask, takes_values
 from lrpfx.capture.state import state_of
 from lrpfx.errors import CaptureError
-from lrpfx.ops import LIFTED, NAMED, downstream
+from lrpfx.ops import LIFTED, downstream
 
 aten = torch.ops.aten
 #: The key in ``node.meta``, of an op whose result autocast leaves as it is: what it casts to.
 AUTOCAST = "autocast"
-_TORCH_CODE = str(Path(torch.__file__).parent) + os.sep
-_OWN_CODE = str(Path(__file__).parents[1]) + os.sep
-
-
-class Read(NamedTuple):
-    """A place where values of tensors, and not only their form, decided what the run did.
-
-    Args:
-        how: The op or function that read them.
-        source: Line of the user's code.
-        of_inputs: Whether they depend on the inputs, or on parameters and buffers only.
-        leaves: Whether they left PyTorch as an array or a list.
-    """
-
-    how: str
-    source: str
-    of_inputs: bool
-    leaves: bool
-
-    def __str__(self) -> str:
-        """The op, and the line where it is called."""
-        return f"{self.how} at {self.source}" if self.source else self.how
 
 
 class _Form(NamedTuple):
@@ -84,6 +58,12 @@ class Recorder(ProxyTorchDispatchMode):
         self.graph = fx.Graph()
         self.attributes: dict[str, Tensor] = {}
         self._reads: list[tuple[fx.Node, str, str, bool]] = []
+        #: Constants of which no op and no number is known that made them, with the line.
+        self.strange: dict[str, tuple[fx.Node, str]] = {}
+        #: Those of them that hang on the inputs.
+        self._changing: set[fx.Node] = set()
+        #: The memories of what was made of numbers in the run.
+        self._of_numbers: dict[int, StorageWeakRef] = {}
         #: The op that is running, None between ops.
         self.running: fx.Node | None = None
         #: Whether what is called now belongs to the recorder, and not to the model.
@@ -120,6 +100,8 @@ class Recorder(ProxyTorchDispatchMode):
         kwargs = kwargs or {}
         # A constant that was made for this call is seen when it is used; nobody else has it.
         if self.busy or func is aten.lift_fresh.default:
+            if not self.busy:
+                self.of_numbers(args[0])
             return func(*args, **kwargs)
         graded = torch.is_grad_enabled()
         self.busy = True
@@ -163,7 +145,7 @@ class Recorder(ProxyTorchDispatchMode):
         node = self.graph.create_node("call_function", target, name=name)
         node.args, node.kwargs = args, kwargs or {}  # given at once, each would be looked through
         node.meta["nn_module_stack"] = dict(self._stack)
-        if line := _source():
+        if line := called_at():
             node.meta["stack_trace"] = line
         return node
 
@@ -261,6 +243,14 @@ class Recorder(ProxyTorchDispatchMode):
         new.meta["val"] = form
         return new
 
+    def renamed(self, tensor: Tensor, node: fx.Node) -> None:
+        """Note that a tensor has got the memory of a node's."""
+        self._nodes[tensor] = self._detached(node, self._form(tensor))
+
+    def computes(self, tensor: Tensor) -> bool:
+        """Whether an op of the run has made the tensor, or it is an input."""
+        return tensor in self._nodes
+
     def _passes_not(self, given: Any) -> Any:
         """What is written into a tensor under no_grad; numbers and places as they are."""
         form = given.meta["val"] if isinstance(given, fx.Node) else None
@@ -279,7 +269,7 @@ class Recorder(ProxyTorchDispatchMode):
             if known is None:
                 raise CaptureError(
                     "a tensor shares memory with another in a way that cannot be followed.",
-                    where=[where] if (where := source_of(_source())) else [],
+                    where=[where] if (where := source_of(called_at())) else [],
                     fix="write the line named with torch ops only.",
                 )
             found = self._detached(known, self._form(tensor))
@@ -297,6 +287,8 @@ class Recorder(ProxyTorchDispatchMode):
             self.attributes[name] = tensor
         found = self.graph.create_node("get_attr", name)
         self._knows(tensor, found)
+        if name not in self._state and tensor.untyped_storage()._cdata not in self._of_numbers:
+            self.strange[name] = found, source_of(called_at())
         return found
 
     def _knows(self, tensor: Tensor, node: fx.Node) -> None:
@@ -348,15 +340,28 @@ class Recorder(ProxyTorchDispatchMode):
         if takes_values(func, flat):
             assert self.running is not None
             name = self.running.target.overloadpacket.__name__  # type: ignore[union-attr]
-            masks = [t for t in flat[1:] if _is_mask(t)] if func in _MASKED else []
+            masks = [t for t in flat[1:] if is_mask(t)] if func in MASKED else []
             for node in dict.fromkeys(self._nodes.get(t, self.running) for t in masks) or [
                 self.running
             ]:
-                self.read(node, _HOW.get(name, name))
+                self.read(node, HOW.get(name, name))
 
     def read(self, node: fx.Node, how: str, leaves: bool = False) -> None:
         """Note that something reads the values of a node."""
-        self._reads.append((node, how, source_of(_source()), leaves))
+        self._reads.append((node, how, source_of(called_at()), leaves))
+
+    def of_numbers(self, tensor: Tensor) -> None:
+        """Note a tensor that was made of numbers: what depends on inputs there was read."""
+        memory = tensor.untyped_storage()
+        self._of_numbers[memory._cdata] = StorageWeakRef(memory)
+
+    def compare(self, other: Recorder) -> None:
+        """Note the strange constants that ``other`` has not, the record of another input."""
+        for name, (node, source) in self.strange.items():
+            own, found = self.attributes[name].nan_to_num(), other.attributes.get(name)
+            if found is None or not torch.equal(own, found.nan_to_num()):
+                self._changing.add(node)
+                self._reads.append((node, "another library or thread", source, True))
 
     def reads(self) -> tuple[Read, ...]:
         """Where values were read that other inputs or other parameters might have changed.
@@ -364,7 +369,9 @@ class Recorder(ProxyTorchDispatchMode):
         To be asked for before ``finish``, which drops what has no users.
         """
         ends = {node for node, *_ in self._reads}
-        by_inputs = downstream(self.graph, lambda n: n.op == "placeholder") & ends
+        by_inputs = (
+            downstream(self.graph, lambda n: n.op == "placeholder" or n in self._changing) & ends
+        )
         by_state = downstream(self.graph, lambda n: n.op == "get_attr" and n.target in self._state)
         found = {}
         for node, how, source, leaves in self._reads:
@@ -401,116 +408,6 @@ class Recorder(ProxyTorchDispatchMode):
                     hooks.callback(module.register_forward_hook(left, always_call=True).remove)
             yield
 
-    @contextmanager
-    def recording(self, model: nn.Module) -> Iterator[None]:
-        """Meanwhile what is computed is written down."""
-        with (
-            self.calls(model),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            enable_python_dispatcher(),
-            _Leaves(self),
-            _Functions(self),
-            self,
-        ):
-            yield
-
-
-#: How users know an op that reads a number.
-_HOW = {"item": "a number", "is_nonzero": "a condition", "index": "a mask"}
-#: What reads a mask, and not the values of what it picks.
-_MASKED = {aten.index.Tensor, aten.masked_select.default}
-#: Whether values decide the form of the result, for which PyTorch has no tag.
-_UNTAGGED = {aten._pack_padded_sequence.default, aten.tensor_split.tensor_indices_or_sections}
-_DECIDING = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
-
-
-def takes_values(func: Any, flat: Sequence[Any]) -> bool:
-    """Whether an op's result is a number, or of a size, that values of its arguments decide."""
-    return any(map(_is_mask, flat[1:])) if func is aten.index.Tensor else _decides(func)
-
-
-@functools.cache
-def _decides(func: Any) -> bool:
-    if not isinstance(func, torch._ops.OpOverload):
-        return False
-    known = func.namespace in ("aten", "prim", "prims") or func._schema.name in NAMED
-    return not known or func in _UNTAGGED or any(tag in func.tags for tag in _DECIDING)
-
-
-def _is_mask(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8)
-
-
-class _Leaves(TorchDispatchMode):
-    """Sees the ops that others are made of, for the values that these read."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._recorder = recorder
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if self._recorder.running is not None:
-            self._recorder.read_by(func, pytree.tree_leaves(args) if func in _MASKED else ())
-        return func(*args, **kwargs or {})
-
-
-class _Functions(TorchFunctionMode):
-    """Sees what is no op: modes of autograd, and values that leave PyTorch or come by copies."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self._recorder = recorder
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        recorder, kwargs = self._recorder, kwargs or {}
-        if recorder.busy:
-            return func(*args, **kwargs)
-        if func is torch._C._set_grad_enabled:
-            recorder.graded = args[0]
-        elif func is _GET_DATA:
-            return args[0].detach()
-        elif func is _SET_DATA:
-            tensor, value = args
-            node = recorder.node(value)
-            func(*args)
-            recorder._nodes[tensor] = recorder._detached(node, recorder._form(tensor))
-            return None
-        elif func in _COPIES and isinstance(args[0 if func is torch.tensor else 1], Tensor):
-            source = args[0 if func is torch.tensor else 1]
-            like = source if func is torch.tensor else args[0]
-            device = kwargs.get("device", source.device if func is torch.tensor else like.device)
-            return source.detach().to(device, kwargs.get("dtype", like.dtype), copy=True)
-        elif func is Tensor.__deepcopy__:
-            if args[0] in recorder._nodes:
-                return args[0].detach().clone()
-        elif func in _READERS and isinstance(args[0], Tensor):
-            recorder.read(recorder.node(args[0]), _READERS[func], leaves=True)
-        return func(*args, **kwargs)
-
-
-_GET_DATA, _SET_DATA = Tensor.data.__get__, Tensor.data.__set__  # type: ignore[attr-defined]
-_COPIES = {torch.tensor, Tensor.new_tensor}
-#: What reads a tensor's memory without an op.
-_READERS = {
-    Tensor.numpy: "numpy",
-    Tensor.__array__: "numpy",
-    Tensor.__dlpack__: "numpy or another library",
-    Tensor.tolist: "tolist",
-    Tensor.data_ptr: "data_ptr",
-    Tensor.storage: "storage",
-    Tensor.untyped_storage: "storage",
-    Tensor.__reduce_ex__: "pickle",
-}
-
 
 def _refuse_odd(tensor: Tensor) -> None:
     """Raise CaptureError for tensors that are more than values, or less."""
@@ -524,7 +421,7 @@ def _refuse_odd(tensor: Tensor) -> None:
     if odd:
         raise CaptureError(
             f"{odd} cannot be recorded.",
-            where=[where] if (where := source_of(_source())) else [],
+            where=[where] if (where := source_of(called_at())) else [],
             fix="write the line named with plain tensors.",
         )
 
@@ -563,34 +460,3 @@ def _casts_to(dtype: torch.dtype, func: Any, given: Collection[Tensor]) -> bool:
 
 def _type_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def _source() -> str:
-    """The innermost line outside torch, as a traceback shows it; "" if there is none."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if (kind := _kind_of(file)) == "own":
-            return ""
-        if kind == "user's":
-            line = linecache.getline(file, frame.f_lineno).strip()
-            return f'File "{file}", line {frame.f_lineno}, in {frame.f_code.co_name}\n    {line}\n'
-        frame = frame.f_back  # type: ignore[assignment]
-    return ""
-
-
-@functools.cache
-def _kind_of(file: str) -> str:
-    """Whose code a file has: "own", "user's", or that of what is in between."""
-    if file == __file__ or file.startswith((_TORCH_CODE, "<")):
-        return "between"
-    return "own" if file.startswith(_OWN_CODE) else "user's"
-
-
-def source_of(trace: str) -> str:
-    """As messages show it."""
-    if not trace:
-        return ""
-    head, _, code = trace.partition("\n")
-    _, file, rest = head.split('"')
-    return f"{file}:{rest.split()[2].rstrip(',')}   {code.strip()}"

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -324,6 +325,52 @@ def test_what_passes_through_numpy_is_noted_with_its_line() -> None:
     torch.testing.assert_close(explanation.relevance, expected.relevance)
     (note,) = (n for n in explanation.report.notes if "leaves PyTorch" in n)
     assert "numpy at" in note and "test_runs.py" in note
+
+
+def _in_a_thread(x: Tensor) -> Tensor:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: x * 2).result()
+
+
+@pytest.mark.parametrize(
+    ("compute", "said"),
+    [
+        (lambda x: torch.tensor([x[0, 0] * 2, x[0, 1] * 2] * 2, dtype=x.dtype), "tensor at"),
+        (lambda x: torch.DoubleTensor([x[0, 0], 1, 2, 3]), "another library or thread at"),
+        (_in_a_thread, "another library or thread at"),
+        (lambda x: torch.full((4,), len(f"{x}"), dtype=x.dtype), "its printed form at"),
+    ],
+    ids=["a list of tensors", "an old constructor", "another thread", "printed"],
+)
+def test_what_depends_on_the_input_unseen_is_noted_with_its_line(
+    compute: Callable[[Tensor], Tensor], said: str
+) -> None:
+    model = _model(lambda self, x: self.head(self.a(x) + self.b(compute(x))))
+    explainer = lrpfx.Explainer(model, X, capture="record")
+    for x in (X, 2 * X):
+        explanation, seen = explainer(x, 1), compute(x)
+        twin = _model(lambda self, y, seen=seen: self.head(self.a(y) + self.b(seen)))
+        torch.testing.assert_close(explanation.relevance, lrpfx.explain(twin, x, 1).relevance)
+        (note,) = (n for n in explanation.report.notes if "leaves PyTorch" in n)
+        assert said in note and "test_runs.py" in note
+
+
+def test_constants_from_outside_of_the_model_are_no_reads() -> None:
+    scale = torch.linspace(1, 2, 4, dtype=torch.float64)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        ramp = torch.from_numpy(np.arange(4.0))
+        return self.head(self.a(x) * scale + torch.tensor(data=[0.5]) + ramp)
+
+    explanation = lrpfx.explain(_model(forward), X, 1, capture="record")
+    assert not [n for n in explanation.report.notes if "recorded for" in n]
+
+
+def test_what_is_mapped_over_samples_is_exported() -> None:
+    model = _model(lambda self, x: self.head(x + torch.vmap(lambda row: self.a(row).relu())(x)))
+    twin = _model(lambda self, x: self.head(x + self.a(x).relu()))
+    expected = lrpfx.explain(twin, X, 1).relevance
+    torch.testing.assert_close(lrpfx.explain(model, X, 1).relevance, expected)
 
 
 def test_where_nothing_is_left_the_error_says_what_left_pytorch() -> None:
