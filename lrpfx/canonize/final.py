@@ -25,8 +25,8 @@ from lrpfx.ops import (
 
 aten = torch.ops.aten
 
-_SOFTMAXES = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
-_LOG_SOFTMAXES = {aten.log_softmax.int, aten._log_softmax.default}
+SOFTMAXES = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
+LOG_SOFTMAXES = {aten.log_softmax.int, aten._log_softmax.default}
 _ENTRYWISE: dict[Any, str] = {
     aten.sigmoid.default: "sigmoid",
     aten.log_sigmoid.default: "log-sigmoid",
@@ -74,7 +74,7 @@ def leave_out_final(module: fx.GraphModule) -> fx.GraphModule:
         elif len(way) == 1 and not isinstance(last.target, Composed):
             again = partial(_called, [_call_of(last)])
         else:
-            softmax = aten.log_softmax.int if last.target in _LOG_SOFTMAXES else aten.softmax.int
+            softmax = aten.log_softmax.int if last.target in LOG_SOFTMAXES else aten.softmax.int
             ways = (
                 partial(_called, [(softmax, (dim,), {}), *behind])
                 for dim in range(leaf.meta["val"].ndim)
@@ -127,9 +127,9 @@ def _name(node: fx.Node) -> str:
     if isinstance(node.target, Composed):
         same = alike(node.all_input_nodes[0], node)
         return "softmax" if node.target.family == "softmax" and same else ""
-    if node.target in _SOFTMAXES:
+    if node.target in SOFTMAXES:
         return "softmax"
-    return "log-softmax" if node.target in _LOG_SOFTMAXES else _ENTRYWISE.get(node.target, "")
+    return "log-softmax" if node.target in LOG_SOFTMAXES else _ENTRYWISE.get(node.target, "")
 
 
 def _live(graph: fx.Graph) -> set[fx.Node]:

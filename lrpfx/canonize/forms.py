@@ -148,19 +148,28 @@ def exponents(measured: Measured, end: fx.Node, entries: Sequence[fx.Node]) -> E
 
 
 @_known_or_none
-def sigmoid(measured: Measured, end: fx.Node, entry: fx.Node) -> tuple[float, float] | None:
-    """C and c, where ``end`` is C times the sigmoid of c times the entry; see ``exponents``."""
-    like = measured.drawn(entry)
-    zero, one = (
-        measured.value_with(end, {entry: torch.full_like(like, n)}).flatten()[0] for n in (0, 1)
-    )
-    scale, power = _rounded(2 * zero), _rounded(torch.logit(one / (2 * zero)))
+def sigmoid(
+    measured: Measured, end: fx.Node, entries: Sequence[fx.Node]
+) -> tuple[float, tuple[float, ...]] | None:
+    """C and the numbers c, where ``end`` is C times the sigmoid of c a + d b.
+
+    Args:
+        measured: See ``Measured``.
+        end: The node in question.
+        entries: a and b, or more or less of them; what else is read stays as it is.
+    """
+    zeros = {n: torch.zeros_like(measured.drawn(n)) for n in entries}
+    half = measured.value_with(end, zeros).flatten()[0]
+    scale = _rounded(2 * half)
+    ones = (measured.value_with(end, {**zeros, n: zeros[n] + 1}).flatten()[0] for n in entries)
+    powers = tuple(_rounded(torch.logit(one / (2 * half))) for one in ones)
 
     def formula(values: Values) -> Tensor:
-        return scale * (power * values[entry]).sigmoid()
+        terms = [c * values[n] for n, c in zip(entries, powers, strict=True)]
+        return scale * sum(terms[1:], terms[0]).sigmoid()
 
-    drawn = _draws(measured, [entry], 1, 3, 30)
-    return (scale, power) if _is(measured, end, drawn, formula, abs(scale)) else None
+    drawn = _draws(measured, entries, 1, 3, 30)
+    return (scale, powers) if _is(measured, end, drawn, formula, abs(scale)) else None
 
 
 @_known_or_none
@@ -177,6 +186,19 @@ def power(measured: Measured, end: fx.Node, entry: fx.Node) -> Power | None:
 
     values = ({entry: size * drawn} for size in (1, 1e-2, 1e2))
     return found if _is(measured, end, values, formula) else None
+
+
+@_known_or_none
+def softmax(measured: Measured, end: fx.Node, entry: fx.Node, power: int) -> int | None:
+    """Over which dimension of the entry ``end`` is a power of its softmax, if it is."""
+    for dim in range(entry.meta["val"].ndim):
+
+        def formula(values: Values, dim: int = dim) -> Tensor:
+            return values[entry].softmax(dim) ** power
+
+        if _is(measured, end, _draws(measured, [entry], 1, 3), formula):
+            return dim
+    return None
 
 
 @_known_or_none

@@ -33,12 +33,14 @@ from lrpfx.canonize.opened import (
     pair_complex,
 )
 from lrpfx.canonize.softmaxes import (
+    gates_of_two,
     join_exponentials,
     one_exponential_each,
     open_exponentials,
     products_with_parts,
     whole_entmax,
     whole_exponentials,
+    whole_inverse_softmaxes,
     whole_softmaxes,
 )
 from lrpfx.canonize.whole import (
@@ -57,6 +59,7 @@ from lrpfx.canonize.writes import (
     functionalize,
     inline_no_grad,
     places_of_strides,
+    reads_past_writes,
     unlifted,
     writes,
 )
@@ -251,8 +254,8 @@ _CASTS |= {aten.type_as.default, aten.to.other}
 def drop_noops(module: fx.GraphModule) -> fx.GraphModule:
     """``y = dropout(x)`` -> ``x``; likewise clone, contiguous, casts to the same type; no asserts.
 
-    So are slices of everything, whatever the batch size, ``0 + x`` as ``sum([x, y])`` has it, and
-    ``1 * x``.
+    So are slices of everything, and writes into these, whatever the batch size, ``0 + x`` as
+    ``sum([x, y])`` has it, and ``1 * x``.
 
     Comes after ``refuse_training``: the dropouts left are those of evaluation mode.
     """
@@ -266,6 +269,9 @@ def drop_noops(module: fx.GraphModule) -> fx.GraphModule:
             or _changes_nothing(node)
         ):
             node.replace_all_uses_with(nodes_in(node.args)[0])
+            module.graph.erase_node(node)
+        elif node.target is aten.slice_scatter.default and _takes_all(node):
+            node.replace_all_uses_with(bound_arguments(node)["src"])
             module.graph.erase_node(node)
         elif "assert" in str(node.target) and not node.users:
             module.graph.erase_node(node)
@@ -325,14 +331,17 @@ PASSES: tuple[Pass, ...] = (
     pair_complex,
     whole_entmax,
     views_to_reshapes,
+    reads_past_writes,
     whole_relus,
     whole_functions,
     products_with_parts,
     open_exponentials,
+    whole_inverse_softmaxes,
     whole_exponentials,
     one_exponential_each,
     join_exponentials,
     whole_softmaxes,
+    gates_of_two,
     group_heads,
     open_attention,
     whole_inverses,

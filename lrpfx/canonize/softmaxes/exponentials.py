@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import fx
@@ -16,7 +18,7 @@ from lrpfx.canonize.same import Same
 from lrpfx.canonize.softmaxes.joined import is_sum, quotients_of
 from lrpfx.canonize.softmaxes.normalized import NORM
 from lrpfx.canonize.whole import is_pointwise, pointwise_regions
-from lrpfx.ops import live_names, output_leaves, precision, varying
+from lrpfx.ops import bound_arguments, live_names, output_leaves, precision, varying
 
 aten = torch.ops.aten
 
@@ -41,6 +43,9 @@ def whole_exponentials(module: fx.GraphModule) -> fx.GraphModule:
         if node in seen or node.target is aten.exp.default:
             continue
         seen.add(node)
+        if _kind(node, live) == "prod":
+            written |= precision(node) >= finest and _prod_whole(node, measured, live)
+            continue
         inverse = node in belows and is_inverse(node)
         if not inverse and precision(node) >= finest and _make_whole(node, measured, live):
             written = True
@@ -55,7 +60,7 @@ def _make_whole(node: fx.Node, measured: Measured, live: set[fx.Node]) -> bool:
     """Write a node, and those that compute the same, as an exponential, if it is one."""
     if not is_pointwise(node) or _kind(node, live) == "scale":
         return False  # what it scales may be
-    for entries, inside in pointwise_regions(node, live):
+    for entries, inside in pointwise_regions(node, live, measured.same):
         found = exponents(measured, node, entries)
         if found is not None:
             same = Same(node.graph)
@@ -69,6 +74,56 @@ def _make_whole(node: fx.Node, measured: Measured, live: set[fx.Node]) -> bool:
                 other.replace_all_uses_with(new)
             return True
     return False
+
+
+#: Of ops that multiply entries: what adds them up.
+_SUMS: dict[Any, Any] = {
+    aten.prod.default: aten.sum.default,
+    aten.prod.dim_int: aten.sum.dim_IntList,
+    aten.cumprod.default: aten.cumsum.default,
+}
+
+
+def _prod_whole(node: fx.Node, measured: Measured, live: set[fx.Node]) -> bool:
+    """Write a product of the entries of exponentials, moved or put together maybe, as one."""
+    same = Same(node.graph)
+    node = same.first(node)
+    (x,) = (n for n in node.all_input_nodes if n in live)
+    pending, logarithms = [x], dict[fx.Node, fx.Node | None]()
+    while pending:
+        end = pending.pop()
+        if end in logarithms:
+            continue
+        logarithms[end] = None
+        inputs = [n for n in end.all_input_nodes if n in live]
+        if end.target is aten.exp.default:
+            logarithms[end] = inputs[0]
+        elif _is_move(end, live):
+            pending += inputs
+        elif _make_whole(end, measured, live) and x.target is not end.target:
+            return _prod_whole(node, measured, live)  # now with an exponential in its place
+        else:
+            return False
+    given = bound_arguments(node)
+    with node.graph.inserting_before(node):
+        copies = {n: exponent for n, exponent in logarithms.items() if exponent is not None}
+        for end in sorted(n for n in logarithms if n not in copies):
+            copies[end] = copied(end, copies, node)
+        dims = {} if "dim" not in given else {"dim": given["dim"]}
+        target = _SUMS[node.target]
+        if target is aten.sum.dim_IntList:
+            dims = {"dim": [given["dim"]], "keepdim": given["keepdim"]}
+        total = insert(node, target, (copies[x],), dims)
+        new = insert(node, aten.exp.default, (total,))
+    live.update([*copies.values(), total, new])
+    for other in same.group(node):
+        other.replace_all_uses_with(new)
+    return True
+
+
+def _is_move(node: fx.Node, live: Collection[fx.Node]) -> bool:
+    op = ops.find(node.target, frozenset(live_names(node, live)))
+    return node.target is operator.getitem or (op is not None and op.family == "move")
 
 
 def _kind(node: fx.Node, live: Collection[fx.Node]) -> str:

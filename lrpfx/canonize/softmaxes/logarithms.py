@@ -10,11 +10,12 @@ import torch
 from torch import fx
 
 from lrpfx import ops
+from lrpfx.canonize.final import LOG_SOFTMAXES
 from lrpfx.canonize.hold import live_values
 from lrpfx.canonize.insert import copied, insert
 from lrpfx.canonize.measure import Measured, alike
 from lrpfx.canonize.softmaxes.joined import is_sum
-from lrpfx.ops import SHAPED, live_names, output_leaves, precision
+from lrpfx.ops import SHAPED, bound_arguments, live_names, output_leaves, precision
 
 aten = torch.ops.aten
 
@@ -58,7 +59,7 @@ def open_exponentials(module: fx.GraphModule) -> fx.GraphModule:
     is measured.
     """
     graph = module.graph
-    if not any(node.target in _LOGARITHMS for node in graph.nodes):
+    if not any(node.target in {*_LOGARITHMS, *LOG_SOFTMAXES} for node in graph.nodes):
         return module
     opened = _Opened(Measured(module), live_values(graph))
     finest = max(map(precision, output_leaves(graph)), default=0)
@@ -99,6 +100,8 @@ class _Opened:
                 break
             way, times = pending.pop()
             node = way[-1]
+            if node.target in LOG_SOFTMAXES:
+                return _Term(way, times)
             if node.target in _LOGARITHMS:
                 if self._exponentials(node.all_input_nodes[0]):
                     return _Term(way, times * _LOGARITHMS[node.target][1])
@@ -164,9 +167,12 @@ class _Opened:
         At the insert point.
         """
         self._like, write = exponential, self._write
-        one = _LOGARITHMS[term.logarithm.target][0]
         base: Any = term.logarithm.args[0]
-        base = write(aten.add.Tensor, base, one) if one else base
+        if term.logarithm.target in LOG_SOFTMAXES:
+            dim = bound_arguments(term.logarithm)["dim"]
+            base = write(aten.softmax.int, base, dim, exponential.meta["val"].dtype)
+        elif one := _LOGARITHMS[term.logarithm.target][0]:
+            base = write(aten.add.Tensor, base, one)
         rest: fx.Node | None = None
         way = term.way[::-1]
         for i, (inner, node) in enumerate(pairwise(way)):

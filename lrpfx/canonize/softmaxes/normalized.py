@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from lrpfx import ops
-from lrpfx.canonize.final import way_to_final
+from lrpfx.canonize.final import LOG_SOFTMAXES, SOFTMAXES, way_to_final
 from lrpfx.canonize.hold import DIVISOR, is_inverse, live_values
 from lrpfx.canonize.insert import copied, insert
 from lrpfx.canonize.measure import Measured, alike, between
@@ -38,9 +38,7 @@ aten = torch.ops.aten
 #: Why what a softmax divides by is held.
 NORMALISER = "normaliser of a softmax"
 
-_SOFTMAXES = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
-_EXPONENTIALS = {*_SOFTMAXES, aten.exp.default}
-_LOG_SOFTMAXES = {aten.log_softmax.int, aten._log_softmax.default}
+_EXPONENTIALS = {*SOFTMAXES, aten.exp.default}
 NORM = aten.linalg_vector_norm.default
 #: What takes parts that stand side by side.
 _PARTS = {aten.select.int, aten.slice.Tensor}
@@ -59,12 +57,12 @@ def whole_softmaxes(module: fx.GraphModule) -> fx.GraphModule:
     output is the logarithm of a softmax.
     """
     graph, measured = module.graph, Measured(module)
-    if not any(node.target in {*_EXPONENTIALS, *_LOG_SOFTMAXES} for node in graph.nodes):
+    if not any(node.target in {*_EXPONENTIALS, *LOG_SOFTMAXES} for node in graph.nodes):
         return module
     finest = max(map(precision, output_leaves(graph)), default=0)
     live = live_values(graph)
     for node in [n for n in graph.nodes if n in live]:
-        if node.target in _SOFTMAXES:
+        if node.target in SOFTMAXES:
             scores = find_scores(node.args[0], live, without_influence(measured, [node]))
             if scores.free:
                 with graph.inserting_before(node):
@@ -74,7 +72,7 @@ def whole_softmaxes(module: fx.GraphModule) -> fx.GraphModule:
             _Exponential(module, node, measured, live, precision(node) < finest).make_whole()
     graph.eliminate_dead_code()
     final = {node for leaf in output_leaves(graph) for node in way_to_final(leaf)}
-    for node in [n for n in graph.nodes if n.target in _LOG_SOFTMAXES and n in live]:
+    for node in [n for n in graph.nodes if n.target in LOG_SOFTMAXES and n in live]:
         if node not in final:
             _open_log_softmax(module, node)
     return module
@@ -146,7 +144,7 @@ class _Exponential:
     def _is_over_logarithm(self) -> bool:
         """Make ``exp(log_softmax(a))``, however that is written, a softmax, if it is one."""
         spread = any(not alike(n, self.t) for n in self.t.all_input_nodes)
-        if self.coarse or not (spread or self.t.target in _LOG_SOFTMAXES):
+        if self.coarse or not (spread or self.t.target in LOG_SOFTMAXES):
             return False
         for a in (n for n in self.t.all_input_nodes if n in self.live and alike(n, self.t)):
             if (dim := self._dimension(self.node, aten.softmax.int, a)) is not None:

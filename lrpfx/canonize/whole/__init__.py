@@ -5,7 +5,7 @@ from lrpfx.canonize.whole.composed import compose, whole_activations, whole_quan
 from lrpfx.canonize.whole.gates import whole_gates
 from lrpfx.canonize.whole.grouped import factors_of_one_tensor
 from lrpfx.canonize.whole.powers import whole_inverses
-from lrpfx.canonize.whole.regions import is_pointwise, pointwise_regions
+from lrpfx.canonize.whole.regions import is_pointwise, pointwise_regions, sources
 from lrpfx.canonize.whole.sigmoids import whole_sigmoids
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "factors_of_one_tensor",
     "is_pointwise",
     "pointwise_regions",
+    "sources",
     "whole_activations",
     "whole_functions",
     "whole_gates",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
@@ -58,7 +59,8 @@ def sources(
     while pending:
         node = pending.pop()
         op = ops.find(node.target, frozenset(live_names(node, live)))
-        if op is None or (op.family != "move" and op.kind not in kinds):
+        picks = node.target is operator.getitem
+        if not picks and (op is None or (op.family != "move" and op.kind not in kinds)):
             yield node
         elif node not in seen:
             seen.add(node)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import fx
@@ -19,9 +19,10 @@ aten = torch.ops.aten
 def whole_sigmoids(module: fx.GraphModule) -> fx.GraphModule:
     """``y * (1 + tanh(x)) / 2``, ``y * (1 - sigmoid(x))`` -> ``y * sigmoid(2 x)``, and so on.
 
-    So are gates, and outputs. Whether a node is C sigmoid(c x) is measured, with numbers that are
-    drawn for x. Its parts would hand relevance to their constants: 1 - sigmoid(x) more than all of
-    it where the gate is open, though it is the gate of -x.
+    So are gates, and outputs, and ``exp(a - logaddexp(a, b))``, of a - b. Whether a node is
+    C sigmoid(c x) is measured, with numbers that are drawn for x. Its parts would hand relevance to
+    their constants: 1 - sigmoid(x) more than all of it where the gate is open, though it is the
+    gate of -x.
     """
     graph = module.graph
     live, measured = varying(graph), Measured(module)
@@ -30,12 +31,13 @@ def whole_sigmoids(module: fx.GraphModule) -> fx.GraphModule:
     for node in dict.fromkeys(_candidates(graph, live)):
         if not precision(node) or not is_pointwise(node) or node.target is aten.sigmoid.default:
             continue
-        for entries, inside in pointwise_regions(node, live):
-            if len(entries) > 1 or len(inside) == 1 or precision(entries[0]) != precision(node):
+        for entries, inside in pointwise_regions(node, live, measured.same):
+            coarse = any(precision(n) != precision(node) for n in entries)
+            if len(entries) > 2 or len(inside) == 1 or coarse:
                 continue
-            if (numbers := sigmoid(measured, node, entries[0])) is not None:
+            if (numbers := sigmoid(measured, node, entries)) is not None:
                 with graph.inserting_before(node.next):
-                    live.add(replace(node, _written(node, entries[0], *numbers), finest))
+                    live.add(replace(node, _written(node, entries, *numbers), finest))
                 found = True
                 break
     if found:
@@ -51,10 +53,17 @@ def _candidates(graph: fx.Graph, live: set[fx.Node]) -> Iterator[fx.Node]:
     yield from sources([n for n in output_leaves(graph) if isinstance(n, fx.Node)], live)
 
 
-def _written(like: fx.Node, x: fx.Node, scale: float, power: float) -> fx.Node:
-    if power == -1:
-        x = insert(like, aten.neg.default, (x,))
-    elif power != 1:
-        x = insert(like, aten.mul.Tensor, (x, power))
-    new = insert(like, aten.sigmoid.default, (x,))
+def _written(
+    like: fx.Node, entries: Sequence[fx.Node], scale: float, powers: Sequence[float]
+) -> fx.Node:
+    total: fx.Node | None = None
+    for x, power in sorted(zip(entries, powers, strict=True), key=lambda pair: pair[1] < 0):
+        first = total is None
+        if power == -1 and first:
+            x = insert(like, aten.neg.default, (x,))
+        elif power != 1 and (first or power != -1):
+            x = insert(like, aten.mul.Tensor, (x, power if first else abs(power)))
+        target = aten.sub.Tensor if power < 0 else aten.add.Tensor
+        total = x if total is None else insert(like, target, (total, x))
+    new = insert(like, aten.sigmoid.default, (total,))
     return new if scale == 1 else insert(like, aten.mul.Tensor, (new, scale))
