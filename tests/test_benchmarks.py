@@ -52,8 +52,8 @@ def test_cost_vs_gradient() -> None:
     zennit, modified = (table.columns.index(name) for name in ("zennit", "modified gradient"))
     assert table.rows[0][zennit] and table.rows[1][modified]
     assert next(cost_vs_gradient.setup_seconds(small_image(), "epsilon_plus", 1)) > 0
-    for work in (small_image(), small_llama()):
-        assert work.name in cost_vs_gradient.overhead(work, "epsilon_all", BUDGET)
+    work = small_image()
+    assert work.name in cost_vs_gradient.overhead(work, "epsilon_all", BUDGET)
 
 
 def test_cost_of_a_model_in_bfloat16() -> None:
@@ -84,10 +84,10 @@ def test_compiled() -> None:
 def test_scaling(tmp_path: Path) -> None:
     series = [
         scaling.Series("blocks", "epsilon_plus", (1, 2), lambda n: scaling.residual(n, 1, 4, 8)),
-        scaling.Series("tokens", "attnlrp", (4, 8), lambda t: works.llama(t, 1, 16)),
+        scaling.Series("tokens", "attnlrp", (8,), lambda t: works.llama(t, 1, 16)),
     ]
     table, points = scaling.table(series, BUDGET)
-    assert_complete(table, 4)
+    assert_complete(table, 3)
     scaling.draw(points, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
@@ -103,12 +103,8 @@ def test_memory_vs_gradient() -> None:
 
 
 def test_gpu_on_the_cpu() -> None:
-    models = {
-        "image": (lambda device, dtype: small_image(), ("epsilon_plus",)),
-        "llama": (lambda device, dtype: small_llama(dtype), ("attnlrp",)),
-    }
-    table = gpu.table(models, BUDGET, ("fp32", "tf32"), ("eager",), "cpu")
-    assert_complete(table, 4)
+    image = {"image": (lambda device, dtype: small_image(), ("epsilon_plus",))}
+    assert_complete(gpu.table(image, BUDGET, ("fp32", "tf32"), ("eager",), "cpu"), 2)
 
 
 def test_a_failure_on_the_gpu_is_a_row_and_makes_the_run_fail() -> None:

@@ -14,6 +14,7 @@ from lrpfx.canonize.writes import functionalize, memory, unlifted
 from lrpfx.capture.front import capture
 from lrpfx.ops.graph import used_nodes, verify
 from tests.conftest import Apply
+from tests.oracle.models import NIGHTLY
 
 pytestmark = pytest.mark.usefixtures("each_way")
 
@@ -51,7 +52,7 @@ def targets(module: fx.GraphModule) -> list[object]:
 
 
 def canonical(model: nn.Module, x: Tensor) -> fx.GraphModule:
-    return passes.canonize(capture(model, x).program)
+    return passes.canonize(capture(model, x, by="export" if NIGHTLY else "record").program)
 
 
 # Every pass keeps the value -----------------------------------------------------------------------

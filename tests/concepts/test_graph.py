@@ -11,6 +11,8 @@ import lrpfx
 from lrpfx.concepts import AttributionGraph, attribution_graph
 from tests.conditions.test_conditions import EXACT, cnn, draw, fill
 
+pytestmark = pytest.mark.usefixtures("each_front")
+
 
 class Skip(nn.Module):
     """b is beside an identity, and stands between a and c."""

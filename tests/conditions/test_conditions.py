@@ -13,6 +13,8 @@ from lrpfx.concepts import Channel, Neuron
 from tests.conftest import Apply, assert_untouched
 from tests.test_errors import check_form
 
+pytestmark = pytest.mark.usefixtures("each_front")
+
 EXACT = lrpfx.composites.EpsilonAll(epsilon=1e-12)
 
 
@@ -162,7 +164,7 @@ def test_conditions_come_back_in_their_order_and_as_one_by_one() -> None:
 
 def test_one_forward_pass_serves_all_conditions() -> None:
     model, x = cnn(), draw(2, 1, 7, 7)
-    explainer = lrpfx.Explainer(model, x, "epsilon_plus")
+    explainer = lrpfx.Explainer(model, x, "epsilon_plus", capture="export")
     explainer(x, 1, conditions=[{"2": [c]} for c in range(5)])
     ran: list[str] = []
     conv = torch.ops.aten.convolution.default

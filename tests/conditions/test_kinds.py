@@ -12,6 +12,8 @@ from lrpfx.concepts import Channel, Concept, Direction, Head, Neuron, Subspace, 
 from tests.conditions.test_conditions import EXACT, cnn, draw, fill
 from tests.conftest import Apply
 
+pytestmark = pytest.mark.usefixtures("each_front")
+
 IMAGE, ROWS = draw(3, 6, 2, 4), draw(3, 5, 6)
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 import lrpfx
 from tests.ops.test_table import IMAGE, ROW, Between, kernel, samples, together
 
+pytestmark = pytest.mark.usefixtures("each_front")
+
 Fn = Callable[[Tensor], Tensor]
 ATTNLRP = lrpfx.composites.AttnLRP(0.0)
 

@@ -13,6 +13,8 @@ import lrpfx
 from lrpfx import composites
 from tests.conftest import Apply
 
+pytestmark = pytest.mark.usefixtures("each_front")
+
 #: LRP-0 where there is nothing to be stabilised, so that relevance is gradient times input.
 EXACT = composites.Auto(epsilon=1e-12, stabilizer=1e-12)
 

@@ -31,6 +31,8 @@ from tests.report.golden.model import Gap, Net, fill, samples
 from tests.test_errors import check_form
 from tests.test_explanation import REPORTS, SCRIPT, TAG, hostile
 
+pytestmark = pytest.mark.usefixtures("each_front")
+
 GOLDEN = Path(__file__).parent / "golden"
 
 

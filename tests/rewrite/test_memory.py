@@ -12,6 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lrpfx
 
+pytestmark = pytest.mark.usefixtures("each_front")
+
 SIZE = 64
 #: Bytes of an activation of ``plain``.
 UNIT = 4 * SIZE * SIZE * 8

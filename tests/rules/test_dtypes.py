@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import lrpfx
 from lrpfx import composites
 from lrpfx.rules.base import divide, share
-from tests.conftest import Apply, assert_untouched
+from tests.conftest import Apply, Traces, assert_untouched, traced_once
 from tests.oracle import families, zoo
 from tests.oracle.families import tf
 
@@ -163,9 +163,13 @@ def inputs_of(name: str, dtype: torch.dtype = torch.float32) -> Tensor:
     return x
 
 
+TRACES: Traces = {}
+
+
 @functools.cache
 def exact(name: str, rules: str) -> lrpfx.Explainer:
-    return lrpfx.Explainer(model_of(name), inputs_of(name), RULES[rules](1e-6))
+    with traced_once(TRACES):
+        return lrpfx.Explainer(model_of(name), inputs_of(name), RULES[rules](1e-6))
 
 
 @functools.cache

@@ -13,6 +13,8 @@ import lrpfx
 from lrpfx import composites
 from tests.conftest import Apply
 
+pytestmark = pytest.mark.usefixtures("each_front")
+
 EPSILON_ALL = composites.EpsilonAll(epsilon=1e-9)
 
 

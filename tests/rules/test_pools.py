@@ -12,6 +12,8 @@ import lrpfx
 from lrpfx import SmoothPool, TakeMost, composites, errors
 from tests.conftest import Apply
 
+pytestmark = pytest.mark.usefixtures("each_front")
+
 
 def windows_of(pool: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> Tensor:
     """Which inputs each output of a pool can be, (outputs, inputs), by trying each."""

@@ -14,6 +14,8 @@ import lrpfx
 from lrpfx import composites, errors
 from tests.conftest import Apply, assert_untouched
 
+pytestmark = pytest.mark.usefixtures("each_front")
+
 SMOOTH = {
     "epsilon": composites.EpsilonAll(epsilon=0.1),
     "z-plus": composites.EpsilonPlus(epsilon=0.1, stabilizer=0.1),

@@ -586,10 +586,10 @@ def test_what_stands_between_mask_and_softmax(behind: Callable) -> None:
         mask = torch.zeros(5, 5).double().masked_fill(~seen, by)
         return Apply(lambda m, x: behind(q(x) @ k(x).mT + mask, v(x)).mean(1))
 
-    models = masked(-torch.inf), masked(-1e9)
+    models, ways = (masked(-torch.inf), masked(-1e9)), ("export", "record")
     with traced_once():
         pairs = [
-            [lrpfx.Explainer(model, x, rules) for model in models]
+            [lrpfx.Explainer(m, x, rules, capture=c) for m, c in zip(models, ways, strict=True)]
             for rules in ("attnlrp", "epsilon_all")
         ]
     for pair, ledger in itertools.product(pairs, (True, False)):

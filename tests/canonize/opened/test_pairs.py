@@ -18,7 +18,7 @@ from tests.ops.test_table import (
     together,
 )
 
-pytestmark = pytest.mark.usefixtures("each_way")
+pytestmark = pytest.mark.usefixtures("each_front")
 
 LRP_0 = lrpfx.composites.EpsilonAll(epsilon=0.0)
 
