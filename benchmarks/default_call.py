@@ -71,7 +71,7 @@ def add_row(made: Table, work: Work, rules: str, budget: float) -> None:
         return explainer(work.inputs, work.score, **options)
 
     def first() -> lrpfx.Explanation:
-        explainer._engine.alarm._gauged.clear()
+        explainer._engine.alarm.forget()
         return explained(ledger=False)
 
     kept, fast = explained(ledger=True), explained()

@@ -252,9 +252,10 @@ class _Call:
         self.fast = not ledger and not asked.create_graph
         plain = single and conditions is None
         compiled = self.fast and not self.several and conditions is None
-        #: The compiled graphs, if they serve this call; and whether the edges may be measured.
+        #: The compiled graphs, if they serve this call; and whether the edges may be measured
+        #: (compiled ones where the plain graph runs once, which is at first).
         self.compiled = self.engine.compiled if compiled else None
-        self.measured = self.book is None and plain and self.compiled is None
+        self.measured = self.book is None and plain
 
     def explanation(self, again: bool = False) -> Explanation:
         """The answer.
@@ -286,7 +287,7 @@ class _Call:
                 given = self.inputs, self.leaves, run.clean, seed, pulled.starts, at
                 parts.append(engine.gather.explanation(*given, report))
                 blank |= dict.fromkeys(blank_notes(seed, pulled.starts))
-        return self._told(parts, seeds, gauge, blank)
+        return self._told(parts, seeds, module, gauge, blank)
 
     def _forward(self, module: Callable[..., Any]) -> Run | CompiledRun:
         """The forward pass of the rewritten graph."""
@@ -337,6 +338,7 @@ class _Call:
         self,
         parts: list[Explanation],
         seeds: Sequence[Seed],
+        module: nn.Module,
         gauge: Gauge | None,
         blank: Mapping[str, None],
     ) -> Explanation:
@@ -355,7 +357,9 @@ class _Call:
         def book_now(seed: Seed) -> Mapping[str, Booking]:
             return {} if conditions is not None else engine.booked(self.kept, seed)
 
-        watched = Watched(self.kept, seeds, booked, gauge, book_now)
+        # Several go through the backward pass together, where edges cannot be measured.
+        again = module if self.fast and self.several and conditions is None else None
+        watched = Watched(self.kept, seeds, booked, gauge, again, book_now)
         said += engine.alarm.notes(parts, watched)
         bookings: Bookings = booked
         if self.later:

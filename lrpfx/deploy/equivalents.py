@@ -228,9 +228,7 @@ def _scattered(grad: Tensor, like: Tensor, indices: Tensor, n: int) -> Tensor:
     return zeros.scatter_add(-1, indices.flatten(-n), grad.flatten(-n)).reshape(like.shape)
 
 
-def unfold_backward(
-    grad_in: Tensor, input_sizes: Ints, dim: int, size: int, step: int
-) -> Tensor:
+def unfold_backward(grad_in: Tensor, input_sizes: Ints, dim: int, size: int, step: int) -> Tensor:
     """Each gradient at the place that its window read."""
     dim = dim % len(input_sizes)
     windows = torch.arange(grad_in.shape[dim], device=grad_in.device)

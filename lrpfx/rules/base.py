@@ -231,11 +231,6 @@ def _definer(cls: type, name: str) -> int:
     return next((i for i, base in enumerate(cls.__mro__) if name in vars(base)), len(cls.__mro__))
 
 
-def _is_inherited(cls: type, name: str) -> bool:
-    """Whether what a class calls ``name`` is what one of its bases calls so."""
-    return any(vars(base).get(name) is vars(cls)[name] for base in cls.__mro__[1:])
-
-
 @dataclass(frozen=True)
 class Rule:
     """Base of all rules: an immutable value whose fields are the rule's parameters.
@@ -279,27 +274,27 @@ class Rule:
     }
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """As ``settle``, for what stands in the body of the class."""
-        super().__init_subclass__(**options)
-        cls.settle()
-
-    @classmethod
-    def settle(cls) -> None:
-        """Forget what holds for the formula of a base only, if the class has another formula.
-
-        Again where the rule is laid on an op: methods may have been set after the class was made.
+        """As ``settle``, for what stands in the body of the class.
 
         Raises:
             RuleError: The class says anew how its base is computed fast, and not what.
         """
-        fast = {"multiply", "relevance", "gradient_shares", "weigh"}
-        again = {name for name in fast & {*vars(cls)} if not _is_inherited(cls, name)}
+        super().__init_subclass__(**options)
+        again = {"multiply", "relevance", "gradient_shares", "weigh"} & {*vars(cls)}
         if again and _definer(cls, "propagate") > 0:
             raise RuleError(
                 f"{cls.__name__} overrides {' and '.join(sorted(again))}, by which is computed "
                 "fast, without a ledger, what propagate says.",
                 fix="override propagate instead (or terms, of an affine rule): it serves always.",
             )
+        cls.settle()
+
+    @classmethod
+    def settle(cls) -> None:
+        """Forget what holds for the formula of a base only, if the class has another formula.
+
+        Again where the rule is laid on ops: methods may have been set after the class was made.
+        """
         for formula, others in cls._of_formula.items():
             for name in others:
                 if _definer(cls, name) > _definer(cls, formula):

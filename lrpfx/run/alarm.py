@@ -21,6 +21,7 @@ from lrpfx.plan import Plan
 from lrpfx.rewrite import Booking
 from lrpfx.rules import size_of
 from lrpfx.run.gauge import Gauge
+from lrpfx.run.halves import in_float16
 from lrpfx.run.summands import Summands
 from lrpfx.run.targets import Seed
 
@@ -41,6 +42,7 @@ class Watched:
         seeds: What relevance began with.
         booked: What each node made of it; empty if no ledger is kept.
         gauge: What ran the graph, if its edges were measured.
+        again: What is run once more for one seed, if they were not; None where that says nothing.
         book: Makes the ledger of one seed.
     """
 
@@ -48,6 +50,7 @@ class Watched:
     seeds: Sequence[Seed]
     booked: Booked
     gauge: Gauge | None
+    again: nn.Module | None
     book: Callable[[Seed], Booked]
 
 
@@ -55,8 +58,8 @@ class Alarm:
     """Watches the explanations of one Explainer.
 
     Maps are watched in every call, nodes wherever a ledger is made. In the first call of each form
-    that keeps none the edges are measured, and a ledger is made if one is steep; so it is for the
-    first map that has grown.
+    that keeps none the edges are measured, of several targets for the one that has grown the most,
+    and a ledger is made if one is steep; so it is for the first map that has grown.
 
     Args:
         module: The canonical graph.
@@ -71,9 +74,13 @@ class Alarm:
         self._warned = False
         self._where = ""  # the places of the first that has grown
 
-    def gauge(self, module: fx.GraphModule) -> Gauge | None:
+    def gauge(self, module: nn.Module) -> Gauge | None:
         """What runs a rewritten graph that keeps no ledger, until it once has; then None."""
         return None if self._plan.by_gradient or module in self._gauged else Gauge(module)
+
+    def forget(self) -> None:
+        """Let the edges of each form be measured once more."""
+        self._gauged.clear()
 
     def notes(self, parts: Sequence[Explanation], watched: Watched) -> tuple[str, ...]:
         """A note if relevance has grown; none where it is a gradient, which has no measure.
@@ -85,17 +92,20 @@ class Alarm:
         if self._plan.by_gradient:
             return ()
         seeds, booked = watched.seeds, watched.booked
-        times = [0.0] * len(parts)
+        times, ratios = [0.0] * len(parts), [0.0] * len(parts)
         for k, (part, seed) in enumerate(zip(parts, seeds, strict=True)):
             begun, came = _size(seed.seeds), _size(leaves_in(part.relevance))
-            if came > MOST * begun > 0 and came > MOST * self._summands.size(watched.leaves, seed):
-                times[k] = came / begun
-        worst = max(range(len(times)), key=times.__getitem__)
+            ratios[k] = came / begun if begun else 0.0
+            if ratios[k] > MOST and came > MOST * self._summands.size(watched.leaves, seed):
+                times[k] = ratios[k]
+        worst = max(range(len(times)), key=lambda k: (times[k], ratios[k]))
         grown = times[worst] > 0
-        steep = False
-        if watched.gauge is not None:
-            self._gauged.add(watched.gauge.module)
-            steep = watched.gauge.steepest(self._graph, self._live) > MOST
+        gauge, steep = watched.gauge, False
+        if watched.again is not None and (gauge := self.gauge(watched.again)) is not None:
+            gauge.measure(watched.leaves, seeds[worst], in_float16(self._plan, watched.leaves))
+        if gauge is not None and gauge.measured:
+            self._gauged.add(gauge.module)
+            steep = gauge.steepest(self._graph, self._live) > MOST
         if not booked and (steep or (grown and not self._where)):
             booked = watched.book(seeds[worst])
         where = self.places(booked, watched.leaves, seeds[worst]) or self._where * grown

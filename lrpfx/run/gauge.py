@@ -7,15 +7,18 @@ and one sum an edge; it holds on to all activations meanwhile.
 from __future__ import annotations
 
 import functools
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from lrpfx.ops import explained_leaves, nodes_in, widened
 from lrpfx.rewrite import ARRIVES
 from lrpfx.rules import size_of
+from lrpfx.run.backward import Run
+from lrpfx.run.halves import pull_scaled
+from lrpfx.run.targets import Seed
 
 #: Less than this part of what relevance began with is round-off.
 _LEAST = 1e-6
@@ -28,7 +31,7 @@ class Gauge(fx.Interpreter):
         module: As ``rewrite.instrument`` makes it.
     """
 
-    def __init__(self, module: fx.GraphModule) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         self.extra_traceback = False  # errors are as if the module had been called
         self._sizes: dict[str, Tensor] = {}
@@ -44,6 +47,23 @@ class Gauge(fx.Interpreter):
             value.register_hook(functools.partial(_measure, self._sizes, name, a))
         return value
 
+    def measure(self, leaves: Sequence[Any], seed: Seed, scaled: bool) -> None:
+        """Run the graph, and pull one seed back.
+
+        Args:
+            leaves: Flat inputs.
+            seed: The seed.
+            scaled: Whether it is scaled on its way.
+        """
+        with torch.no_grad():
+            run = Run(*self.run(*leaves, None))
+            list(pull_scaled(run, [seed]) if scaled else run.pull([seed]))
+
+    @property
+    def measured(self) -> bool:
+        """Whether a backward pass has been measured; compiled graphs are none of this one's."""
+        return bool(self._sizes)
+
     def steepest(self, graph: fx.Graph, live: Container[fx.Node]) -> float:
         """How many times what arrived at a node's users arrived at the node, at most.
 
@@ -52,8 +72,6 @@ class Gauge(fx.Interpreter):
             live: The nodes that carry relevance. One of no edge, or of values that are infinite,
                 counts as having what its users got.
         """
-        if not self._sizes:
-            return 0.0
         found = torch.stack(list(self._sizes.values())).tolist()
         sizes = {n: size for n, size in zip(self._sizes, found, strict=True) if size == size}
         ends = set(nodes_in(explained_leaves(graph)))

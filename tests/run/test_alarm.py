@@ -1,5 +1,6 @@
 """Relevance that grows beyond measure is warned of, once, and noted with its place."""
 
+import copy
 import warnings
 from typing import Any
 
@@ -95,6 +96,22 @@ def test_a_node_between_is_named_where_what_has_grown_is_kept_back_below(mode: A
         explainer(x, 0, **mode)
 
 
+@pytest.mark.parametrize("target", ["compiled", "all", [[0, 1], [1, 0]]], ids=str)
+def test_a_node_between_is_named_of_a_compiled_call_and_of_several_targets(target: Any) -> None:
+    model = Apply(lambda m, x: (1e-5 * x + 1).tanh().sum(1, keepdim=True).expand(2, 2))
+    x, rules = torch.ones(2, 3, dtype=torch.float64), [("tanh", Thousandfold()), "epsilon_all"]
+    explainer = lrpfx.Explainer(model, x, rules, capture="record")
+    if target == "compiled":
+        explainer.compile(backend="eager")
+    for _ in range(2):
+        with pytest.warns(ExplosionWarning, match="on its way: .*tanh.* handed on 2e[+]03 times"):
+            explainer(x, 0 if target == "compiled" else target)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            explainer(x, 0 if target == "compiled" else target)
+        explainer = copy.deepcopy(explainer)  # which begins anew
+
+
 def test_a_node_is_named_when_the_report_is_read_of_a_later_call() -> None:
     model = Apply(lambda m, x: ((1e-5 * x + 1).tanh() * x.detach()[:, :1]).sum(1, keepdim=True))
     x, rules = torch.ones(2, 3, dtype=torch.float64), [("tanh", Thousandfold()), "epsilon_all"]
@@ -135,8 +152,9 @@ def test_what_does_not_grow_is_silent(mode: dict[str, Any]) -> None:
     model, x, seed = tripling(6)
     assert not lrpfx.explain(model, x, seed, **mode).report.notes
     model, x = nearly_cancelling()
-    assert not lrpfx.explain(model, x, 1, **mode).report.notes
-    (note,) = lrpfx.explain(model, x, torch.zeros_like(x), **mode).report.notes
+    (note,) = lrpfx.explain(model, x, 1, **mode).report.notes
+    assert "exp at" in note
+    _, note = lrpfx.explain(model, x, torch.zeros_like(x), **mode).report.notes
     assert "what is explained is zero" in note  # and nothing grows
 
 
