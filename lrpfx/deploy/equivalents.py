@@ -238,6 +238,19 @@ def unfold_backward(grad_in: Tensor, input_sizes: Ints, dim: int, size: int, ste
     return zeros.scatter_add(-1, places.flatten().expand(grad.shape), grad).movedim(-1, dim)
 
 
+def diagonal_backward(
+    grad_output: Tensor, input_sizes: Ints, offset: int, dim1: int, dim2: int
+) -> Tensor:
+    """Each gradient on the diagonal."""
+    first, second = dim1 % len(input_sizes), dim2 % len(input_sizes)
+    rows, columns = input_sizes[first], input_sizes[second]
+    number = torch.arange(grad_output.shape[-1], device=grad_output.device)
+    places = (number + max(-offset, 0)) * columns + number + max(offset, 0)
+    zeros = grad_output.new_zeros([*grad_output.shape[:-1], rows * columns])
+    found: Tensor = zeros.scatter_add(-1, places.expand(grad_output.shape), grad_output)
+    return found.reshape(*found.shape[:-1], rows, columns).movedim((-2, -1), (first, second))
+
+
 def _max_pool_backward(n: int) -> Callable[..., Tensor]:
     def backward(grad_output: Tensor, self: Tensor, *rest: Any) -> Tensor:
         return _scattered(grad_output, self, rest[-1], n)
@@ -275,10 +288,24 @@ def _adaptive_max_pool(n: int) -> Callable[..., tuple[Tensor, Tensor]]:
 # -- elementwise
 
 
-def copysign(self: Tensor, other: Tensor) -> Tensor:
+def copysign(self: Tensor, other: Tensor | float) -> Tensor:
     """The sign of zero counts as that of +0."""
     size = self.abs()
-    return torch.where(other < 0, -size, size)
+    if isinstance(other, Tensor):
+        return torch.where(other < 0, -size, size)
+    return -size if other < 0 else size
+
+
+def rrelu_with_noise(
+    self: Tensor,
+    noise: Tensor,
+    lower: float = 1 / 8,
+    upper: float = 1 / 3,
+    training: bool = False,
+) -> Tensor:
+    """In evaluation mode, the only one that is explained."""
+    assert not training
+    return F.leaky_relu(self, (lower + upper) / 2)
 
 
 def hardshrink_backward(grad_out: Tensor, self: Tensor, lambd: float) -> Tensor:
@@ -317,8 +344,11 @@ EQUIVALENTS: dict[Any, Callable[..., Any]] = {
     aten.replication_pad3d_backward.default: _replicated_backward(3),
     aten.adaptive_max_pool2d.default: _adaptive_max_pool(2),
     aten.adaptive_max_pool3d.default: _adaptive_max_pool(3),
+    aten.diagonal_backward.default: diagonal_backward,
     aten.unfold_backward.default: unfold_backward,
     aten.copysign.Tensor: copysign,
+    aten.copysign.Scalar: copysign,
+    aten.rrelu_with_noise.default: rrelu_with_noise,
     aten.hardshrink_backward.default: hardshrink_backward,
     **{
         getattr(aten, f"{name}_backward").default: _resize_backward(*how)
@@ -330,8 +360,19 @@ EQUIVALENTS: dict[Any, Callable[..., Any]] = {
 TABLE = {op: f for op, f in decomposition_table.items() if "backward" in str(op)} | EQUIVALENTS
 
 
+def _pad_circular(x: Tensor, pad: Ints) -> Tensor:
+    """What goes over an edge comes in at the other; PyTorch writes that into an empty tensor."""
+    for i in range(len(pad) // 2):
+        dim, (low, high) = -1 - i, pad[2 * i : 2 * i + 2]
+        begin = max(-low, 0)
+        x = x.narrow(dim, begin, x.shape[dim] - begin - max(-high, 0))
+        before = x.narrow(dim, x.shape[dim] - max(low, 0), max(low, 0))
+        x = torch.cat([before, x, x.narrow(dim, 0, max(high, 0))], dim)
+    return x
+
+
 class Spelled(TorchFunctionMode):
-    """Ops whose own derivative is written in strides are run as others, which have the same."""
+    """Ops that PyTorch writes in strides, or into memory, are run as others that give the same."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -339,4 +380,6 @@ class Spelled(TorchFunctionMode):
         """The op, or what stands for it."""
         if func is aten.adaptive_avg_pool2d.default and {*args[1]} == {1}:
             return args[0].mean([-1, -2], keepdim=True)
+        if func is aten.pad.default and args[2:3] == ("circular",):
+            return _pad_circular(args[0], args[1])
         return func(*args, **(kwargs or {}))

@@ -39,9 +39,9 @@ def export(
     The program takes what the model takes and then ``target``, a class per sample as int64 of
     shape (N,), and returns the model's output and the relevance of each explained input. It
     holds for every batch size, and for other sizes that the Explainer leaves open
-    (``dynamic=``); a model that can be recorded only holds for the sizes of ``inputs``, of which a
-    warning tells. Parameters are those of this moment. What is written is run on ``inputs`` first
-    and compared with the Explainer.
+    (``dynamic=``). Where a model fixes its sizes, or can be recorded only, it holds for those of
+    ``inputs``, of which a warning tells. Parameters are those of this moment. What is written is
+    run on ``inputs`` first and compared with the Explainer.
 
     Args:
         explainer: What explains.
@@ -125,14 +125,16 @@ def _refuse_names(names: Any) -> None:
 
 def _for_every_size(explainer: Explainer) -> Explainer:
     """An Explainer whose graph has no sizes of one run, where the model lets it be exported."""
+    only = "the file holds for the sizes of the example inputs only: "
     try:
-        return explainer.exported()
+        explainer = explainer.exported()
     except CaptureError as error:
-        warn(
-            "the file holds for the sizes of the example inputs only: the model was recorded, and "
-            f"cannot be exported: {error.what}"
-        )
+        warn(f"{only}the model was recorded, and cannot be exported: {error.what}")
         return explainer
+    captured = explainer._engine.captured
+    if captured.signature.batch is not None and captured.why_static:
+        warn(f"{only}{captured.why_static}")
+    return explainer
 
 
 def _refuse(explainer: Explainer) -> None:

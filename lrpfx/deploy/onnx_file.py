@@ -48,10 +48,10 @@ def write_onnx(program: Program, path: Path, facts: str, cases: Sequence[Case]) 
             feeds = {name: t.cpu().numpy() for name, t in zip(program.inputs, given, strict=True)}
             return [torch.from_numpy(a) for a in sessions[0].run(None, feeds)]
         except Exception as error:  # its classes are of its own, as those of numpy
+            single = all(t.dtype == torch.float32 for t in given if t.is_floating_point())
             raise ExportError(
                 f"onnxruntime cannot run what was written: {first_line(error)}",
-                fix="export it in float32, for whose ops onnxruntime has kernels: model.float(); "
-                'or to "model.pt2".',
+                fix=_FIX if single else f'{_SINGLE} or to "model.pt2".',
             ) from error
 
     for case in cases:
@@ -84,6 +84,7 @@ def _translated(program: Program) -> Any:
     return made
 
 
+_SINGLE = "export it in float32, for whose ops onnxruntime has kernels: model.float();"
 _FIX = 'export it to "model.pt2", or give the module another rule.'
 
 
@@ -96,7 +97,11 @@ def _lacking(exported: ExportedProgram) -> list[Any]:
     table = _decomp.create_onnx_friendly_decomposition_table(set(known))
     written = {node.name: node.target for node in exported.graph.nodes}
     found: dict[Any, None] = {}
-    for node in exported.run_decompositions(table).graph.nodes:
+    try:
+        exported = exported.run_decompositions(table)
+    except Exception:  # may be what failed, and raises anything
+        return []
+    for node in exported.graph.nodes:
         op = node.target
         if isinstance(op, torch._ops.OpOverload) and not registry.is_registered(op):
             origins = node.meta.get("from_node") or [node]

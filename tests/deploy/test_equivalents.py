@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lrpfx.deploy.equivalents import EQUIVALENTS
+from lrpfx.deploy.equivalents import EQUIVALENTS, Spelled
 
 aten = torch.ops.aten
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-6}
@@ -136,11 +136,24 @@ def windows() -> Iterator[Case]:
         yield aten.unfold_backward.default, (torch.randn_like(z), list(x.shape), dim, size, step)
 
 
+def diagonals() -> Iterator[Case]:
+    for offset, dims in itertools.product((-2, 0, 1, 3), ((0, 1), (2, 0), (-1, 1))):
+        x = draw(5, 4, 6)
+        z = x.diagonal(offset, *dims)
+        yield aten.diagonal_backward.default, (torch.randn_like(z), list(x.shape), offset, *dims)
+
+
 def signs() -> Iterator[Case]:
     other = draw(50)
     yield aten.copysign.Tensor, (torch.tensor(1e-3, dtype=torch.float64), other)
     other[::3] = 0.0
     yield aten.copysign.Tensor, (draw(50), other)
+    for number in (-2.0, 3.0):
+        yield aten.copysign.Scalar, (draw(50), number)
+
+
+def leaks() -> Iterator[Case]:
+    yield aten.rrelu_with_noise.default, (draw(50), draw(50), 0.1, 0.3, False)
 
 
 def shrunk() -> Iterator[Case]:
@@ -160,7 +173,9 @@ KINDS: list[Callable[[], Iterator[Case]]] = [
     replicated,
     adaptive_maxima,
     windows,
+    diagonals,
     signs,
+    leaks,
     shrunk,
 ]
 
@@ -189,3 +204,15 @@ def test_the_equivalent_computes_what_the_op_computes(
 
 def test_every_equivalent_is_among_the_cases() -> None:
     assert {op for kind in KINDS for op, _ in kind()} == set(EQUIVALENTS)
+
+
+@pytest.mark.parametrize("pad", [(2, 3, 0, 1, 1, 0), (6, 5), (-2, 1, 0, -3), (0, 0, 5, 0)])
+def test_padding_in_a_circle_is_the_same_with_its_derivative(pad: tuple[int, ...]) -> None:
+    x = draw(2, 3, *(4, 5, 6)[-len(pad) // 2 :]).requires_grad_()
+    expected = F.pad(x, pad, mode="circular")
+    with Spelled():
+        got = aten.pad.default(x, pad, "circular")
+    assert torch.equal(expected, got)
+    start = torch.randn_like(got)
+    right, found = (torch.autograd.grad(z, x, start)[0] for z in (expected, got))
+    assert torch.allclose(right, found, rtol=1e-12)

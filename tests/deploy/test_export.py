@@ -219,6 +219,13 @@ def test_what_can_be_recorded_only_is_exported_for_its_sizes_with_a_warning(tmp_
     assert apart(loaded(path)(X, target)[1], expected) < TOLERANCE
 
 
+def test_a_model_that_fixes_its_batch_is_exported_for_it_with_a_warning(tmp_path: Path) -> None:
+    model = Apply(lambda m, x: m.linear(x.reshape(len(x), 2, 3).flatten(1)), linear=nn.Linear(6, 2))
+    explainer = lrpfx.Explainer(model.double(), X)
+    with pytest.warns(LrpWarning, match=r"for the sizes of the example inputs only.*len\(x\)"):
+        lrpfx.export(explainer, tmp_path / "model.pt2", X)
+
+
 def test_a_run_that_values_decided_is_refused_by_its_line(tmp_path: Path) -> None:
     def forward(model: Any, x: Tensor) -> Tensor:
         return model.linear(x if float(x.sum()) > 0 else -x)

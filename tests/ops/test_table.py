@@ -15,6 +15,8 @@ from lrpfx.ops import table as ops
 # What each case checks. Every op, whatever its kind, stands between two linear maps with weights
 # of both signs, so that its relevance is neither trivial nor symmetric.
 Fn = Callable[[Tensor], Tensor]
+#: Single in tests of files, as onnxruntime has few kernels for doubles.
+DTYPE = torch.float64
 
 
 class Between(nn.Module):
@@ -24,10 +26,10 @@ class Between(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.fn = fn
-        self.gain = nn.Parameter(torch.rand(shape, dtype=torch.float64) + 0.5)
+        self.gain = nn.Parameter(torch.rand(shape, dtype=DTYPE) + 0.5)
         with torch.no_grad():
-            size = fn(torch.zeros(2, *shape, dtype=torch.float64)).flatten(1).shape[1]
-        self.head = nn.Linear(size, 3, bias=False).double()
+            size = fn(torch.zeros(2, *shape, dtype=DTYPE)).flatten(1).shape[1]
+        self.head = nn.Linear(size, 3, bias=False, dtype=DTYPE)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.fn(x * self.gain).flatten(1))
@@ -41,7 +43,7 @@ def gradient_times_input(model: nn.Module, x: Tensor, target: int) -> Tensor:
 
 def samples(shape: tuple[int, ...], n: int = 3) -> Tensor:
     torch.manual_seed(1)
-    return torch.randn(n, *shape, dtype=torch.float64)
+    return torch.randn(n, *shape, dtype=DTYPE)
 
 
 IMAGE, SEQUENCE, VOLUME, ROW = (4, 6, 6), (4, 8), (2, 4, 4, 4), (8,)
@@ -49,7 +51,7 @@ IMAGE, SEQUENCE, VOLUME, ROW = (4, 6, 6), (4, 8), (2, 4, 4, 4), (8,)
 
 @functools.cache  # a constant of the graph; drawn inside forward it would be random
 def kernel(*shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    return torch.randn(*shape, dtype=DTYPE, generator=torch.Generator().manual_seed(2))
 
 
 def batched(x: Tensor) -> Tensor:
@@ -349,7 +351,7 @@ ACTIVATIONS: dict[str, Fn] = {
     "relu6": F.relu6,
     "nn.ReLU6": nn.ReLU6(),
     "leaky_relu": lambda x: F.leaky_relu(x, 0.2),
-    "prelu": nn.PReLU(dtype=torch.float64),
+    "prelu": lambda x: F.prelu(x, kernel(8).abs()),
     "rrelu in eval": lambda x: F.rrelu(x, training=False),
     "elu": F.elu,
     "elu_": lambda x: F.elu(x * 1.0, inplace=True),
@@ -401,10 +403,10 @@ SHIFTS: dict[str, tuple[Fn, float, float]] = {
     "number + x": (lambda x: 1.5 + x, 1.0, 1.5),
     "x - number": (lambda x: x - 0.5, 1.0, -0.5),
     "number - x": (lambda x: 0.5 - x, -1.0, 0.5),
-    "add with alpha": (lambda x: torch.add(torch.ones(8).double(), x, alpha=3), 3.0, 1.0),
-    "add to tensor": (lambda x: torch.add(x, torch.ones(8).double(), alpha=3), 1.0, 3.0),
+    "add with alpha": (lambda x: torch.add(torch.ones(8, dtype=DTYPE), x, alpha=3), 3.0, 1.0),
+    "add to tensor": (lambda x: torch.add(x, torch.ones(8, dtype=DTYPE), alpha=3), 1.0, 3.0),
     "sub with alpha": (lambda x: torch.sub(x, 2.0, alpha=3), 1.0, -6.0),
-    "tensor - x": (lambda x: torch.ones(8).double() - x, -1.0, 1.0),
+    "tensor - x": (lambda x: torch.ones(8, dtype=DTYPE) - x, -1.0, 1.0),
     "rsub": (lambda x: torch.rsub(x, 2.0, alpha=3), -3.0, 2.0),
     "added to ones by index": (
         lambda x: torch.ones_like(x).index_add(1, torch.arange(8), x),
