@@ -189,7 +189,7 @@ MUTANTS = [
     Mutant(
         "softmax forgets what its sum takes",
         "rules/bilinear.py",
-        'return R - y * R.sum(call.argument("dim"), keepdim=True)',
+        'return R - z * R.sum(call.argument("dim"), keepdim=True)',
         "return R",
         "tests/canonize/opened/test_attention.py",
         "formulas",
@@ -385,8 +385,8 @@ MUTANTS = [
     Mutant(
         "an attribute that forward() makes stays",
         "capture/preserve.py",
-        "            del mapping[key]",
-        "            pass",
+        "        del mapping[key]",
+        "        pass",
         "tests/test_errors.py",
         "leaves_the_model_alone",
     ),
