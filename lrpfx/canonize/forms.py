@@ -15,6 +15,21 @@ import torch
 from torch import Tensor, fx
 
 from lrpfx.canonize.measure import ROUNDED, Measured, close
+from lrpfx.canonize.same import Same
+
+
+class Region(NamedTuple):
+    """Ops that end in one node.
+
+    Args:
+        end: The node.
+        entries: What enters; what else is read stays as it is.
+        inside: The ops, in order, of those that compute the same the first.
+    """
+
+    end: fx.Node
+    entries: Sequence[fx.Node]
+    inside: Sequence[fx.Node]
 
 
 class Exponents(NamedTuple):
@@ -45,14 +60,14 @@ class Gated(NamedTuple):
     """A summand c u v g(a).
 
     Args:
-        signals: u, v.
+        signals: u, v, by their places among the signals.
         shape: What g is: "constant", 1; "open", sigmoid(p a); "shut", 1 - a for an a that is a
             sigmoid itself, and "as it is", a.
         power: p.
         scale: c, None if it is not the same everywhere.
     """
 
-    signals: tuple[fx.Node, ...]
+    signals: tuple[int, ...]
     shape: Literal["constant", "open", "shut", "as it is"]
     power: float
     scale: float | None
@@ -67,17 +82,35 @@ class Gated(NamedTuple):
 
 
 def _known_or_none(of: Callable[..., Any]) -> Callable[..., Any]:
-    """Without gradients; ops of the user's may fail on values that mean nothing to them."""
+    """Without gradients, and once for regions of one form, such as the steps of a recurrent layer.
+
+    Ops of the user's may fail on values that mean nothing to them: then nothing is known.
+    """
 
     @wraps(of)
-    def measured(*args: Any, **kwargs: Any) -> Any:
-        try:
-            with torch.no_grad():
-                return of(*args, **kwargs)
-        except Exception:
-            return None
+    def found(measured: Measured, region: Region, *args: Any) -> Any:
+        key = (of.__name__, _form(measured.same, region), args)
+        if key not in measured.known:
+            try:
+                with torch.no_grad():
+                    measured.known[key] = of(measured, region, *args)
+            except Exception:
+                measured.known[key] = None
+        return measured.known[key]
 
-    return measured
+    return found
+
+
+def _form(same: Same, region: Region) -> Any:
+    """What the values of a region are decided by, whatever enters."""
+    names: dict[fx.Node, str] = {n: f"entry {i}" for i, n in enumerate(region.entries)}
+    names |= {same.first(n): f"op {i}" for i, n in enumerate(region.inside)}
+    calls = []
+    for node in region.inside:
+        read = fx.node.map_arg((node.args, node.kwargs), lambda n: names.get(same.first(n), n.name))
+        calls.append((node.target, str(read)))
+    values = [n.meta["val"] for n in region.entries]
+    return tuple(calls), tuple((str(v.shape), v.dtype) for v in values)
 
 
 Values = dict[fx.Node, Tensor]
@@ -120,14 +153,9 @@ def _rounded(measured: Tensor, parts: int = 1) -> float:
 
 
 @_known_or_none
-def exponents(measured: Measured, end: fx.Node, entries: Sequence[fx.Node]) -> Exponents | None:
-    """How ``end`` is an exponential of some nodes, if it is one.
-
-    Args:
-        measured: See ``Measured``.
-        end: The node in question.
-        entries: What it is computed from; what else it reads stays as it is.
-    """
+def exponents(measured: Measured, region: Region) -> Exponents | None:
+    """How a region is an exponential of what enters, if it is one."""
+    end, entries, _ = region
     zeros = {n: torch.zeros_like(measured.drawn(n)) for n in entries}
     k: Tensor = measured.value_with(end, zeros)
     counts = k != 0
@@ -148,16 +176,9 @@ def exponents(measured: Measured, end: fx.Node, entries: Sequence[fx.Node]) -> E
 
 
 @_known_or_none
-def sigmoid(
-    measured: Measured, end: fx.Node, entries: Sequence[fx.Node]
-) -> tuple[float, tuple[float, ...]] | None:
-    """C and the numbers c, where ``end`` is C times the sigmoid of c a + d b.
-
-    Args:
-        measured: See ``Measured``.
-        end: The node in question.
-        entries: a and b, or more or less of them; what else is read stays as it is.
-    """
+def sigmoid(measured: Measured, region: Region) -> tuple[float, tuple[float, ...]] | None:
+    """C, c and d, where a region is C times the sigmoid of c a + d b, of a and b that enter."""
+    end, entries, _ = region
     zeros = {n: torch.zeros_like(measured.drawn(n)) for n in entries}
     half = measured.value_with(end, zeros).flatten()[0]
     scale = _rounded(2 * half)
@@ -173,8 +194,9 @@ def sigmoid(
 
 
 @_known_or_none
-def power(measured: Measured, end: fx.Node, entry: fx.Node) -> Power | None:
-    """How ``end`` is a power of a positive number, if it is one; see ``exponents``."""
+def power(measured: Measured, region: Region) -> Power | None:
+    """How a region is a power of the one positive number that enters, if it is one."""
+    end, (entry,), _ = region
     drawn = measured.drawn(entry).abs() + 0.1
     one, four = (
         measured.value_with(end, {entry: torch.full_like(drawn, n)}).flatten()[0] for n in (1, 4)
@@ -189,8 +211,9 @@ def power(measured: Measured, end: fx.Node, entry: fx.Node) -> Power | None:
 
 
 @_known_or_none
-def softmax(measured: Measured, end: fx.Node, entry: fx.Node, power: int) -> int | None:
-    """Over which dimension of the entry ``end`` is a power of its softmax, if it is."""
+def softmax(measured: Measured, region: Region, power: int) -> int | None:
+    """Over which dimension of the one entry a region is a power of its softmax, if it is."""
+    end, (entry,), _ = region
     for dim in range(entry.meta["val"].ndim):
 
         def formula(values: Values, dim: int = dim) -> Tensor:
@@ -202,26 +225,28 @@ def softmax(measured: Measured, end: fx.Node, entry: fx.Node, power: int) -> int
 
 
 @_known_or_none
-def gated(
-    measured: Measured, end: fx.Node, signals: Sequence[fx.Node], gate: fx.Node, bent: bool
-) -> list[Gated] | None:
-    """The summands of a node in which each signal counts as often as it is there, if it has such.
+def gated(measured: Measured, region: Region, place: int, bent: bool) -> list[Gated] | None:
+    """The summands of a region in which each signal counts as often as it is there.
+
+    None if it is not linear in each of these by itself.
 
     Args:
         measured: See ``Measured``.
-        end: The node in question.
-        signals: What it must be linear in, each by itself.
-        gate: What it may depend on by sigmoids.
-        bent: Whether these are of the gate; else it is one, and stands as it is or as 1 - gate.
+        region: Its entries are the signals and a gate.
+        place: Of the gate among them.
+        bent: Whether it may be read by sigmoids; else it is one, and stands as it is or as 1 - a.
     """
+    end, gate = region.end, region.entries[place]
+    signals = [n for n in region.entries if n is not gate]
     like = {n: measured.drawn(n, i) for i, n in enumerate((gate, *signals))}
-    subsets = list(chain(*(combinations(signals, k) for k in range(len(signals) + 1))))
+    places = range(len(signals))
+    subsets = list(chain(*(combinations(places, k) for k in range(len(signals) + 1))))
 
-    def factors(a: Tensor) -> dict[tuple[fx.Node, ...], Tensor]:
+    def factors(a: Tensor) -> dict[tuple[int, ...], Tensor]:
         """By signals what their product is multiplied by, for a value of the gate."""
-        found: dict[tuple[fx.Node, ...], Tensor] = {}
+        found: dict[tuple[int, ...], Tensor] = {}
         for own in subsets:
-            ones = {n: torch.full_like(like[n], n in own) for n in signals}
+            ones = {n: torch.full_like(like[n], i in own) for i, n in enumerate(signals)}
             value = measured.value_with(end, {**ones, gate: a})
             found[own] = value - sum(found[part] for part in found if {*part} < {*own})
         return found
@@ -235,8 +260,8 @@ def gated(
         total = torch.zeros_like(zero[()])
         for found, c in summands:
             term = c * found.factor(values[gate])
-            for n in found.signals:
-                term = term * values[n]
+            for i in found.signals:
+                term = term * values[signals[i]]
             total = total + term
         return total
 
@@ -245,7 +270,7 @@ def gated(
 
 
 def _summand(
-    own: tuple[fx.Node, ...], zero: Tensor, one: Tensor, bent: bool
+    own: tuple[int, ...], zero: Tensor, one: Tensor, bent: bool
 ) -> tuple[Gated, Tensor] | None:
     """The summand of some signals and its c, from its factor for a gate of zero and of one.
 

@@ -34,6 +34,8 @@ class Measured:
     def __init__(self, module: fx.GraphModule) -> None:
         self._interpreter = fx.Interpreter(module, garbage_collect_values=False)
         self._graph = module.graph
+        #: What has been found of regions, by their form; see ``forms``.
+        self.known: dict[Any, Any] = {}
         arguments = [n for n in module.graph.nodes if n.op == "placeholder"]
         self._values: dict[fx.Node, Any] = dict(
             zip(arguments, module.meta.get(INPUTS, ()), strict=False)

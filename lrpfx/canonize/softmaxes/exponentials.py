@@ -60,15 +60,15 @@ def _make_whole(node: fx.Node, measured: Measured, live: set[fx.Node]) -> bool:
     """Write a node, and those that compute the same, as an exponential, if it is one."""
     if not is_pointwise(node) or _kind(node, live) == "scale":
         return False  # what it scales may be
-    for entries, inside in pointwise_regions(node, live, measured.same):
-        found = exponents(measured, node, entries)
+    for region in pointwise_regions(node, live, measured.same):
+        found = exponents(measured, region)
         if found is not None:
             same = Same(node.graph)
-            first, entries = same.first(node), [same.first(n) for n in entries]
+            first, entries = same.first(node), [same.first(n) for n in region.entries]
             with node.graph.inserting_before(first):
                 new = _written(first, dict(zip(entries, found.powers, strict=True)), live)
                 if not found.plain:
-                    new = _times(new, first, entries, [same.first(n) for n in inside])
+                    new = _times(new, first, entries, [same.first(n) for n in region.inside])
             live.add(new)
             for other in same.group(node):
                 other.replace_all_uses_with(new)

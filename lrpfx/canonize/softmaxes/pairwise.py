@@ -9,10 +9,10 @@ import torch
 from torch import fx
 
 from lrpfx import ops
-from lrpfx.canonize.forms import softmax
+from lrpfx.canonize.forms import Region, softmax
 from lrpfx.canonize.hold import live_values
 from lrpfx.canonize.insert import insert
-from lrpfx.canonize.measure import Measured, alike
+from lrpfx.canonize.measure import Measured, alike, between
 from lrpfx.canonize.softmaxes.joined import is_sum
 from lrpfx.canonize.whole import sources
 from lrpfx.ops import live_names, output_leaves, precision
@@ -42,7 +42,7 @@ def whole_inverse_softmaxes(module: fx.GraphModule) -> fx.GraphModule:
             continue
         sums, power = of
         for y in _scores(sums, live):
-            if (dim := softmax(measured, sums, y, power)) is not None:
+            if (dim := softmax(measured, Region(sums, [y], between(y, sums)), power)) is not None:
                 with graph.inserting_before(node):
                     end, new = _written(node, y, dim)
                 end.replace_all_uses_with(new)

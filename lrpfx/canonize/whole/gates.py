@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import fx
 
 from lrpfx import ops
-from lrpfx.canonize.forms import Gated, gated
+from lrpfx.canonize.forms import Gated, Region, gated
 from lrpfx.canonize.insert import copied, insert, replace
 from lrpfx.canonize.measure import Measured, alike, between
 from lrpfx.canonize.same import Same
@@ -56,23 +55,18 @@ def whole_gates(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
-@dataclass(frozen=True)
-class _Region:
-    """Pointwise ops that end in one node.
+class _Gated:
+    """A region that may be products with a sigmoid, and what is left of it.
 
     Args:
-        end: The node.
-        entries: What enters.
-        inside: The ops, in order, of those that compute the same the first.
+        region: The region.
         same: What computes the same.
         live: What relevance may come through; what is written is added.
     """
 
-    end: fx.Node
-    entries: list[fx.Node]
-    inside: list[fx.Node]
-    same: Same
-    live: set[fx.Node]
+    def __init__(self, region: Region, same: Same, live: set[fx.Node]) -> None:
+        self.end, self.entries, self.inside = region
+        self.same, self.live = same, live
 
     def is_of_one_module(self) -> bool:
         """Whether no module returns a part of the arithmetic."""
@@ -81,11 +75,15 @@ class _Region:
 
     def is_multiplied_out(self, gate: fx.Node) -> bool:
         """Whether a signal enters twice, or is divided, or a gate is more than sigmoids."""
+        if any(n.target is aten.div.Tensor and n.args[1] in self.live for n in self.inside):
+            return True
         nodes = [n for node in self.inside for n in nodes_in(node.args) if n in self.live]
         read = [self.same.first(n) for n in nodes]
-        divided = any(n.target is aten.div.Tensor and n.args[1] in self.live for n in self.inside)
-        curved = any(is_curved(n, self.live) and n.target not in _SIGMOIDS for n in self.inside)
-        return divided or any(read.count(n) > 1 for n in self.entries if curved or n is not gate)
+        again = [n for n in self.entries if read.count(n) > 1]
+        return again not in ([], [gate]) or (
+            gate in again
+            and any(is_curved(n, self.live) and n.target not in _SIGMOIDS for n in self.inside)
+        )
 
     def has_shift(self) -> bool:
         """Whether there is a constant summand, as in ``1 - z``."""
@@ -144,11 +142,13 @@ class _Region:
         """
         own = summand.signals
         rest = any({*s.signals} < {*own} for s in summands)
+        signals = [n for n in self.entries if n is not gate]
         total: fx.Node | None = None
         for size in range(0 if rest else len(own), len(own) + 1):
             target = aten.sub.Tensor if (len(own) - size) % 2 else aten.add.Tensor
             for ones in combinations(own, size):
-                numbers = dict.fromkeys(self.entries, 0) | dict.fromkeys(ones, 1)
+                numbers = dict.fromkeys(self.entries, 0)
+                numbers |= dict.fromkeys((signals[i] for i in ones), 1)
                 numbers[gate] = int(summand.shape == "as it is")
                 value = self._value_for(numbers)
                 if total is None and target is aten.sub.Tensor:
@@ -169,18 +169,17 @@ class _Region:
 
 
 def _make_whole(node: fx.Node, measured: Measured, live: set[fx.Node], finest: int) -> bool:
-    for entries, inside in pointwise_regions(node, live, measured.same, curved=False):
-        if len(entries) < 2 or len(inside) < 2:
+    for found in pointwise_regions(node, live, measured.same, curved=False):
+        if len(found.entries) < 2 or len(found.inside) < 2:
             continue
-        region = _Region(node, entries, inside, measured.same, live)
+        region = _Gated(found, measured.same, live)
         if not region.is_of_one_module():
             return False  # what a module returns stays as it is
         for gate, sigmoid in [*region.sigmoids(), *((n, None) for n in region.bent())]:
             left = sigmoid is not None and region.has_shift()
             if not left and not region.is_multiplied_out(gate):
                 continue
-            signals = [n for n in entries if n is not gate]
-            summands = gated(measured, node, signals, gate, bent=sigmoid is None)
+            summands = gated(measured, found, found.entries.index(gate), sigmoid is None)
             if summands is not None and any(s.shape in ("open", "shut") for s in summands):
                 with node.graph.inserting_before(node.next):
                     live.add(replace(node, _written(region, summands, gate, sigmoid), finest))
@@ -189,10 +188,10 @@ def _make_whole(node: fx.Node, measured: Measured, live: set[fx.Node], finest: i
 
 
 def _written(
-    region: _Region, summands: Sequence[Gated], gate: fx.Node, sigmoid: fx.Node | None
+    region: _Gated, summands: Sequence[Gated], gate: fx.Node, sigmoid: fx.Node | None
 ) -> fx.Node:
     """The summands, each a product, added up; at the insert point."""
-    write = region.write
+    write, signals = region.write, [n for n in region.entries if n is not gate]
     factors: dict[tuple[str, float], fx.Node] = {("as it is", 0.0): gate}
     total: fx.Node | None = None
     for s in summands:
@@ -203,7 +202,7 @@ def _written(
         elif s.shape == "open" and key not in factors:
             x = gate if s.power == 1 else write(aten.mul.Tensor, gate, s.power)
             factors[key] = write(aten.sigmoid.default, x)
-        own = [*s.signals, *([factors[key]] if key in factors else [])]
+        own = [*(signals[i] for i in s.signals), *([factors[key]] if key in factors else [])]
         scale: Any = s.scale
         if scale is None or not own:
             scale = region.coefficient(s, summands, gate)

@@ -64,7 +64,7 @@ def _is_like(node: fx.Node, other: fx.Node) -> bool:
 def _is_of(node: fx.Node, x: fx.Node, changing: set[fx.Node], same: Same) -> bool:
     """Whether a node is a function of ``x``, number by number."""
     regions = pointwise_regions(node, changing, same)
-    return any(entries == [same.first(x)] for entries, _ in regions)
+    return any(region.entries == [same.first(x)] for region in regions)
 
 
 def _is_one(nest: list[fx.Node], own: list[fx.Node], changing: set[fx.Node]) -> bool:

@@ -33,11 +33,12 @@ def whole_inverses(module: fx.GraphModule) -> fx.GraphModule:
     for node in dict.fromkeys(_factors(graph, live)):
         if node.target not in _ENDS or not precision(node):
             continue
-        for entries, inside in pointwise_regions(node, live, measured.same, curved=False):
-            single = len(inside) == 1 and node.target is not aten.pow.Tensor_Tensor
+        for region in pointwise_regions(node, live, measured.same, curved=False):
+            entries = region.entries
+            single = len(region.inside) == 1 and node.target is not aten.pow.Tensor_Tensor
             if len(entries) != 1 or single or precision(entries[0]) != precision(node):
                 continue
-            formula = power(measured, node, entries[0])
+            formula = power(measured, region)
             if formula is not None and formula.power < 0:
                 with graph.inserting_before(node.next):
                     if precision(node) < finest:  # a rounded power is no power

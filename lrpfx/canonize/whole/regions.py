@@ -10,12 +10,17 @@ import torch
 from torch import fx
 
 from lrpfx import ops
+from lrpfx.canonize.forms import Region
 from lrpfx.canonize.hold import is_inverse
 from lrpfx.canonize.same import Same
 from lrpfx.ops import live_names
 
+aten = torch.ops.aten
+
 #: More nodes, and more values that enter, than the formulas in use have.
 _LONGEST, _MOST = 8, 4
+_ARITHMETIC = {aten.add.Tensor, aten.sub.Tensor, aten.rsub.Scalar, aten.mul.Tensor}
+_ARITHMETIC |= {aten.neg.default, aten.div.Tensor}
 #: Kinds of which none grows otherwise than its input.
 _STRAIGHT = {"clamp", "max", "where", "abs", "relu", "sqrt", "square", "pow"}
 
@@ -25,8 +30,8 @@ def pointwise_regions(
     live: Collection[fx.Node],
     same: Same | None = None,
     curved: bool = True,
-) -> Iterator[tuple[list[fx.Node], list[fx.Node]]]:
-    """What enters regions of pointwise ops, and their nodes, in order.
+) -> Iterator[Region]:
+    """Regions of pointwise ops, from the smallest on.
 
     Args:
         end: What they end in.
@@ -42,7 +47,7 @@ def pointwise_regions(
     entries = inputs(end)
     while len(inside) <= _LONGEST:
         if bent and len(entries) <= _MOST:
-            yield sorted(entries), sorted(inside)
+            yield Region(end, sorted(entries), sorted(inside))
         if not (pointwise := list(filter(is_pointwise, entries))):
             return
         last = max(pointwise)
@@ -75,6 +80,8 @@ def is_pointwise(node: fx.Node) -> bool:
 
 def is_curved(node: fx.Node, live: Collection[fx.Node]) -> bool:
     """Whether a node is a function other than powers, of which no exponential can be made."""
+    if node.target in _ARITHMETIC:
+        return False
     names = live_names(node, live)
     op = ops.find(node.target, frozenset(names))
     if op is None or op.family != "activation" or is_inverse(node):

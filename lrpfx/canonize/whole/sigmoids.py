@@ -31,11 +31,12 @@ def whole_sigmoids(module: fx.GraphModule) -> fx.GraphModule:
     for node in dict.fromkeys(_candidates(graph, live)):
         if not precision(node) or not is_pointwise(node) or node.target is aten.sigmoid.default:
             continue
-        for entries, inside in pointwise_regions(node, live, measured.same):
+        for region in pointwise_regions(node, live, measured.same):
+            entries = region.entries
             coarse = any(precision(n) != precision(node) for n in entries)
-            if len(entries) > 2 or len(inside) == 1 or coarse:
+            if len(entries) > 2 or len(region.inside) == 1 or coarse:
                 continue
-            if (numbers := sigmoid(measured, node, entries)) is not None:
+            if (numbers := sigmoid(measured, region)) is not None:
                 with graph.inserting_before(node.next):
                     live.add(replace(node, _written(node, entries, *numbers), finest))
                 found = True
