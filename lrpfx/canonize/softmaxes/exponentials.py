@@ -16,7 +16,7 @@ from lrpfx.canonize.insert import copied, insert
 from lrpfx.canonize.measure import Measured
 from lrpfx.canonize.same import Same
 from lrpfx.canonize.softmaxes.joined import is_sum, quotients_of
-from lrpfx.canonize.softmaxes.normalized import NORM
+from lrpfx.canonize.softmaxes.proportional import NORM, kind_of
 from lrpfx.canonize.whole import is_pointwise, pointwise_regions
 from lrpfx.ops import bound_arguments, live_names, output_leaves, precision, varying
 
@@ -43,7 +43,7 @@ def whole_exponentials(module: fx.GraphModule) -> fx.GraphModule:
         if node in seen or node.target is aten.exp.default:
             continue
         seen.add(node)
-        if _kind(node, live) == "prod":
+        if kind_of(node, live) == "prod":
             written |= precision(node) >= finest and _prod_whole(node, measured, live)
             continue
         inverse = node in belows and is_inverse(node)
@@ -58,7 +58,7 @@ def whole_exponentials(module: fx.GraphModule) -> fx.GraphModule:
 
 def _make_whole(node: fx.Node, measured: Measured, live: set[fx.Node]) -> bool:
     """Write a node, and those that compute the same, as an exponential, if it is one."""
-    if not is_pointwise(node) or _kind(node, live) == "scale":
+    if not is_pointwise(node) or kind_of(node, live) == "scale":
         return False  # what it scales may be
     for region in pointwise_regions(node, live, measured.same):
         found = exponents(measured, region)
@@ -124,11 +124,6 @@ def _prod_whole(node: fx.Node, measured: Measured, live: set[fx.Node]) -> bool:
 def _is_move(node: fx.Node, live: Collection[fx.Node]) -> bool:
     op = ops.find(node.target, frozenset(live_names(node, live)))
     return node.target is operator.getitem or (op is not None and op.family == "move")
-
-
-def _kind(node: fx.Node, live: Collection[fx.Node]) -> str:
-    op = ops.find(node.target, frozenset(live_names(node, live)))
-    return "" if op is None else op.kind
 
 
 def _written(like: fx.Node, powers: Mapping[fx.Node, float], live: set[fx.Node]) -> fx.Node:

@@ -14,7 +14,7 @@ from lrpfx.canonize.hold import is_inverse, live_values
 from lrpfx.canonize.insert import copied, insert
 from lrpfx.canonize.measure import Measured, between
 from lrpfx.canonize.same import Same
-from lrpfx.canonize.softmaxes.normalized import PROPORTIONAL
+from lrpfx.canonize.softmaxes.proportional import PROPORTIONAL
 from lrpfx.canonize.softmaxes.scores import SHIFT, find_scores, without_influence
 from lrpfx.ops import HELD, live_names, output_leaves, precision, reachable
 

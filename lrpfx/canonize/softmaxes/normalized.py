@@ -7,28 +7,24 @@ guard in it, and c may be anything that is the same for all of a sum, as then it
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import combinations
 from typing import Any
 
 import torch
 from torch import fx
 
-from lrpfx import ops
 from lrpfx.canonize.final import LOG_SOFTMAXES, SOFTMAXES, way_to_final
-from lrpfx.canonize.hold import DIVISOR, is_inverse, live_values
+from lrpfx.canonize.hold import DIVISOR, live_values
 from lrpfx.canonize.insert import copied, insert
 from lrpfx.canonize.measure import Measured, alike, between
+from lrpfx.canonize.softmaxes.groups import handed_back
+from lrpfx.canonize.softmaxes.proportional import NORM, SUMS, exponent_of, kind_of, powers_of
 from lrpfx.canonize.softmaxes.scores import Scores, find_scores, without_influence
 from lrpfx.canonize.whole import compose
 from lrpfx.ops import (
     HELD,
-    SHAPED,
     bound_arguments,
-    live_names,
-    nodes_in,
     output_leaves,
     precision,
 )
@@ -39,12 +35,8 @@ aten = torch.ops.aten
 NORMALISER = "normaliser of a softmax"
 
 _EXPONENTIALS = {*SOFTMAXES, aten.exp.default}
-NORM = aten.linalg_vector_norm.default
 #: What takes parts that stand side by side.
 _PARTS = {aten.select.int, aten.slice.Tensor}
-#: Kinds of ops that are proportional to their input, those with a guard such as a small number.
-_SUMS = {"reduction", "avg_pool", "sum", "linear"}
-PROPORTIONAL = {*_SUMS, "scale", "shift", "clamp", "max", "where", "abs", "relu"}
 
 
 def whole_softmaxes(module: fx.GraphModule) -> fx.GraphModule:
@@ -114,7 +106,7 @@ class _Exponential:
         self.coarse = coarse
         self.t = node.all_input_nodes[0]
         #: By what power of a factor on the exponential what depends on it grows.
-        self.powers = _powers(node)
+        self.powers = powers_of(node)
 
     def make_whole(self) -> None:
         """Rewrite what the exponential is part of: a softmax, or a logarithm of a sum."""
@@ -199,7 +191,7 @@ class _Exponential:
         for node in self._way(end):
             if not self.live.isdisjoint({*node.all_input_nodes} - {self.node, *self.powers}):
                 return None
-            if self._kind(node) in _SUMS or node.target is NORM:
+            if self._kind(node) in SUMS or node.target is NORM:
                 return node
         return None
 
@@ -281,7 +273,7 @@ class _Exponential:
             return False
         last = way[-1] if way else self.node
         with end.graph.inserting_before(end):
-            groups = _handed_back(total, last, self.node, end)
+            groups = handed_back(total, last, self.node, end)
             fits = (g for g in groups if self.measured.ignores_scale(end, self.node, last, g))
             if (spread := next(fits, None)) is None:
                 return False
@@ -326,7 +318,7 @@ class _Exponential:
                 (user,) = node.users
                 if user.target in (aten.add.Tensor, aten.sub.Tensor) and not user.kwargs:
                     yield user, node
-                elif _kind(user, [node]) not in ("scale", "reshape"):
+                elif kind_of(user, [node]) not in ("scale", "reshape"):
                     break
                 node = user
 
@@ -339,7 +331,7 @@ class _Exponential:
         first = end.target is aten.add.Tensor or end.args[0] is logarithm
         while first and len(operand.all_input_nodes) == 1:
             (before,) = operand.all_input_nodes
-            if _kind(operand, [before]) != "shift":
+            if kind_of(operand, [before]) != "shift":
                 break
             summands.append(operand)
             operand = before
@@ -357,100 +349,10 @@ class _Exponential:
         self.live.add(new)
 
     def _kind(self, node: fx.Node) -> str:
-        return _kind(node, self.powers)
-
-
-def _powers(start: fx.Node) -> dict[fx.Node, float | None]:
-    """By what power of a factor on ``start`` the nodes grow that depend on it, None for none.
-
-    Where that is 0 or None it is followed no further.
-    """
-    powers: dict[fx.Node, float | None] = {start: 1}
-    pending = set(start.users)
-    while pending:
-        node = min(pending)
-        pending.remove(node)
-        if node.op == "output":
-            continue
-        powers[node] = _power(node, powers)
-        if powers[node]:
-            pending.update(node.users)
-    return powers
-
-
-def _power(node: fx.Node, powers: Mapping[fx.Node, float | None]) -> float | None:
-    given = [powers[n] for n in nodes_in(node.args) if n in powers]
-    if node.target in SHAPED:
-        given = given[:1]
-    if any(power is None for power in given):
-        return None
-    known = [power for power in given if power is not None]
-    if node.target in (operator.getitem, aten.detach.default, NORM):
-        return known[0]
-    if node.target is aten.div.Tensor:
-        above, below = (n in powers for n in node.args)
-        return known[0] * above - known[-1] * below
-    if is_inverse(node):
-        return (
-            -known[0] if node.target is aten.reciprocal.default or node.args[1:] == (-1,) else None
-        )
-    if (exponent := exponent_of(node)) is not None:
-        return exponent * known[0]
-    op = ops.find(node.target, frozenset(live_names(node, powers)))
-    if op is None:
-        return None
-    if op.family in ("product", "matmul"):
-        return sum(known)
-    alike = len(set(known)) == 1 and (op.family in ("move", "select") or op.kind in PROPORTIONAL)
-    return known[0] if alike else None
-
-
-def exponent_of(node: fx.Node) -> float | None:
-    """The positive number that a node is a power by, None if it is none."""
-    if node.target is aten.pow.Tensor_Scalar:
-        exponent: Any = node.args[1]
-        return float(exponent) if isinstance(exponent, (int, float)) and exponent > 0 else None
-    if node.target is aten.square.default:
-        return 2.0
-    return 0.5 if node.target is aten.sqrt.default else None
-
-
-def _kind(node: fx.Node, live: Container[fx.Node]) -> str:
-    op = ops.find(node.target, frozenset(live_names(node, live)))
-    return "" if op is None else op.kind
+        return kind_of(node, self.powers)
 
 
 def _held(before: fx.Node, constant: fx.Node, why: str) -> fx.Node:
     held = insert(before, aten.alias.default, (constant,))
     held.meta[HELD] = why
     return held
-
-
-def _handed_back(
-    total: fx.Node, end: fx.Node, entries: fx.Node, like: fx.Node
-) -> Iterator[fx.Node]:
-    """Nodes that may hand to each entry the sum that it is part of, in a shape that broadcasts.
-
-    Args:
-        total: What sums up.
-        end: The sums, with guards maybe.
-        entries: What is summed up.
-        like: Whose provenance they have.
-    """
-    arguments = bound_arguments(total)
-    if total.target is aten.scatter_add.default:
-        yield insert(like, aten.gather.default, (end, arguments["dim"], arguments["index"]))
-    elif total.target is aten.index_add.default:
-        yield insert(like, aten.index_select.default, (end, arguments["dim"], arguments["index"]))
-    elif total.target is aten._unsafe_index_put.default:
-        yield insert(like, aten.index.Tensor, (end, arguments["indices"]))
-    else:
-        rank, sizes = entries.meta["val"].ndim, end.meta["val"].shape
-        if all(isinstance(size, int) and size == 1 for size in sizes):
-            yield insert(like, aten.reshape.default, (end, [])) if len(sizes) > rank else end
-            return
-        for places in combinations(range(rank), len(sizes)):
-            spread = end
-            for dim in sorted({*range(rank)} - {*places}):
-                spread = insert(like, aten.unsqueeze.default, (spread, dim))
-            yield spread
