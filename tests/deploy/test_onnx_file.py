@@ -40,7 +40,7 @@ def perceptron() -> nn.Module:
 
 
 def convolutional() -> nn.Module:
-    """With what ends past the last stride, groups, and both poolings."""
+    """With what ends past the last stride, groups, both poolings, and a softmax at its end."""
     layers = [
         nn.Conv2d(3, 4, 3, stride=2, padding=1),
         nn.BatchNorm2d(4),
@@ -51,6 +51,7 @@ def convolutional() -> nn.Module:
         nn.AdaptiveAvgPool2d(2),
         nn.Flatten(),
         nn.Linear(24, 5),
+        nn.Softmax(1),
     ]
     return zoo.randomize(nn.Sequential(*layers)).eval()
 
@@ -61,7 +62,9 @@ MODELS: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(
+    scope="module", params=["convolutional", pytest.param("perceptron", marks=pytest.mark.nightly)]
+)
 def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A model's name, its Explainer and its file."""
     name = request.param

@@ -17,6 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 import lrpfx
 from lrpfx import composites
 from tests.conftest import Apply
+from tests.oracle.models import NIGHTLY
 
 Forward = Callable[[Any, Tensor], Tensor]
 
@@ -61,7 +62,8 @@ FOR_PADDING = ("epsilon_plus", "w_square", "flat", "box")
 FOR_RELUS = ("epsilon_plus", "deconvnet", "beta_smooth")
 
 
-FOR_IMAGES = ("epsilon_all", "epsilon_plus", "alpha_beta_flat")
+#: AlphaBeta is made of the two parts of which z-plus has one.
+FOR_IMAGES = ("epsilon_all", *["epsilon_plus"] * NIGHTLY, "alpha_beta_flat")
 
 
 #: Where one of the twins is a conv or linear and the other is none, all rules but Epsilon differ.

@@ -191,8 +191,11 @@ BOX = composites.EpsilonGammaBox(-3, 3)
 
 @pytest.mark.parametrize(
     ("size", "rules"),
-    [(1, "epsilon_plus"), (2, "epsilon_plus"), (4, "epsilon_plus"), (2, "epsilon_all")]
-    + [(2, "epsilon_alpha2_beta1"), (2, BOX)],
+    [(1, "epsilon_plus"), (4, "epsilon_plus"), (2, BOX)]
+    + [
+        pytest.param(2, rules, marks=pytest.mark.nightly)
+        for rules in ("epsilon_plus", "epsilon_all", "epsilon_alpha2_beta1")
+    ],
     ids=str,
 )
 def test_images_in_channels_last(size: int, rules: Any) -> None:
