@@ -68,33 +68,46 @@ def value_of(target: Any, values: Any) -> Any:
         return target(*values[0], **values[1])
 
 
-def of_pointwise(target: torch._ops.OpOverload, values: Any) -> Any:
-    """What an op of single entries returns, as ``run_on_meta``; None if that is not known here.
+#: Elements of the arguments up to which an op is tried.
+_FEW = 1 << 16
 
-    PyTorch has what computes that in Python, and its first call imports a compiler for a second.
-    The dtype is that of the op on single numbers.
+
+def by_trying(target: torch._ops.OpOverload, values: Any) -> Any:
+    """What an op returns, as ``run_on_meta``, by what it makes of ones; None if that is not tried.
+
+    On "meta" PyTorch computes much of that in Python, and the first of these calls imports a
+    compiler for a second. Ops of single entries are tried on single numbers, and their form is that
+    of all; others of PyTorch's on few elements only.
     """
     leaves = pytree.tree_leaves(values)
     tensors = [t for t in leaves if isinstance(t, Tensor)]
-    if torch.Tag.pointwise not in target.tags or not tensors:
+    pointwise = torch.Tag.pointwise in target.tags
+    few = target.namespace == "aten" and sum(t.numel() for t in tensors) <= _FEW
+    if not tensors or not (pointwise or few):
         return None
     if any(isinstance(leaf, torch.memory_format) for leaf in leaves):
         return None
-    args, kwargs = pytree.tree_map_only(Tensor, _number, values)
+    args, kwargs = pytree.tree_map_only(Tensor, _number if pointwise else _ones, values)
     try:
         with torch.no_grad():
-            number = target(*args, **kwargs)
-    except Exception:  # an op of the user's that takes no ones, or runs on other devices only
+            value = target(*args, **kwargs)
+    except Exception:  # it takes no ones, or runs on other devices only
         return None
-    if not isinstance(number, Tensor):
+    if not pointwise:
+        return pytree.tree_map_only(Tensor, _empty, value)
+    if not isinstance(value, Tensor):
         return None
     shape = torch.broadcast_shapes(*(t.shape for t in tensors))
     stride = compute_elementwise_output_strides(*(t.expand(shape) for t in tensors))
-    return torch.empty_strided(shape, stride, dtype=number.dtype, device="meta")
+    return torch.empty_strided(shape, stride, dtype=value.dtype, device="meta")
 
 
 def _number(like: Tensor) -> Tensor:
     return torch.ones([1] * like.ndim, dtype=like.dtype, device="cpu")
+
+
+def _ones(like: Tensor) -> Tensor:
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="cpu").fill_(1)
 
 
 def run_on_meta(target: Any, values: Any) -> Any:
@@ -151,7 +164,7 @@ def _built(key: Any) -> Any:
 @functools.lru_cache(4096)
 def _remembered(target: Any, key: Any, default: torch.dtype) -> Any:
     """The key of what a call returns; the default dtype is that of quotients of integers."""
-    value = of_pointwise(target, _built(key))
+    value = by_trying(target, _built(key))
     found = _key(run_on_meta(target, _built(key)) if value is None else value)
     assert found is not None
     return found

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrpfx.canonize.insert import of_pointwise, run_on_meta, value_of
+from lrpfx.canonize.insert import by_trying, run_on_meta, value_of
 
 aten = torch.ops.aten
 
@@ -32,6 +32,14 @@ CALLS: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
     "list": (aten.cat.default, ([X, X], 1), {}),
     "none": (aten.clamp.default, (X, None, 1.0), {}),
     "dtype": (aten.to.dtype, (X, torch.float64), {}),
+    "logarithms": (aten.log_softmax.int, (X.t(), 0), {}),
+    "deviation": (aten.std.correction, (X, [1]), {"keepdim": True}),
+    "norm": (aten.linalg_vector_norm.default, (X, 2, [0]), {}),
+    "permuted": (aten.permute.default, (X, [1, 0]), {}),
+    "expanded": (aten.expand.default, (X, [4, 2, 3]), {}),
+    "product": (aten.matmul.default, (X, X.t()), {}),
+    "distances": (aten.cdist.default, (X, X), {}),
+    "rows": (aten.embedding.default, (X, INTEGERS), {}),
 }
 
 
@@ -77,12 +85,12 @@ POINTWISE += [aten.gelu.default, aten.reciprocal.default, aten.exp.default, aten
 PAIRS = [aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.maximum.default]
 
 
-def test_values_of_pointwise_ops_are_those_of_pytorchs_meta_kernels() -> None:
+def test_values_by_trying_ops_are_those_of_pytorchs_meta_kernels() -> None:
     for a, b in _layouts():
         calls = [(op, (a, b)) for op in PAIRS]
         calls += [(op, (a,)) for op in POINTWISE if a.is_floating_point()]
         for op, args in calls:
-            found = of_pointwise(op, (args, {}))
+            found = by_trying(op, (args, {}))
             assert form(found) == form(run_on_meta(op, (args, {}))), (op, a, b)
 
 
@@ -93,6 +101,15 @@ from torch import nn
 model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Flatten(),
                       nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 2)).eval()
 lrpfx.explain(model, torch.randn(1, 3, 4, 4), 0)
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.layer, self.head = nn.Embedding(5, 4), nn.LSTM(4, 3), nn.Linear(3, 2)
+    def forward(self, ids):
+        states, _ = self.layer(self.table(ids))
+        states = nn.functional.normalize(states, dim=-1) / states.std(-1, keepdim=True)
+        return nn.functional.log_softmax(self.head(states.sum(1)), -1)
+lrpfx.explain(Words().eval(), torch.tensor([[0, 1, 2]]), 0)
 assert not {"torch._dynamo", "torch._inductor"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -112,5 +129,5 @@ above_one.register_fake(torch.empty_like)
 def test_an_op_that_takes_no_ones_is_run_on_meta() -> None:
     op = torch.ops.lrpfx_tests.above_one.default
     assert torch.Tag.pointwise in op.tags
-    assert of_pointwise(op, ((X,), {})) is None
+    assert by_trying(op, ((X,), {})) is None
     assert value_of(op, ((X,), {})).shape == (2, 3)

@@ -192,7 +192,9 @@ def _explained(
     family: str, implementation: str, rules: str, dtype: torch.dtype
 ) -> lrpfx.Explanation:
     explainer = explainer_of(family, implementation, rules, dtype)
-    return explainer(inputs_of(family, dtype=dtype), target_of(family))
+    explanation = explainer(inputs_of(family, dtype=dtype), target_of(family))
+    assert explanation.report is not None  # now, as other tests write into the shared parameters
+    return explanation
 
 
 def inputs_of(
