@@ -64,6 +64,10 @@ def _fold(module: fx.GraphModule, node: fx.Node, finest: int, reached: dict[fx.N
     if node.target is not aten.batch_norm.default:
         if (found := _constant_behind(node, finest, reached)) is not None:
             _fold_constant(node, *found)
+        elif (layer := _layer_behind(node, reached)) is not None:
+            node.meta.setdefault(
+                KEPT, f"constants by hand before {name_of(layer)} stay as they are"
+            )
         return
     source: Any = node.args[0]
     if bound_arguments(node)["running_mean"] is None:
@@ -119,6 +123,33 @@ def _constant_behind(
         if known and not any(is_reached(n, reached) for n in (constant, weight_of(layer))):
             return layer, constant
     return None
+
+
+def _layer_behind(node: fx.Node, reached: dict[fx.Node, bool]) -> fx.Node | None:
+    """The layer that reads what a node scales or shifts by channel, if that is no input."""
+    arithmetic = _COMMUTE | {aten.sub.Tensor, aten.div.Tensor}
+    last = layer = node
+    while layer.target in arithmetic and len(layer.users) == 1:
+        last, layer = layer, next(iter(layer.users))
+    given = [n for n in node.all_input_nodes if is_reached(n, reached)]
+    constants = [n for n in node.all_input_nodes if n not in given]
+    if (
+        layer is node
+        or layer.target not in AFFINE
+        or layer.args[0] is not last
+        or len(given) != 1
+        or not constants
+    ):
+        return None
+    out, before = node.meta["val"].shape, given[0]
+    while before.op != "placeholder" and before.target in arithmetic:
+        before = next(n for n in before.all_input_nodes if is_reached(n, reached))
+    expected = [1] * len(out)
+    channel = -1 if layer.target is aten.linear.default else 1 - len(out)
+    expected[channel] = out[channel]
+    shape = list(constants[0].meta["val"].shape)
+    by_channel = [1] * (len(out) - len(shape)) + shape == expected
+    return layer if by_channel and before.op != "placeholder" else None
 
 
 def _is_per_channel(constant: fx.Node, layer: fx.Node) -> bool:

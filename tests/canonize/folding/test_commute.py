@@ -251,6 +251,22 @@ def test_a_batch_norm_that_stays_by_itself_says_why(form: Form, why: str) -> Non
     assert not any("is not folded" in note for note in report.notes)
 
 
+@pytest.mark.parametrize("linear", [False, True])
+def test_constants_by_hand_before_a_layer_stay_and_say_why(linear: bool) -> None:
+    shape = (4,) if linear else (4, 1, 1)
+    scale, shift = normal(*shape), normal(*shape)
+    layer, behind = (
+        (nn.Linear(3, 4), nn.Linear(4, 2)) if linear else (conv(4, 3), nn.Conv2d(4, 2, 3))
+    )
+    form = Apply(
+        lambda m, x: m.behind(m.layer(2 * x + 1).relu() * scale + shift), layer=layer, behind=behind
+    ).double()
+    x = normal(2, 3) if linear else normal(2, 3, 9, 9)
+    rows = lrpfx.explain(form, x, lambda out: out.flatten(1).sum(1), rules=RULES).report.rows
+    kept = [row.kind for row in rows if "constants by hand before" in row.why]
+    assert kept == ["scale", "shift"]  # not those of the input
+
+
 def test_a_hook_that_masks_before_a_batch_norm_is_noted_with_its_line() -> None:
     keep = (normal(4, 4) > 0).double()
 
