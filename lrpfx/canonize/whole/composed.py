@@ -95,8 +95,8 @@ def _region(
 def _is_activation(node: fx.Node) -> bool:
     if isinstance(node.target, Composed):
         return node.target.family == "activation"
-    row = ops.find(node.target, frozenset(["self"]))
-    return row is not None and row.family == "activation"
+    rows = (ops.find(node.target, frozenset([name])) for name in ("self", "x"))  # x of ops of ours
+    return any(row is not None and row.family == "activation" for row in rows)
 
 
 def _is_elementwise(node: fx.Node, end: fx.Node) -> bool:

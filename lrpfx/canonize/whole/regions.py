@@ -13,7 +13,7 @@ from lrpfx import ops
 from lrpfx.canonize.forms import Region
 from lrpfx.canonize.hold import is_inverse
 from lrpfx.canonize.same import Same
-from lrpfx.ops import live_names
+from lrpfx.ops import hardsigmoid, live_names
 
 aten = torch.ops.aten
 
@@ -75,6 +75,8 @@ def sources(
 def is_pointwise(node: fx.Node) -> bool:
     """Whether each number of the result is computed from those at its place."""
     target: Any = node.target
+    if target is hardsigmoid:
+        return True
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
 
 

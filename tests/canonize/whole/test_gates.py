@@ -97,6 +97,10 @@ GATES: dict[str, tuple[Gate, Gate]] = {
         highway,
     ),
     "swish, the value first": (lambda a, b: b * a * a.sigmoid(), lambda a, b: F.silu(a) * b),
+    "hard swish, the value first": (
+        lambda a, b: b * F.hardsigmoid(a) * a,
+        lambda a, b: F.hardswish(a) * b,
+    ),
     "swish of three": (
         lambda a, b: torch.einsum("ni,ni,ni->ni", a, b, a.sigmoid()),
         lambda a, b: F.silu(a) * b,
@@ -127,6 +131,10 @@ CALLED_TWICE: dict[str, tuple[Callable[[Apply, Tensor], Tensor], ...]] = {
     "silu, the value first": (
         lambda m, x: m.b(x) * m.a(x) * m.a(x).sigmoid(),
         lambda m, x: F.silu(m.a(x)) * m.b(x),
+    ),
+    "hard swish": (
+        lambda m, x: m.a(x) * F.hardsigmoid(m.a(x)) * m.b(x),
+        lambda m, x: F.hardswish(m.a(x)) * m.b(x),
     ),
     "gelu": (
         lambda m, x: 0.5 * m.a(x) * (1 + (m.a(x) / math.sqrt(2)).erf()),
