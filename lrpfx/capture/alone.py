@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -25,8 +25,8 @@ def mixing_note(
 ) -> str:
     """What is noted of a model whose outputs depend on the other samples, "" of others.
 
-    The first sample is run alone, or, if it is the only one of a graph for any number, beside
-    another that is made of it.
+    The middle sample is run alone, of two each, as the first may depend on none of those behind it;
+    the only one of a graph for any number between two others that are made of it.
 
     Args:
         captured: The model.
@@ -39,20 +39,26 @@ def mixing_note(
     n = next((len(leaf) for leaf, is_it in zip(leaves, batched, strict=True) if is_it), 0)
     if not n or (n == 1 and captured.decisions is not None):
         return ""  # the graph of a run of one sample is used for no other number
-    other = [
-        _other(leaf, n) if is_it else leaf for leaf, is_it in zip(leaves, batched, strict=True)
-    ]
     run = _runner(captured, module)
+    place = None
     try:
         with as_captured(captured):
-            worst = _moved(expected, run(other), n)
-            if not worst > 1 or not worst > _CHAOS * worst_difference(
-                expected, run([rounded(leaf) for leaf in copies(leaves)])
-            ):
-                return ""
-            place = _place(module, leaves, other) if captured.batch_varies else ""
+            for k in range(n) if n <= 2 else (n // 2,):
+                other = [
+                    _other(leaf, k, n) if is_it else leaf
+                    for leaf, is_it in zip(leaves, batched, strict=True)
+                ]
+                pair = _Pair(slice(k, k + 1), slice(1, 2) if n == 1 else slice(0, 1), n)
+                worst = _moved(expected, run(other), pair)
+                if worst > 1 and worst > _CHAOS * worst_difference(
+                    expected, run([rounded(leaf) for leaf in copies(leaves)])
+                ):
+                    place = _place(module, leaves, other, pair) if captured.batch_varies else ""
+                    break
     except (LrpError, RuntimeError, IndexError, ValueError, TypeError):
         return ""  # other numbers of samples, or another sample, are nothing that it takes
+    if place is None:
+        return ""
     return (
         "the output of a sample depends on the others in its batch (dimension 0 of the inputs)"
         f"{place}: some of its relevance is theirs, and explained alone it is another"
@@ -66,12 +72,40 @@ def _is_batched(captured: Captured, i: int, leaf: Any) -> bool:
     return form.shape[0] == ("N" if captured.batch_varies else captured.signature.batch)
 
 
-def _other(leaf: Tensor, n: int) -> Tensor:
-    """The first sample alone, or beside one of the same numbers in other places."""
+class _Pair(NamedTuple):
+    """Where the same sample stands in two batches.
+
+    Args:
+        first: In the example inputs.
+        second: In the others, of which there are three if that is one of one sample.
+        n: How many samples there are among the example inputs.
+    """
+
+    first: slice
+    second: slice
+    n: int
+
+    @property
+    def others(self) -> int:
+        """How many there are in the second batch."""
+        return 3 if self.n == 1 else 1
+
+    def are(self, a: Tensor, b: Tensor) -> bool:
+        """Whether two tensors have the samples of the two batches in dimension 0."""
+        return bool(a.ndim and b.ndim) and (len(a), len(b)) == (self.n, self.others)
+
+    def apart(self, a: Tensor, b: Tensor) -> float:
+        """How far the sample is from itself, in units of the tolerance."""
+        return worst_difference([a[self.first]], [b[self.second]])
+
+
+def _other(leaf: Tensor, k: int, n: int) -> Tensor:
+    """A sample alone, or between two of the same numbers in other places."""
     if n > 1:
-        return leaf[:1]
+        return leaf[k : k + 1]
     moved = leaf.roll(1, -1) if leaf.ndim > 1 else leaf
-    return torch.cat([leaf, moved / 2 if leaf.is_floating_point() else moved])
+    moved = moved / 2 if leaf.is_floating_point() else moved
+    return torch.cat([moved, leaf, moved])
 
 
 def _runner(
@@ -84,35 +118,23 @@ def _runner(
     return lambda leaves: run_graph(module, leaves)
 
 
-def _moved(expected: Sequence[Tensor], got: Sequence[Tensor], n: int) -> float:
-    """How far the outputs of the first sample are apart, in units of the tolerance."""
-    pairs = [
-        (e[:1], g[:1])
-        for e, g in zip(expected, got, strict=True)
-        if e.ndim and len(e) == n and len(g) == (1 if n > 1 else 2)
-    ]
-    return max((worst_difference([e], [g]) for e, g in pairs), default=0.0)
+def _moved(expected: Sequence[Tensor], got: Sequence[Tensor], pair: _Pair) -> float:
+    """How far the outputs of the sample are apart, in units of the tolerance."""
+    both = zip(expected, got, strict=True)
+    return max((pair.apart(e, g) for e, g in both if pair.are(e, g)), default=0.0)
 
 
-def _place(module: fx.GraphModule, leaves: Sequence[Any], other: Sequence[Any]) -> str:
-    """The first node at which the first sample is another."""
+def _place(module: fx.GraphModule, leaves: Sequence[Any], other: Sequence[Any], pair: _Pair) -> str:
+    """The first node at which the sample is another."""
     runs = []
     for given in (leaves, other):
         interpreter = fx.Interpreter(module, garbage_collect_values=False)
         interpreter.run(*copies(given), enable_io_processing=False)
         runs.append(interpreter.env)
-    sizes = [
-        next(len(t) for t in given if isinstance(t, Tensor) and t.ndim) for given in (leaves, other)
-    ]
     for node in module.graph.nodes:
         a, b = runs[0].get(node), runs[1].get(node)
         if node.op != "call_function" or not isinstance(a, Tensor) or not isinstance(b, Tensor):
             continue
-        if (
-            a.ndim
-            and b.ndim
-            and [len(a), len(b)] == sizes
-            and worst_difference([a[:1]], [b[:1]]) > 1
-        ):
+        if pair.are(a, b) and pair.apart(a, b) > 1:
             return f", first at {source_line(node) or node.name}"
     return ""

@@ -36,7 +36,21 @@ def sequence_first(m: Any, x: Tensor) -> Tensor:
     return m.head(x + m.qkv(x.roll(1, 0))[:, :4])
 
 
+def those_before(m: Any, x: Tensor) -> Tensor:
+    return m.head(x + x.cumsum(0))
+
+
+def those_behind(m: Any, x: Tensor) -> Tensor:
+    return m.head(x.flip(0).cumsum(0).flip(0))
+
+
+def the_first(m: Any, x: Tensor) -> Tensor:
+    return m.head(x - x[:1])
+
+
 MIXING = [attention_over_samples, batch_mean, batch_norm_by_hand, ranks, sequence_first]
+#: By an order of the samples, so that some depend on no others.
+IN_ORDER = [those_before, those_behind, the_first]
 
 
 def made(forward: Callable) -> nn.Module:
@@ -51,6 +65,15 @@ def test_a_model_that_mixes_the_batch_is_noted_with_the_line(forward: Callable) 
         notes = lrpfx.Explainer(made(forward), torch.randn(n, 4)).report.notes
         (note,) = [note for note in notes if "depends on the others in its batch" in note]
         assert ", first at " in note and ".py:" in note, (n, note)
+
+
+@pytest.mark.parametrize("forward", IN_ORDER)
+def test_a_model_that_mixes_them_in_order_is_noted_whichever_sample_depends(
+    forward: Callable,
+) -> None:
+    for n in (1, 2, 3):
+        e = lrpfx.explain(made(forward), torch.randn(n, 4), 1, capture="export")
+        assert any("depends on the others in its batch" in note for note in e.report.notes), n
 
 
 APART: list[Callable] = [

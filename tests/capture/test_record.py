@@ -208,5 +208,6 @@ def test_a_mask_that_is_a_constant_decides_by_no_input() -> None:
     model = Apply(lambda m, x: m.layer(x[:, fixed]), layer=_layer(4))
     assert lrpfx.explain(model, x, 1, capture="record").report.notes == ()
     model = Apply(lambda m, x: m.layer(x[:, x[0] > x[0].sort().values[1]]), layer=_layer(4))
-    (note,) = lrpfx.explain(model, x, 1, capture="record").report.notes
+    note, mixes = lrpfx.explain(model, x, 1, capture="record").report.notes
     assert note.startswith("recorded for these inputs alone") and "a mask" in note
+    assert "depends on the others" in mixes  # the mask is made of the first sample
