@@ -225,6 +225,37 @@ def softmax(measured: Measured, region: Region, power: int) -> int | None:
 
 
 @_known_or_none
+def normalised(measured: Measured, region: Region) -> bool:
+    """Whether a region is a softmax of the one entry, over whichever groups.
+
+    Then its logarithm is the entry less some L, of which the derivative is the mean over each group
+    by the region's own values: it takes 1 to 1, changes nothing that it has given, and is symmetric
+    if entries are weighted by these values. No maximum is, and no plain mean.
+    """
+    end, (entry,), _ = region
+    x = measured.drawn(entry)
+    h = 1e-3 if x.itemsize == 8 else 3e-2
+
+    def less(x: Tensor) -> Tensor:
+        weights: Tensor = measured.value_with(end, {entry: x})
+        return x - weights.log()
+
+    def along(d: Tensor) -> Tensor:
+        """The derivative of L, by differences."""
+        return (less(x + h * d) - less(x - h * d)) / (2 * h)
+
+    weights = measured.value_with(end, {entry: x})
+    d, other = measured.drawn(entry, 1), measured.drawn(entry, 2)
+    once, beside = along(d), along(other)
+    sums = torch.stack([(weights * other * once).sum(), (weights * d * beside).sum()])
+    pairs = ((along(torch.ones_like(x)), torch.ones_like(x)), (along(once), once), sums)
+    near = 1e-4 if x.itemsize == 8 else 3e-2
+    return bool(weights.isfinite().all()) and all(
+        torch.allclose(a, b, near, near) for a, b in pairs
+    )
+
+
+@_known_or_none
 def gated(measured: Measured, region: Region, place: int, bent: bool) -> list[Gated] | None:
     """The summands of a region in which each signal counts as often as it is there.
 

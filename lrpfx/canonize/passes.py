@@ -42,6 +42,7 @@ from lrpfx.canonize.softmaxes import (
     whole_exponentials,
     whole_inverse_softmaxes,
     whole_softmaxes,
+    whole_weights,
 )
 from lrpfx.canonize.whole import (
     factors_of_one_tensor,
@@ -341,6 +342,7 @@ PASSES: tuple[Pass, ...] = (
     one_exponential_each,
     join_exponentials,
     whole_softmaxes,
+    whole_weights,
     gates_of_two,
     group_heads,
     open_attention,

@@ -1,5 +1,6 @@
 """Softmaxes in any words -> softmaxes: found by what all their spellings share, or compute."""
 
+from lrpfx.canonize.softmaxes.anyhow import whole_weights
 from lrpfx.canonize.softmaxes.exponentials import whole_exponentials
 from lrpfx.canonize.softmaxes.joined import join_exponentials, one_exponential_each
 from lrpfx.canonize.softmaxes.logarithms import open_exponentials
@@ -19,4 +20,5 @@ __all__ = [
     "whole_exponentials",
     "whole_inverse_softmaxes",
     "whole_softmaxes",
+    "whole_weights",
 ]

@@ -153,3 +153,16 @@ def test_differences_of_pairs_at_the_output_are_left_out(form: Callable) -> None
     found = lrpfx.explain(model, x, 1)
     torch.testing.assert_close(found.relevance, lrpfx.explain(layer, x, 1).relevance)
     assert any("left out" in note for note in found.report.notes)
+
+
+@pytest.mark.parametrize(
+    "less",
+    [
+        lambda a: a.square().mean(-1, keepdim=True).log(),
+        lambda a: a.amax(-1, keepdim=True) * a.exp().sum(-1, keepdim=True).log(),
+        lambda a: a.abs().sum(-1, keepdim=True).log(),
+    ],
+)
+def test_exponentials_less_another_logarithm_are_no_softmaxes(less: Callable) -> None:
+    e = explained(lambda a, b: (a - less(a)).exp(), lambda m, w, v: m.head(w * v))
+    assert not any("softmax" in row.kind for row in e.report.rows)
