@@ -37,7 +37,7 @@ from benchmarks.measure import (
     slowdown,
 )
 from benchmarks.modified_gradients import modified_gradient
-from lrpfx.capture.inputs import split_inputs
+from lrpfx.capture.forms import split_inputs
 from lrpfx.run.backward import Run
 
 #: What we want to reach, each with parameters frozen as the gradient's are.

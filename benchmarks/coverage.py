@@ -49,7 +49,7 @@ from torch.utils import _pytree as pytree
 
 import lrpfx
 from benchmarks.zoos import ZOOS, Case
-from lrpfx.capture.outputs import tensors_in
+from lrpfx.capture.forms import tensors_in
 
 PAGE = Path(__file__).parent.parent / "docs" / "coverage.md"
 

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 import lrpfx
 from benchmarks.zoos import declare_missing_ops
-from lrpfx.capture.export import Trace
+from lrpfx.capture.captured import Trace
 from lrpfx.capture.front import capture
 
 # Derandomized, so that CI fails for changes of the code only; "nightly" looks for new examples:

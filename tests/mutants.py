@@ -392,7 +392,7 @@ MUTANTS = [
     ),
     Mutant(
         "a graph that computes something else is taken",
-        "capture/faithful.py",
+        "capture/checks/faithful.py",
         "if not worst <= 1.0:",
         "if not worst <= 1e9:",
         "tests/test_errors.py",

@@ -7,9 +7,10 @@ from typing import Literal
 
 from torch import nn
 
-from lrpfx.capture.export import Trace, export
-from lrpfx.capture.inputs import Inputs
-from lrpfx.capture.record import record
+from lrpfx.capture.captured import Trace
+from lrpfx.capture.exported import export
+from lrpfx.capture.forms import Inputs
+from lrpfx.capture.recorded import record
 
 #: One graph for all inputs, or the graph of one run.
 Way = Literal["export", "record"]
@@ -18,10 +19,7 @@ By = Literal["auto", "export", "record"]
 
 
 def capture(
-    model: nn.Module,
-    inputs: Inputs,
-    dynamic: Sequence[int] = (),
-    by: Way = "export",
+    model: nn.Module, inputs: Inputs, dynamic: Sequence[int] = (), by: Way = "export"
 ) -> Trace:
     """Capture ``model`` as a graph that computes what ``model(inputs)`` computes.
 

@@ -21,7 +21,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 _TORCH_CODE = str(Path(torch.__file__).parent) + os.sep
 _OWN_CODE = str(Path(__file__).parents[1]) + os.sep
 #: What stands between an op and the line that calls it while a run is recorded.
-_BETWEEN = {str(Path(__file__).with_name(f"{n}.py")) for n in ("lines", "recorder", "watched")}
+_RECORDED = Path(__file__).with_name("recorded")
+_BETWEEN = {__file__, str(_RECORDED / "recorder.py"), str(_RECORDED / "watched.py")}
 #: Packages are installed inside.
 _PYTHON = sysconfig.get_path("stdlib") + os.sep
 

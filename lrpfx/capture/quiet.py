@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from lrpfx.capture.export import check_examples
-from lrpfx.capture.inputs import Inputs, copies
+from lrpfx.capture.examples import check_examples
+from lrpfx.capture.forms import Inputs, copies
 from lrpfx.capture.preserve import preserved
 from lrpfx.capture.running import run_model
 from lrpfx.errors import TrainingModeError, some

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lrpfx.capture.inputs import copies, form_of
+from lrpfx.capture.forms import copies, form_of
 from lrpfx.capture.lines import first_line, raised_at
 from lrpfx.capture.preserve import preserved
 from lrpfx.errors import InputError, LrpError, TrainingModeError, counted

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import lrpfx
 from lrpfx import Epsilon, Gamma, Rule, errors
-from lrpfx.capture.export import TRACING
+from lrpfx.capture.tracing import TRACING
 from tests.conftest import Apply, assert_untouched
 from tests.oracle.models import MODELS, NIGHTLY, every_model, image, leaves_of, row, seeded
 

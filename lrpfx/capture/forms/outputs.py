@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lrpfx.capture.opened import tensors_of
+from lrpfx.capture.forms.opened import tensors_of
 
 
 class AsDict(nn.Module):

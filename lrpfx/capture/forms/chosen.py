@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from lrpfx.capture.inputs import Inputs, flatten_inputs, form_of, key_paths, split_inputs
-from lrpfx.capture.opened import opened
+from lrpfx.capture.forms.inputs import Inputs, flatten_inputs, form_of, key_paths, split_inputs
+from lrpfx.capture.forms.opened import opened
 from lrpfx.errors import InputError
 
 #: Names or positions of inputs, None for all that can be explained.

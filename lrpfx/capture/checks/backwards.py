@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from lrpfx.capture.export import Captured
-from lrpfx.capture.faithful import run_on
-from lrpfx.capture.inputs import Inputs, copies, flatten_inputs, is_explained
-from lrpfx.capture.outputs import tensors_in
+from lrpfx.capture.captured import Captured
+from lrpfx.capture.checks.faithful import run_on
+from lrpfx.capture.forms import Inputs, copies, flatten_inputs, is_explained, tensors_in
 from lrpfx.capture.preserve import preserved
 from lrpfx.errors import some
 

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from lrpfx.capture.export import Captured
-from lrpfx.capture.faithful import as_captured, rounded, run_graph, worst_difference
-from lrpfx.capture.inputs import Inputs, TensorForm, copies, flatten_inputs
-from lrpfx.capture.outputs import tensors_in
+from lrpfx.capture.captured import Captured
+from lrpfx.capture.checks.faithful import as_captured, rounded, run_graph, worst_difference
+from lrpfx.capture.forms import Inputs, TensorForm, copies, flatten_inputs, tensors_in
 from lrpfx.capture.running import run_model
 from lrpfx.errors import LrpError
 from lrpfx.ops import source_line

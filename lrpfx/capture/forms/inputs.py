@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lrpfx.capture.opened import PLAIN, opened
+from lrpfx.capture.forms.opened import PLAIN, opened
 from lrpfx.errors import InputError, NonFiniteError
 
 Inputs = Tensor | Sequence[Any] | Mapping[str, Any]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import lrpfx
-from lrpfx.capture.opened import leaves_in, opened
+from lrpfx.capture.forms.opened import leaves_in, opened
 from lrpfx.errors import CaptureError, InputError
 from tests.conftest import Apply
 

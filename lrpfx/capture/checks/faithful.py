@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lrpfx.capture.export import Captured
-from lrpfx.capture.inputs import Inputs, copies, flatten_inputs
-from lrpfx.capture.outputs import tensors_in
+from lrpfx.capture.captured import Captured
+from lrpfx.capture.forms import Inputs, copies, flatten_inputs, tensors_in
 from lrpfx.capture.preserve import preserved
 from lrpfx.capture.running import run_model, run_twice
 from lrpfx.errors import CaptureError

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrpfx.capture.reads import MASKED
-from lrpfx.capture.recorder import Recorder
+from lrpfx.capture.recorded.recorder import Recorder
 
 
 @contextmanager

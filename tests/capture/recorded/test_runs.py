@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import lrpfx
 from lrpfx.capture import front
-from lrpfx.capture.export import Trace
-from lrpfx.capture.record import record
+from lrpfx.capture.captured import Trace
+from lrpfx.capture.recorded.record import record
 from lrpfx.errors import CaptureError, InputError
 from tests.conftest import Apply, assert_untouched
 

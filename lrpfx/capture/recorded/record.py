@@ -17,28 +17,27 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from torch.utils import _pytree as pytree
 
 from lrpfx.capture.calls import own_backwards
-from lrpfx.capture.export import (
-    Captured,
-    Trace,
-    batch_of,
-    check_examples,
-    tracing,
-)
-from lrpfx.capture.inputs import (
+from lrpfx.capture.captured import Captured, Trace
+from lrpfx.capture.examples import batch_of, check_examples
+from lrpfx.capture.forms import (
+    PLAIN,
+    AsDict,
     Inputs,
     Signature,
     copies,
     form_of,
     input_paths,
+    is_dataclass,
+    opened,
     split_inputs,
+    tensors_in,
 )
 from lrpfx.capture.lines import first_line, raised_at
-from lrpfx.capture.opened import PLAIN, opened
-from lrpfx.capture.outputs import AsDict, is_dataclass, tensors_in
 from lrpfx.capture.preserve import preserved
-from lrpfx.capture.recorder import Recorder
+from lrpfx.capture.recorded.recorder import Recorder
+from lrpfx.capture.recorded.watched import recording
 from lrpfx.capture.running import run_given
-from lrpfx.capture.watched import recording
+from lrpfx.capture.tracing import tracing
 from lrpfx.errors import CaptureError
 
 
