@@ -268,6 +268,22 @@ MUTANTS = [
         "tests/canonize/whole/test_activations.py",
         "sigmoid",
     ),
+    Mutant(
+        "what is computed twice counts as two values",
+        "canonize/same.py",
+        "return self._first.get(node, node)",
+        "return node",
+        "tests/canonize/whole/test_gates.py",
+        "twice",
+    ),
+    Mutant(
+        "any exponential less a logarithm is a softmax",
+        "canonize/forms.py",
+        "    return bool(weights.isfinite().all()) and all(",
+        "    return True or all(",
+        "tests/canonize/softmaxes/test_parts.py",
+        "another",
+    ),
     # -- shortcuts
     Mutant(
         "a causal mask shows one key more",
