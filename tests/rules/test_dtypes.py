@@ -207,9 +207,20 @@ def test_lrp_0_through_many_relus_is_rough(ledger: bool) -> None:
 # Models in a half type ---------------------------------------------------------------------------
 
 
+#: Of transformers the fast suite has one in each type.
+HALVED = [
+    pytest.param(
+        *case,
+        dtype,
+        marks=[pytest.mark.nightly] * ((case[0], dtype) in (("llama", FP16), ("vit", BF16))),
+    )
+    for case in EVERY
+    for dtype in HALVES
+]
+
+
 @pytest.mark.usefixtures("one_trace")
-@EITHER
-@every
+@pytest.mark.parametrize(("name", "rules", "dtype"), HALVED)
 def test_a_model_in_a_half_type(name: str, rules: str, dtype: torch.dtype) -> None:
     x = inputs_of(name, dtype)
     explainer = lrpfx.Explainer(model_of(name, dtype), x, RULES[rules](1e-6))
@@ -364,7 +375,7 @@ def autocast_state() -> tuple[Any, ...]:
     ("name", "rules", "dtype"),
     [
         ("residual", "alpha_beta", BF16),
-        ("residual", "epsilon_plus", FP16),
+        pytest.param("residual", "epsilon_plus", FP16, marks=pytest.mark.nightly),
         ("perceptron", "epsilon_all", FP16),
         ("vit", "attnlrp", BF16),
     ],

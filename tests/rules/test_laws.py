@@ -196,6 +196,12 @@ def test_the_ledger_catches_a_wrong_factor(name: str) -> None:
     assert laws.ledger_closes(case, laws.explainer(case.network, wrong=PLANTED[name])) > 1e-5
 
 
+def test_the_ledger_closes_where_biases_absorb() -> None:
+    """Which few of the drawn networks have."""
+    case = dense_case()
+    assert laws.ledger_closes(case, laws.explainer(case.network)) < 1e-9
+
+
 def test_linearity_catches_a_rule_that_is_not_linear() -> None:
     case = dense_case()
     subject = laws.explainer(case.network, wrong=PLANTED["not linear"])
