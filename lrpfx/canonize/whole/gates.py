@@ -16,12 +16,14 @@ from lrpfx.canonize.measure import Measured, alike, between
 from lrpfx.canonize.same import Same
 from lrpfx.canonize.whole.regions import is_curved, pointwise_regions
 from lrpfx.ops import (
+    KEPT_NOTE,
     hardsigmoid,
     live_names,
     module_calls,
     nodes_in,
     output_leaves,
     precision,
+    source_line,
     varying,
 )
 
@@ -32,6 +34,12 @@ _SIGMOIDS = {aten.sigmoid.default, hardsigmoid}
 _SHIFTS = {aten.add.Tensor, aten.sub.Tensor, aten.rsub.Scalar}
 _ARITHMETIC = {*_SHIFTS, aten.mul.Tensor, aten.div.Tensor}
 
+#: Of the line where it is.
+_KEPT = (
+    "a gate stays multiplied out, as a module returns a part of it, and what it gates counts "
+    "twice: {}"
+)
+
 
 def whole_gates(module: fx.GraphModule) -> fx.GraphModule:
     """``x - x * z`` -> ``x * (1 - z)``, ``x + z * (h - x)`` -> ``(1 - z) * x + z * h``, and so on.
@@ -39,7 +47,7 @@ def whole_gates(module: fx.GraphModule) -> fx.GraphModule:
     Here z is a sigmoid, moved maybe, or written out: ``(x + h * exp(a)) / (1 + exp(a))`` is one of
     these, too. What is measured is that a node is linear in each signal, and that what it is
     multiplied by is a number or a sigmoid. Multiplied out, a signal would count twice, once with
-    either sign, and relevance grow.
+    either sign, and relevance grow. What a module returns stays as it is, with a note.
     """
     graph = module.graph
     live, measured = varying(graph), Measured(module)
@@ -173,14 +181,15 @@ def _make_whole(node: fx.Node, measured: Measured, live: set[fx.Node], finest: i
         if len(found.entries) < 2 or len(found.inside) < 2:
             continue
         region = _Gated(found, measured.same, live)
-        if not region.is_of_one_module():
-            return False  # what a module returns stays as it is
         for gate, sigmoid in [*region.sigmoids(), *((n, None) for n in region.bent())]:
             left = sigmoid is not None and region.has_shift()
             if not left and not region.is_multiplied_out(gate):
                 continue
             summands = gated(measured, found, found.entries.index(gate), sigmoid is None)
             if summands is not None and any(s.shape in ("open", "shut") for s in summands):
+                if not region.is_of_one_module():  # what a module returns stays as it is
+                    node.meta[KEPT_NOTE] = (_KEPT.format(source_line(node)), node)
+                    return False
                 with node.graph.inserting_before(node.next):
                     live.add(replace(node, _written(region, summands, gate, sigmoid), finest))
                 return True

@@ -209,3 +209,12 @@ def test_gates_in_halves_are_gates_in_a_model_that_returns_more(name: str) -> No
     torch.testing.assert_close(found.output, model(x), rtol=0, atol=0)
     error = (found.relevance - expected.relevance).norm() / expected.relevance.norm()
     assert error < 0.05
+
+
+def test_a_gate_of_which_a_module_returns_a_part_is_noted() -> None:
+    torch.manual_seed(0)
+    part = Apply(lambda m, a, b: a.sigmoid() * b)
+    model = Apply(lambda m, x: x - m.part(m.a(x), x), part=part, a=nn.Linear(4, 4)).double()
+    e = lrpfx.explain(model, torch.randn(2, 4).double(), 1, layers=["part"])
+    assert "part" in e.layers
+    assert sum("multiplied out" in note for note in e.report.notes) == 1
