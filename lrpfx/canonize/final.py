@@ -47,9 +47,7 @@ def leave_out_final(module: fx.GraphModule) -> fx.GraphModule:
     """
     graph, measured = module.graph, Measured(module)
     output = next(iter(reversed(graph.nodes)))
-    for leaf in output_leaves(graph):
-        if not (way := way_to_final(leaf)):
-            continue
+    for leaf, way in ways_to_final(graph).items():
         ends = [node for node in sorted(way) if _name(node)]
         copies: dict[fx.Node, Any] = {end: end.args[0] for end in ends}
         falls = False
@@ -85,22 +83,23 @@ def leave_out_final(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
-def way_to_final(leaf: Any) -> set[fx.Node]:
+def ways_to_final(graph: fx.Graph) -> dict[fx.Node, set[fx.Node]]:
+    """The way of each output that is made of softmaxes or sigmoids back to these, these too."""
+    live = _live(graph)
+    leaves = dict.fromkeys(leaf for leaf in output_leaves(graph) if leaf in live)
+    ways = {leaf: _way_to_final(leaf, live) for leaf in leaves}
+    return {leaf: way for leaf, way in ways.items() if way}
+
+
+def _way_to_final(leaf: fx.Node, live: set[fx.Node]) -> set[fx.Node]:
     """From an output back to the softmaxes or sigmoids that it is made of, these too.
 
     Between stand moves, guards, logarithms and scales, and beside them constants. Empty if it is
     made of anything else, or if something that relevance may come from reads one.
     """
     way, pending = set[fx.Node](), [leaf]
-    if not isinstance(leaf, fx.Node):
-        return way
-    live = _live(leaf.graph)
-    if leaf not in live:
-        return way
     while pending:
         node = pending.pop()
-        if not isinstance(node, fx.Node) or not is_floating(node.meta.get("val")):
-            return set()
         if node in way:
             continue
         way.add(node)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from lrpfx.canonize.final import LOG_SOFTMAXES, SOFTMAXES, way_to_final
+from lrpfx.canonize.final import LOG_SOFTMAXES, SOFTMAXES, ways_to_final
 from lrpfx.canonize.hold import DIVISOR, live_values
 from lrpfx.canonize.insert import copied, insert
 from lrpfx.canonize.measure import Measured, alike, between
@@ -63,7 +63,7 @@ def whole_softmaxes(module: fx.GraphModule) -> fx.GraphModule:
             # In a coarser type more may change than the round-off of what the model returns.
             _Exponential(module, node, measured, live, precision(node) < finest).make_whole()
     graph.eliminate_dead_code()
-    final = {node for leaf in output_leaves(graph) for node in way_to_final(leaf)}
+    final = set[fx.Node]().union(*ways_to_final(graph).values())
     for node in [n for n in graph.nodes if n.target in LOG_SOFTMAXES and n in live]:
         if node not in final:
             _open_log_softmax(module, node)
