@@ -198,9 +198,9 @@ def plant_everywhere(patch: pytest.MonkeyPatch, fuse: Fuse) -> None:
     modules = [m for name, m in sys.modules.items() if name.split(".")[0] == "lrpfx"]
     owners: set[Any] = {v for m in modules for v in vars(m).values() if isinstance(v, type)}
     planted: dict[Any, Any] = {}
-    for owner in [*modules, *(c for c in owners if c.__module__.startswith("lrpfx"))]:
+    for owner in [*modules, *(c for c in owners if str(c.__module__).startswith("lrpfx"))]:
         for name, found in list(vars(owner).items()):
-            ours = isinstance(found, FunctionType) and found.__module__.startswith("lrpfx")
+            ours = isinstance(found, FunctionType) and str(found.__module__).startswith("lrpfx")
             special = name.startswith("__") and name != "__call__"
             if ours and not special and name not in UNINTERRUPTED:
                 patch.setattr(owner, name, planted.setdefault(found, touching(fuse, found)))
