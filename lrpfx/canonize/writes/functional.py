@@ -135,7 +135,7 @@ def _is_region(node: fx.Node, word: str = "") -> bool:
 
 def _transforms(node: fx.Node) -> bool:
     """Whether a node begins or ends a transform of torch.func, such as vmap."""
-    return getattr(node.target, "__module__", "").startswith("torch._functorch.")
+    return str(getattr(node.target, "__module__", "")).startswith("torch._functorch.")
 
 
 def inline_no_grad(module: fx.GraphModule) -> fx.GraphModule:
