@@ -188,9 +188,10 @@ class Measured:
     def value(self, end: fx.Node) -> Any:
         """The value of a node for the example inputs."""
         needed = reachable([end], lambda n: [] if n in self._values else n.all_input_nodes)
-        for node in sorted(needed):
-            if node not in self._values:
-                self._values[node] = self._call(node, self._values)
+        with torch.no_grad():
+            for node in sorted(needed):
+                if node not in self._values:
+                    self._values[node] = self._call(node, self._values)
         return self._values[end]
 
     def _call(self, node: fx.Node, values: dict[fx.Node, Any]) -> Any:

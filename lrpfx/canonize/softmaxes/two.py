@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +10,8 @@ from torch import Tensor, fx
 
 from lrpfx.canonize.final import SOFTMAXES
 from lrpfx.canonize.insert import insert
-from lrpfx.canonize.measure import Measured, alike
+from lrpfx.canonize.measure import Measured, alike, close
+from lrpfx.canonize.softmaxes.normalized import NORMALISER
 from lrpfx.canonize.whole import sources
 from lrpfx.canonize.writes import SPLITS
 from lrpfx.ops import HELD, Composed, bound_arguments, varying
@@ -32,23 +32,18 @@ def gates_of_two(module: fx.GraphModule) -> fx.GraphModule:
     live, found = varying(graph), False
     products = [n for n in graph.nodes if n.target is aten.mul.Tensor and n in live]
     factors = {n for node in products for n in sources(node.all_input_nodes, live)}
-    for node in factors.intersection(softmaxes):
+    for node in sorted(factors.intersection(softmaxes)):
         picks = _picks(node)
         if picks is None or len({place for _, place in picks}) != 1:
             continue
-        x: Any = node.args[0]
-        ends = [(end, place) for pick, place in picks for end in (pick, *_quotients(pick))]
-        for pick, (dim, index) in ends:
-            if not measured.equals(pick, partial(_gate, dim=dim, index=index, like=pick), x):
-                continue
+        total = _total(node, picks[0][1][0], measured)
+        if total is None:
+            continue
+        for pick, (dim, index) in picks:
             with graph.inserting_before(pick):
-                one, other = (
-                    insert(pick, aten.select.int, (x, dim, i)) for i in (index, 1 - index)
-                )
-                difference = insert(pick, aten.sub.Tensor, (one, other))
-                if pick.meta["val"].ndim == x.meta["val"].ndim:
-                    difference = insert(pick, aten.unsqueeze.default, (difference, dim))
-                new = insert(pick, aten.sigmoid.default, (difference,))
+                new = _gate(pick, node, dim, index)
+                if not close(total, torch.ones_like(total)):
+                    new = insert(pick, aten.mul.Tensor, (new, _held_total(pick, node, dim)))
             pick.replace_all_uses_with(new)
             found = True
     if found:
@@ -62,15 +57,33 @@ def _is_softmax(node: fx.Node) -> bool:
     return node.target in SOFTMAXES
 
 
-def _quotients(pick: fx.Node) -> list[fx.Node]:
-    """What is divided by a normaliser later."""
-    own = (n for n in pick.users if n.target is aten.div.Tensor and n.args[0] is pick)
-    return [n for n in own if all(HELD in d.meta for d in n.all_input_nodes[1:])]
+def _total(softmax: fx.Node, dim: int, measured: Measured) -> Tensor | None:
+    """What the weights add up to, as these are divided later maybe; None if they are none."""
+
+    def total() -> Tensor:
+        weights: Tensor = measured.value(softmax)
+        return weights.sum(dim, keepdim=True)
+
+    x: Any = softmax.args[0]
+    return total() if measured.equals(softmax, lambda x: x.softmax(dim) * total(), x) else None
 
 
-def _gate(x: Tensor, dim: int, index: int, like: fx.Node) -> Tensor:
-    gate = (x.select(dim, index) - x.select(dim, 1 - index)).sigmoid()
-    return gate.unsqueeze(dim) if like.meta["val"].ndim == x.ndim else gate
+def _gate(pick: fx.Node, softmax: fx.Node, dim: int, index: int) -> fx.Node:
+    """The sigmoid; at the insert point, as what follows."""
+    x: Any = softmax.args[0]
+    one, other = (insert(pick, aten.select.int, (x, dim, i)) for i in (index, 1 - index))
+    difference = insert(pick, aten.sub.Tensor, (one, other))
+    if pick.meta["val"].ndim == x.meta["val"].ndim:
+        difference = insert(pick, aten.unsqueeze.default, (difference, dim))
+    return insert(pick, aten.sigmoid.default, (difference,))
+
+
+def _held_total(pick: fx.Node, softmax: fx.Node, dim: int) -> fx.Node:
+    keep = pick.meta["val"].ndim == softmax.meta["val"].ndim
+    total = insert(pick, aten.sum.dim_IntList, (softmax, [dim], keep))
+    held = insert(pick, aten.alias.default, (total,))
+    held.meta[HELD] = NORMALISER
+    return held
 
 
 Place = tuple[int, int]

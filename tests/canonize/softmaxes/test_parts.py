@@ -126,6 +126,24 @@ def test_a_factor_in_other_words_is_that_factor(name: str) -> None:
     assert not any("divisor" in note for note in found.report.notes)
 
 
+#: Products with a weight of two, divided behind the product.
+LATER: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "a quotient": lambda a, b, v: a.exp() * v / (a.exp() + b.exp()),
+    "an inverse": lambda a, b, v: v * a.exp() * (1 / (a.exp() + b.exp())),
+    "of what is stacked": lambda a, b, v: (e := both(a, b).exp())[..., 0] * v / e.sum(-1),
+    "sliced": lambda a, b, v: ((e := both(b, a).exp())[..., 1:] * v[..., None] / total(e))[..., 0],
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_a_weight_of_two_that_is_divided_later_is_a_gate(name: str) -> None:
+    form = LATER[name]
+    found = explained(both, lambda m, w, v: m.head(form(w[..., 0], w[..., 1], v)))
+    expected = explained(gate, lambda m, w, v: m.head(w * v))
+    torch.testing.assert_close(found.output, expected.output)
+    torch.testing.assert_close(found.relevance, expected.relevance, rtol=1e-4, atol=1e-5)
+
+
 def test_weights_of_which_both_are_read_are_those_of_a_mean() -> None:
     def mean(m: Apply, w: Tensor, v: Tensor) -> Tensor:
         return m.head(w[..., 0] * v + w[..., 1] * v.flip(1))
