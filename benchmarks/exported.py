@@ -68,7 +68,6 @@ IMAGES = {
     "vit_b_32": 64,
     "efficientnet_b0": 64,
     "swin_t": 64,
-    "inception_v3": 96,
     "densenet121": 64,
     "maxvit_t": 64,
 }
