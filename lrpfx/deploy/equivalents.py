@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 aten = torch.ops.aten
 Ints = Sequence[int]
@@ -358,28 +357,3 @@ EQUIVALENTS: dict[Any, Callable[..., Any]] = {
 
 #: For the tracer.
 TABLE = {op: f for op, f in decomposition_table.items() if "backward" in str(op)} | EQUIVALENTS
-
-
-def _pad_circular(x: Tensor, pad: Ints) -> Tensor:
-    """What goes over an edge comes in at the other; PyTorch writes that into an empty tensor."""
-    for i in range(len(pad) // 2):
-        dim, (low, high) = -1 - i, pad[2 * i : 2 * i + 2]
-        begin = max(-low, 0)
-        x = x.narrow(dim, begin, x.shape[dim] - begin - max(-high, 0))
-        before = x.narrow(dim, x.shape[dim] - max(low, 0), max(low, 0))
-        x = torch.cat([before, x, x.narrow(dim, 0, max(high, 0))], dim)
-    return x
-
-
-class Spelled(TorchFunctionMode):
-    """Ops that PyTorch writes in strides, or into memory, are run as others that give the same."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
-    ) -> Any:
-        """The op, or what stands for it."""
-        if func is aten.adaptive_avg_pool2d.default and {*args[1]} == {1}:
-            return args[0].mean([-1, -2], keepdim=True)
-        if func is aten.pad.default and args[2:3] == ("circular",):
-            return _pad_circular(args[0], args[1])
-        return func(*args, **(kwargs or {}))

@@ -36,13 +36,13 @@ from lrpfx.capture import (
     first_line,
     tracing,
 )
-from lrpfx.deploy.equivalents import TABLE, Spelled
+from lrpfx.deploy.equivalents import TABLE
 from lrpfx.deploy.seeds import first_finite, scaled_in_graph, seed_in_graph
 from lrpfx.deploy.watch import Watch, Watched
 from lrpfx.errors import ExportError
 from lrpfx.explain import Explainer
 from lrpfx.ops import record
-from lrpfx.run import SIZES, Run, Seed, in_float16, tidy
+from lrpfx.run import SIZES, Run, Seed, Spelled, in_float16, tidy
 
 #: Names of the sizes of one tensor that may vary, by dimension.
 Letters = Mapping[int, str]

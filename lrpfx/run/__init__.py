@@ -17,6 +17,7 @@ from lrpfx.run.parallel import through
 from lrpfx.run.recorded import RecordedRun, Runs
 from lrpfx.run.refuse import refuse_if_the_model_does, refuse_relevance, refuse_seed
 from lrpfx.run.samples import is_batched
+from lrpfx.run.spelled import Spelled
 from lrpfx.run.targets import (
     Seed,
     Slope,
@@ -48,6 +49,7 @@ __all__ = [
     "Runs",
     "Seed",
     "Slope",
+    "Spelled",
     "Target",
     "Watched",
     "absorbed_of",

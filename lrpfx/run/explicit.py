@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from lrpfx.ops import nodes_in, reachable
 from lrpfx.rewrite import freeze, written
 from lrpfx.run.backward import Pulled, Run
+from lrpfx.run.spelled import Spelled
 from lrpfx.run.targets import Seed
 
 aten = torch.ops.aten
@@ -167,8 +168,9 @@ def _written_down(
         for i, tensor in zip(places, tensors, strict=True):
             flat[i] = tensor
         state, inputs, seeds = pytree.tree_unflatten(flat, spec)
-        run = Run(*torch.func.functional_call(module, state, (*inputs, None)))
-        (pulled,) = run.pull([replace(seed, seeds=seeds)])
+        with Spelled():
+            run = Run(*torch.func.functional_call(module, state, (*inputs, None)))
+            (pulled,) = run.pull([replace(seed, seeds=seeds)])
         outputs = list(run.clean), list(run.explained), run.activations
         ends, spec_of_ends = pytree.tree_flatten((outputs, (pulled.starts, pulled.taps)))
         structure.append(spec_of_ends)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lrpfx.deploy.equivalents import EQUIVALENTS, Spelled
+from lrpfx.deploy.equivalents import EQUIVALENTS
 
 aten = torch.ops.aten
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-6}
@@ -204,15 +204,3 @@ def test_the_equivalent_computes_what_the_op_computes(
 
 def test_every_equivalent_is_among_the_cases() -> None:
     assert {op for kind in KINDS for op, _ in kind()} == set(EQUIVALENTS)
-
-
-@pytest.mark.parametrize("pad", [(2, 3, 0, 1, 1, 0), (6, 5), (-2, 1, 0, -3), (0, 0, 5, 0)])
-def test_padding_in_a_circle_is_the_same_with_its_derivative(pad: tuple[int, ...]) -> None:
-    x = draw(2, 3, *(4, 5, 6)[-len(pad) // 2 :]).requires_grad_()
-    expected = F.pad(x, pad, mode="circular")
-    with Spelled():
-        got = aten.pad.default(x, pad, "circular")
-    assert torch.equal(expected, got)
-    start = torch.randn_like(got)
-    right, found = (torch.autograd.grad(z, x, start)[0] for z in (expected, got))
-    assert torch.allclose(right, found, rtol=1e-12)
