@@ -69,7 +69,6 @@ IMAGES = {
     "efficientnet_b0": 64,
     "swin_t": 64,
     "densenet121": 64,
-    "maxvit_t": 64,
 }
 #: What a model is made with where its family has no form for such images.
 OPTIONS: dict[str, dict[str, Any]] = {"vit_b_32": {"image_size": 64}}
