@@ -94,7 +94,7 @@ def _known_or_none(of: Callable[..., Any]) -> Callable[..., Any]:
             try:
                 with torch.no_grad():
                     measured.known[key] = of(measured, region, *args)
-            except Exception:
+            except Exception:  # of the user's ops
                 measured.known[key] = None
         return measured.known[key]
 

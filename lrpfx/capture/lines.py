@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from unittest import mock
 
@@ -67,7 +68,7 @@ def first_line(error: BaseException) -> str:
 
 def called_at() -> str:
     """The innermost line outside torch, as a traceback shows it; "" if there is none."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
         if (kind := _kind_of(file)) == "own":
@@ -75,7 +76,7 @@ def called_at() -> str:
         if kind == "user's":
             line = linecache.getline(file, frame.f_lineno).strip()
             return f'File "{file}", line {frame.f_lineno}, in {frame.f_code.co_name}\n    {line}\n'
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return ""
 
 
